@@ -1,0 +1,117 @@
+"""Fixtures over real servers. One process per flavour and pytest worker, emptied before each test.
+
+`flavour` runs a test on Valkey and on Redis; `@pytest.mark.parametrize("flavour", ["redis"], indirect=True)`
+narrows it. A server program that is missing fails the test and says what to install; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar, cast
+
+import pytest
+
+from tests.servers import FLAVOURS, AclServer, Flavour, MissingServer, Server, TlsServer
+from tests.topologies import Cluster, SentinelTrio
+
+
+class Resettable(Protocol):
+    def __enter__(self) -> object: ...
+
+    def close(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+T = TypeVar("T", bound=Resettable)
+
+
+class Pool:
+    """Servers that are started at their first use and serve the whole session."""
+
+    def __init__(self) -> None:
+        self._started: dict[tuple[object, ...], Resettable] = {}
+
+    def get(self, make: Callable[..., T], *args: object, **options: object) -> T:
+        """The server that `make(*args, **options)` makes, started and as good as new."""
+        key = (make, args, *options.items())
+        if key not in self._started:
+            try:
+                made = make(*args, **options)
+            except MissingServer as error:
+                pytest.fail(str(error), pytrace=False)
+            made.__enter__()
+            self._started[key] = made
+        server = cast(T, self._started[key])
+        try:
+            server.reset()
+        except BaseException:  # broken beyond repair by the last test: the next one gets a new one
+            self._started.pop(key).close()
+            raise
+        return server
+
+    def close(self) -> None:
+        for server in self._started.values():
+            server.close()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> Flavour:
+    """Which server a test runs on: both."""
+    chosen: Flavour = request.param
+    return chosen
+
+
+@pytest.fixture
+def server(flavour: Flavour, pool: Pool) -> Server:
+    """An empty server on a unix socket: the fastest, and what most tests want."""
+    return pool.get(Server, flavour)
+
+
+@pytest.fixture
+def unix_server(server: Server) -> Server:
+    """The same, for tests that are about unix sockets."""
+    return server
+
+
+@pytest.fixture
+def tcp_server(flavour: Flavour, pool: Pool) -> Server:
+    """An empty server on a loopback port."""
+    return pool.get(Server, flavour, tcp=True)
+
+
+@pytest.fixture
+def acl_server(flavour: Flavour, pool: Pool) -> AclServer:
+    """An empty server that lets in two users by password: see AclServer."""
+    return pool.get(AclServer, flavour)
+
+
+@pytest.fixture
+def tls_server(pool: Pool) -> TlsServer:
+    """An empty server that speaks TLS only."""
+    return pool.get(TlsServer)
+
+
+@pytest.fixture
+def mutual_tls_server(pool: Pool) -> TlsServer:
+    """An empty server that asks its clients for a certificate."""
+    return pool.get(TlsServer, mutual=True)
+
+
+@pytest.fixture
+def sentinel_trio(pool: Pool) -> SentinelTrio:
+    """Redis: a primary, a replica and three sentinels that agree. What a test breaks is healed."""
+    return pool.get(SentinelTrio, "redis")
+
+
+@pytest.fixture
+def cluster(pool: Pool) -> Cluster:
+    """Valkey: six nodes, all slots served. What a test breaks is healed."""
+    return pool.get(Cluster, "valkey")
