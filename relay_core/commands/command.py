@@ -1,0 +1,37 @@
+"""The one shape that every operation on the store takes before it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from relay_core.scripts import Script
+
+T = TypeVar("T")
+Arg = bytes | str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[T]):
+    """One script call: what to send, and how to read the reply. Building one does no I/O.
+
+    :ivar parse: `(reply, resent) -> T`; `resent` is True when an earlier send of this same command may
+        have run without its reply arriving, so "already done" means success
+    :ivar resent_at: index in `args` of the flag that tells the script of a re-send, or None
+    :ivar durable: True when the shells must confirm it as the broker's `durability` asks
+    """
+
+    script: Script
+    keys: tuple[bytes, ...]
+    args: tuple[Arg, ...]
+    parse: Callable[[Any, bool], T]
+    resent_at: int | None = None
+    durable: bool = False
+
+    def wire(self, resent: bool = False) -> tuple[Arg, ...]:
+        """`sha numkeys keys... args...`, what follows EVALSHA on the wire."""
+        args = self.args
+        if resent and self.resent_at is not None:
+            args = (*args[: self.resent_at], 1, *args[self.resent_at + 1 :])
+        return (self.script.sha, len(self.keys), *self.keys, *args)

@@ -1,0 +1,202 @@
+"""What a job is, seen from Python: plain frozen values, no behaviour that touches the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from relay_core.errors import InvalidRecord
+
+State = Literal["ready", "delayed", "inflight", "dead"]
+STATES: tuple[State, ...] = ("ready", "delayed", "inflight", "dead")
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as it counts
+
+
+def new_id() -> str:
+    """A fresh job id: 22 characters, ordered by the millisecond in which it was made.
+
+    48 bits of time and 60 random bits from the operating system, so children of a fork never share one.
+    """
+    number = (time.time_ns() // 1_000_000 & (1 << 50) - 1) << 60 | int.from_bytes(os.urandom(8), "big") >> 4
+    return "".join([_ALPHABET[number >> shift & 31] for shift in range(105, -1, -5)])
+
+
+class Receipt(NamedTuple):
+    """What a worker shows to move a job that it holds."""
+
+    queue: str
+    id: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """The answer to an enqueue.
+
+    :ivar id: id of the stored job; for a duplicate, the id of the job that is already there
+    :ivar duplicate: True when nothing was stored because that id or dedup key was taken
+    """
+
+    id: str
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What travels with a job beside its payload. Unset fields cost no bytes in the store."""
+
+    max_retries: int | None = None
+    max_deliveries: int | None = None
+    dedup_key: str | None = None
+    dedup_ms: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    retry: Mapping[str, float] | None = None
+
+    def to_json(self) -> str:
+        """Compact JSON of the set fields, or an empty string when none is set."""
+        pairs = {name: getattr(self, name) for name in self.__slots__}
+        kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in pairs.items() if v not in (None, {})}
+        return json.dumps(kept, separators=(",", ":"), ensure_ascii=True) if kept else ""
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        """Unknown fields are ignored, so that a job written by a newer minor release still runs."""
+        if not text:
+            return NO_OPTIONS
+        known = {k: v for k, v in json.loads(text).items() if k in cls.__slots__}
+        return cls(**known)
+
+
+NO_OPTIONS = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One decoded value of the `j` hash: `<created ms> <priority> <max deliveries> <options>\\n<payload>`."""
+
+    created_ms: int
+    priority: int
+    options: Options
+    payload: bytes
+
+    @staticmethod
+    def pack(priority: int, options: Options, payload: bytes) -> bytes:
+        """The client's part of a record; the enqueue script puts the server's time in front."""
+        head = f"{priority} {options.max_deliveries or 0} {options.to_json()}\n"
+        return head.encode("ascii") + payload
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Record:
+        """Raises InvalidRecord, naming what does not decode."""
+        try:
+            head, newline, payload = raw.partition(b"\n")
+            created, priority, _max_deliveries, options = head.decode("ascii").split(" ", 3)
+            if not newline:
+                raise ValueError("no line break after the header")
+            return cls(int(created), int(priority), Options.from_json(options), payload)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InvalidRecord(f"record of {len(raw)} bytes does not decode: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A claimed job. Hand it back with `ack`, `nack`, `extend` or `release`.
+
+    :ivar id: chosen by the client that enqueued it
+    :ivar payload: the bytes that were enqueued, after the plugins' decoding
+    :ivar created_at: server time of the enqueue, unix seconds
+    :ivar claimed_at: server time of this claim, unix seconds
+    :ivar deliveries: how often the job was claimed, this claim included; a release does not count
+    :ivar retries: how often it failed and was retried
+    :ivar token: proof of this claim, `<delivery>:<fence>:<nonce>`
+    :ivar fence: grows with every claim of the queue; pass it to what the job writes to, to fence out late writers
+    :ivar expires_at: this process's monotonic clock at which the lease ends unless it is extended
+    """
+
+    id: str
+    queue: str
+    payload: bytes
+    created_at: float
+    claimed_at: float
+    priority: int
+    deliveries: int
+    retries: int
+    token: str
+    expires_at: float
+    claimed_monotonic: float
+    options: Options = NO_OPTIONS
+
+    @property
+    def receipt(self) -> Receipt:
+        return Receipt(self.queue, self.id, self.token)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.options.headers
+
+    @property
+    def fence(self) -> int:
+        return int(self.token.split(":", 2)[1])
+
+    def age(self) -> float:
+        """Seconds since the enqueue, by the server's clock and this process's monotonic one."""
+        return max(0.0, self.claimed_at - self.created_at + time.monotonic() - self.claimed_monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """A job as it lies in the store, for people and tools. Times are unix seconds of the server.
+
+    :ivar state: None when the id is in no state, which only the auditor ever sees
+    :ivar due_at: when a delayed job becomes ready; when the lease of an inflight job ends
+    :ivar reason: why a dead job died: `max_retries`, `max_deliveries`, `rejected`, `undecodable`, ...
+    :ivar error: what the last failed delivery reported, at most 4 KiB
+    """
+
+    id: str
+    queue: str
+    state: State | None
+    payload: bytes
+    created_at: float | None
+    priority: int | None
+    deliveries: int = 0
+    retries: int = 0
+    due_at: float | None = None
+    reason: str | None = None
+    error: str | None = None
+    failed_at: float | None = None
+    options: Options = NO_OPTIONS
+
+
+class Claimed(list[Job]):
+    """The jobs of one claim; empty when there was nothing, or when `limited` says why not.
+
+    :ivar limited: None, or what held work back: `paused`, `rate` or `max_inflight`
+    :ivar retry_after: seconds after which asking again makes sense, or None when only a wake-up will tell
+    """
+
+    __slots__ = ("limited", "retry_after")
+
+    def __init__(
+        self, jobs: Sequence[Job] = (), limited: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(jobs)
+        self.limited = limited
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class JobSummary:
+    """What a framework says a job is, for people and metrics, read without unpickling anything."""
+
+    name: str
+    args: str = ""
+    kwargs: str = ""
+    retries: int | None = None
+    eta: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,86 @@
+#!lua flags=allow-oom
+-- audit: look closely at a few suspect ids and repair what is wrong with them
+-- KEYS[1] c HASH settings
+-- KEYS[2] j HASH id -> record
+-- KEYS[3] s HASH counters
+-- KEYS[4] m ZSET wake marker
+-- KEYS[5] d ZSET id, score = due time, unix ms
+-- KEYS[6] l ZSET id, score = lease deadline, unix ms
+-- KEYS[7] x ZSET id, score = time of death, unix ms
+-- KEYS[8] o HASH id -> delivery state
+-- KEYS[9] e HASH id -> last failure
+-- KEYS[10..19] r0..r9 LIST id, one per priority level
+-- ARGV[1] layout version | ARGV[2] 1 to repair, 0 to report | ARGV[3..] at most 50 ids
+-- returns finding per id: '' sound; no_record: in a state without a record, taken out; no_state: has a record only,
+--   made ready; two_states: kept in the strongest of inflight, dead, delayed, ready; wrong_list: moved to the list of
+--   its level; no_lease: has a lease but no holder, made ready; leftover: nothing but a delivery state or error, dropped
+-- moves: repairs | cost O(ready) per id
+local config, jobs, counters, marker, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 9)
+local ready = {unpack(KEYS, 10, 19)}
+local layout, repair, ids = ARGV[1], ARGV[2] == '1', {unpack(ARGV, 3)}
+--@include layout
+--@include owner
+--@include record
+local refused = check_layout(redis.call('HGET', config, 'v'), layout)
+if refused then return refused end
+
+local function drop_everywhere(id, where)
+  for _, set in ipairs({leases, dead, delayed}) do
+    if set ~= where then redis.call('ZREM', set, id) end
+  end
+  for _, list in ipairs(ready) do redis.call('LREM', list, 0, id) end
+end
+
+local function make_ready(id, record, state)
+  drop_everywhere(id)
+  local token, _, _, retries = parse_owner(state)
+  if state then redis.call('HSET', owners, id, token .. ' ' .. retries .. ' r') end
+  redis.call('RPUSH', ready[parse_record(record)], id)
+  redis.call('ZADD', marker, 0, 'w')
+end
+
+local answers, repaired = {}, 0
+for i, id in ipairs(ids) do
+  local record, state = redis.call('HGET', jobs, id), redis.call('HGET', owners, id)
+  local _, _, _, _, flag = parse_owner(state)
+  local places, strongest, level = 0, nil, nil
+  for _, set in ipairs({leases, dead, delayed}) do
+    if redis.call('ZSCORE', set, id) then
+      places = places + 1
+      strongest = strongest or set
+    end
+  end
+  for index, list in ipairs(ready) do
+    local found = #redis.call('LPOS', list, id, 'COUNT', 0)
+    places = places + found
+    if found > 0 then level = index end
+  end
+  local finding = ''
+  if not record then
+    if places > 0 then finding = 'no_record'
+    elseif state or redis.call('HEXISTS', errors, id) == 1 then finding = 'leftover' end
+    if finding ~= '' and repair then
+      drop_everywhere(id)
+      redis.call('HDEL', owners, id)
+      redis.call('HDEL', errors, id)
+    end
+  elseif places == 0 then
+    finding = 'no_state'
+    if repair then make_ready(id, record, state) end
+  elseif strongest == leases and flag ~= 'h' then
+    finding = 'no_lease'
+    if repair then make_ready(id, record, state) end
+  elseif places > 1 then
+    finding = 'two_states'
+    if repair then
+      if strongest then drop_everywhere(id, strongest) else make_ready(id, record, state) end
+    end
+  elseif level and (level ~= parse_record(record) or flag == 'h') then
+    finding = level ~= parse_record(record) and 'wrong_list' or 'no_lease'
+    if repair then make_ready(id, record, state) end
+  end
+  if finding ~= '' then repaired = repaired + 1 end
+  answers[i] = finding
+end
+if repair and repaired > 0 then redis.call('HINCRBY', counters, 'repaired', repaired) end
+return answers

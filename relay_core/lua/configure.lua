@@ -1,0 +1,27 @@
+#!lua flags=allow-oom
+-- configure: change a queue's settings, so that all workers agree on them
+-- KEYS[1] c HASH settings
+-- KEYS[2] m ZSET wake marker
+-- ARGV[1] layout version | ARGV[2..] two per setting: name (paused, rate, burst, max_inflight) | value, '' to unset
+-- returns 1
+-- moves: none
+local config, marker = KEYS[1], KEYS[2]
+local layout, args = ARGV[1], ARGV
+--@include layout
+local refused = check_layout(redis.call('HGET', config, 'v'), layout)
+if refused then return refused end
+for at = 2, #args, 2 do
+  if args[at + 1] == '' then
+    redis.call('HDEL', config, args[at])
+  else
+    redis.call('HSET', config, args[at], args[at + 1])
+  end
+  -- a changed rate starts with a full bucket
+  if args[at] == 'rate' then redis.call('HDEL', config, 'tokens', 'stamp') end
+end
+-- claims read the settings below only where `gate` says that there are any
+local set = redis.call('HMGET', config, 'paused', 'rate', 'max_inflight')
+if set[1] or set[2] or set[3] then redis.call('HSET', config, 'gate', 1) else redis.call('HDEL', config, 'gate') end
+redis.call('HSETNX', config, 'v', layout)
+redis.call('ZADD', marker, 0, 'w')
+return 1

@@ -1,0 +1,51 @@
+#!lua flags=allow-oom
+-- finish: ack and nack what a worker is done with and claim more, in one round trip
+-- KEYS[1] c HASH settings
+-- KEYS[2] j HASH id -> record
+-- KEYS[3] s HASH counters
+-- KEYS[4] m ZSET wake marker
+-- KEYS[5] d ZSET id, score = due time, unix ms
+-- KEYS[6] l ZSET id, score = lease deadline, unix ms
+-- KEYS[7] x ZSET id, score = time of death, unix ms
+-- KEYS[8] o HASH id -> delivery state
+-- KEYS[9] e HASH id -> last failure
+-- KEYS[10] u HASH dedup key -> id
+-- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
+-- KEYS[12..21] r0..r9 LIST id, one per priority level
+-- KEYS[22] f LIST ids finished lately
+-- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run | ARGV[3] count to claim, 0..200
+-- ARGV[4] lease, ms | ARGV[5] nonce | ARGV[6] max deliveries of jobs that name none
+-- ARGV[7] how long dead jobs are kept, ms | ARGV[8] 1 when the caller took the wake marker
+-- ARGV[9] number of acks, 0..200 | ARGV[10] number of nacks, 0..200
+-- ARGV[11..] three per ack: id | token | dedup key or '';
+--   then seven per nack: id | token | delay ms, -1 dead now | max retries | reason | error | new record or ''
+-- returns {answers of the acks, answers of the nacks, reply as of claim}; see parts/ack, parts/nack, parts/claiming
+-- moves: inflight -> done | inflight -> delayed, ready, dead | and those of claim
+local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local dedup, dedup_expiry = KEYS[10], KEYS[11]
+local ready = {unpack(KEYS, 12, 21)}
+local finished = KEYS[22]
+local o = {
+  layout = ARGV[1], resent = ARGV[2] == '1', want = tonumber(ARGV[3]), lease_ms = tonumber(ARGV[4]), nonce = ARGV[5],
+  max_deliveries = tonumber(ARGV[6]), keep_ms = tonumber(ARGV[7]), woken = ARGV[8] == '1',
+}
+local acks, nacks, items_from = tonumber(ARGV[9]), tonumber(ARGV[10]), 11
+--@include clock
+--@include layout
+--@include owner
+--@include record
+--@include dedup
+--@include due
+--@include bury
+--@include sweep
+--@include take
+--@include claiming
+--@include ack
+--@include nack
+local acked = acks > 0 and ack(items_from, acks) or {}
+local nacked = nacks > 0 and nack(items_from + 3 * acks, nacks) or {}
+local claimed = claiming(o)
+-- what ended must be told even where the claim is refused
+if claimed.err then return {acked, nacked, claimed.err} end
+return {acked, nacked, claimed}

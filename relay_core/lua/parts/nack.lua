@@ -1,0 +1,53 @@
+-- nack: jobs failed, with a check of each token before every write
+-- uses: now, config, jobs, ready, delayed, leases, owners, errors, counters, marker,
+--       parse_owner, parse_record, bury, lower_due
+-- nack(from, count): ARGV[from..] = count times id, token, delay ms (-1: dead now), max retries, reason,
+--   error, record without its creation time ('': unchanged)
+--   answers per job: 1 retried, 2 dead, 3 already nacked by this token, 0 lease lost
+--@include gated
+local function nack(from, count)
+  local answers, ids, due = {}, {}, tonumber(redis.call('HGET', config, 'due') or nil)
+  for i = 1, count do ids[i] = ARGV[from + 7 * i - 7] end
+  local states = redis.call('HMGET', owners, unpack(ids))
+  local records = redis.call('HMGET', jobs, unpack(ids))
+  local done, wake, retried = {}, false, 0
+  for i, id in ipairs(ids) do
+    local at = from + 7 * i - 7
+    local token, delay, max_retries = ARGV[at + 1], tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+    local reason, message, rewritten = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
+    local held, _, _, retries, flag = parse_owner(states[i])
+    local record = records[i]
+    if held ~= token or not record then
+      answers[i] = 0
+    elseif flag ~= 'h' or done[id] then
+      answers[i] = (flag == 'n' or done[id]) and 3 or 0
+    else
+      done[id] = true
+      redis.call('ZREM', leases, id)
+      if rewritten ~= '' then
+        record = string.match(record, '^%d+') .. ' ' .. rewritten
+        redis.call('HSET', jobs, id, record)
+      end
+      if delay < 0 or retries >= max_retries then
+        bury(id, token, retries, record, 'n', reason, message)
+        answers[i] = 2
+      else
+        redis.call('HSET', owners, id, token .. ' ' .. (retries + 1) .. ' n')
+        redis.call('HSET', errors, id, now .. ' ' .. reason .. '\n' .. message)
+        if delay == 0 then
+          redis.call('RPUSH', ready[parse_record(record)], id)
+          wake = true
+        else
+          redis.call('ZADD', delayed, now + delay, id)
+          if not due or now + delay < due then wake = true end
+          due = lower_due(due, now + delay)
+        end
+        retried = retried + 1
+        answers[i] = 1
+      end
+    end
+  end
+  if retried > 0 then redis.call('HINCRBY', counters, 'retried', retried) end
+  if wake then redis.call('ZADD', marker, 0, 'w') elseif next(done) then wake_gated() end
+  return answers
+end

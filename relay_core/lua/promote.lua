@@ -1,0 +1,35 @@
+#!lua flags=allow-oom
+-- promote: delayed jobs whose time has come become ready
+-- KEYS[1] c HASH settings
+-- KEYS[2] j HASH id -> record
+-- KEYS[3] s HASH counters
+-- KEYS[4] m ZSET wake marker
+-- KEYS[5] d ZSET id, score = due time, unix ms
+-- KEYS[6] l ZSET id, score = lease deadline, unix ms
+-- KEYS[7] x ZSET id, score = time of death, unix ms
+-- KEYS[8] o HASH id -> delivery state
+-- KEYS[9] e HASH id -> last failure
+-- KEYS[10] u HASH dedup key -> id
+-- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
+-- KEYS[12..21] r0..r9 LIST id, one per priority level
+-- ARGV[1] layout version | ARGV[2] most jobs to promote, 1..200
+-- returns {now, promoted, ms until the next job is due or lease ends, -1: never}
+-- moves: delayed -> ready | cost O(promoted log delayed)
+local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local dedup, dedup_expiry = KEYS[10], KEYS[11]
+local ready = {unpack(KEYS, 12, 21)}
+local layout, limit = ARGV[1], tonumber(ARGV[2])
+--@include clock
+--@include layout
+--@include owner
+--@include record
+--@include dedup
+--@include bury
+--@include sweep
+local refused = check_layout(redis.call('HGET', config, 'v'), layout)
+if refused then return refused end
+local promoted = promote(limit)
+if promoted > 0 then redis.call('ZADD', marker, 0, 'w') end
+local due = set_due()
+return {now, promoted, due and math.max(0, due - now) or -1}

@@ -1,0 +1,39 @@
+#!lua flags=allow-oom
+-- purge: drop a bounded number of the ready, delayed or dead jobs, the oldest first
+-- KEYS[1] c HASH settings
+-- KEYS[2] j HASH id -> record
+-- KEYS[3] d ZSET id, score = due time, unix ms
+-- KEYS[4] x ZSET id, score = time of death, unix ms
+-- KEYS[5] o HASH id -> delivery state
+-- KEYS[6] e HASH id -> last failure
+-- KEYS[7] u HASH dedup key -> id
+-- KEYS[8] s HASH counters
+-- KEYS[9..18] r0..r9 LIST id, one per priority level
+-- ARGV[1] layout version | ARGV[2] state: ready, delayed or dead | ARGV[3] most jobs to drop, 1..200
+-- returns number of jobs dropped
+-- moves: ready, delayed, dead -> none | cost O(dropped log state)
+local config, jobs, delayed, dead, owners, errors, dedup, counters = unpack(KEYS, 1, 8)
+local ready = {unpack(KEYS, 9, 18)}
+local layout, state, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+--@include layout
+--@include dedup
+local refused = check_layout(redis.call('HGET', config, 'v'), layout)
+if refused then return refused end
+local ids = {}
+if state == 'ready' then
+  for level = 10, 1, -1 do
+    for _, id in ipairs(#ids < limit and redis.call('LPOP', ready[level], limit - #ids) or {}) do
+      ids[#ids + 1] = id
+    end
+  end
+else
+  local popped = redis.call('ZPOPMIN', state == 'dead' and dead or delayed, limit)
+  for i = 1, #popped, 2 do ids[#ids + 1] = popped[i] end
+end
+if #ids == 0 then return 0 end
+for i, record in ipairs(redis.call('HMGET', jobs, unpack(ids))) do free_dedup_of(ids[i], record) end
+redis.call('HDEL', jobs, unpack(ids))
+redis.call('HDEL', owners, unpack(ids))
+redis.call('HDEL', errors, unpack(ids))
+redis.call('HINCRBY', counters, 'purged', #ids)
+return #ids

@@ -1,0 +1,37 @@
+#!lua
+-- requeue: dead jobs become ready again, with their retries and deliveries counted anew
+-- KEYS[1] c HASH settings
+-- KEYS[2] x ZSET id, score = time of death, unix ms
+-- KEYS[3] j HASH id -> record
+-- KEYS[4] o HASH id -> delivery state
+-- KEYS[5] e HASH id -> last failure
+-- KEYS[6] s HASH counters
+-- KEYS[7] m ZSET wake marker
+-- KEYS[8..17] r0..r9 LIST id, one per priority level
+-- ARGV[1] layout version | ARGV[2..] at most 200 ids
+-- returns answer per id: 1 requeued, 0 not dead
+-- moves: dead -> ready | cost O(ids log dead)
+local config, dead, jobs, owners, errors, counters, marker = unpack(KEYS, 1, 7)
+local ready = {unpack(KEYS, 8, 17)}
+local layout, ids = ARGV[1], {unpack(ARGV, 2)}
+--@include layout
+--@include record
+local refused = check_layout(redis.call('HGET', config, 'v'), layout)
+if refused then return refused end
+local records = redis.call('HMGET', jobs, unpack(ids))
+local answers, requeued = {}, 0
+for i, id in ipairs(ids) do
+  answers[i] = 0
+  if records[i] and redis.call('ZREM', dead, id) == 1 then
+    redis.call('HDEL', owners, id)
+    redis.call('HDEL', errors, id)
+    redis.call('RPUSH', ready[parse_record(records[i])], id)
+    answers[i] = 1
+    requeued = requeued + 1
+  end
+end
+if requeued > 0 then
+  redis.call('HINCRBY', counters, 'requeued', requeued)
+  redis.call('ZADD', marker, 0, 'w')
+end
+return answers

@@ -1,0 +1,33 @@
+#!lua flags=allow-oom,no-writes
+-- stats: depths, settings and counters of one queue partition, all at one instant
+-- KEYS[1] c HASH settings
+-- KEYS[2] s HASH counters
+-- KEYS[3] d ZSET id, score = due time, unix ms
+-- KEYS[4] l ZSET id, score = lease deadline, unix ms
+-- KEYS[5] x ZSET id, score = time of death, unix ms
+-- KEYS[6] j HASH id -> record
+-- KEYS[7..16] r0..r9 LIST id, one per priority level
+-- ARGV[1] layout version
+-- returns {now, delayed, inflight, dead, creation time of the oldest ready job or -1, next due time or -1,
+--   settings as name, value, ..., counters as name, value, ..., ready jobs of level 0, ..., of level 9}
+-- moves: none | cost O(1)
+local config, counters, delayed, leases, dead, jobs = unpack(KEYS, 1, 6)
+local ready = {unpack(KEYS, 7, 16)}
+local layout = ARGV[1]
+--@include clock
+--@include layout
+local refused = check_layout(redis.call('HGET', config, 'v'), layout)
+if refused then return refused end
+local oldest, lengths = nil, {}
+for level = 1, 10 do
+  lengths[level] = redis.call('LLEN', ready[level])
+  local head = lengths[level] > 0 and redis.call('LINDEX', ready[level], 0)
+  local record = head and redis.call('HGET', jobs, head)
+  local created = record and tonumber(string.match(record, '^%d+'))
+  if created and (not oldest or created < oldest) then oldest = created end
+end
+return {
+  now, redis.call('ZCARD', delayed), redis.call('ZCARD', leases), redis.call('ZCARD', dead), oldest or -1,
+  tonumber(redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')[2]) or -1,
+  redis.call('HGETALL', config), redis.call('HGETALL', counters), unpack(lengths),
+}
