@@ -46,7 +46,7 @@ STOP_PATIENCE = 10.0
 """Seconds that a server gets to end by itself before it is killed; what it has acknowledged is in the AOF."""
 
 BUSY = "another watcher has the folder"
-"""Report of a watcher that came too late: an earlier starter was killed, and its watcher was just not up yet."""
+"""Report of a watcher that came too late: an earlier starter was killed, its watcher was not up yet."""
 
 LOG_LIMIT = 1 << 20
 """Bytes of log above which the next start moves it aside."""
