@@ -1,0 +1,64 @@
+# Everything starts from a bare machine: Python 3.10 or later, make, git, and apt or the servers by hand.
+#   make PYTHON=python3.12 test     another Python
+#   make test PYTEST="-k embedded"  some of the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One stamp per Python, so that another PYTHON makes the environment anew.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+INSTALLED := $(VENV)/.installed-$(VERSION)
+TYPED := relay_core relay_adapters tests $(if $(wildcard benchmarks/*.py),benchmarks)
+
+PYTEST ?=
+DEMO ?=
+BENCH ?=
+SOAK ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup servers demo test lint format types contracts pytest bench soak clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+
+setup: $(INSTALLED)  ## the virtual environment in .venv, with relay and its tools
+
+$(INSTALLED): pyproject.toml
+	@tools/setup-venv $(PYTHON) $(VENV)
+	@rm -f $(VENV)/.installed-* && touch $@
+
+servers:  ## the servers that the tests need, by apt if they are missing
+	@tools/setup-servers
+
+demo: $(INSTALLED)  ## Celery, Dramatiq and relay workers index real files; DEMO="--help" for options
+	@$(BIN)/relay demo $(DEMO)
+
+test: lint types contracts pytest  ## everything: style, types, import contracts, tests on real servers
+
+lint: $(INSTALLED)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## rewrite the sources in the style that lint wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)  ## mypy, strict
+	$(BIN)/mypy $(TYPED:%=-p %)
+
+contracts: $(INSTALLED)  ## which module may import which
+	$(BIN)/lint-imports
+
+pytest: $(INSTALLED) servers  ## only the tests; PYTEST="-k embedded" picks some
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: $(INSTALLED) servers  ## the figures of benchmarks/README.md
+	$(BIN)/python -m benchmarks $(BENCH)
+
+soak: $(INSTALLED) servers  ## workers killed for as long as you say, jobs counted; SOAK="--help"
+	$(BIN)/python -m benchmarks.soak $(SOAK)
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
