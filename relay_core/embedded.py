@@ -46,9 +46,7 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork_in_child)
 
 
 class Lease:
@@ -254,9 +252,7 @@ def _take_users_lock(folder: Path, deadline: float) -> int:
         raise _unusable(folder, error) from error
     if not got:
         _drop_users_lock(fd)
-        raise EmbeddedError(
-            f"embedded server of {folder}: gave up waiting for the last one to end; try again"
-        )
+        raise EmbeddedError(f"embedded server of {folder}: gave up waiting for the last one to end; try again")
     return fd
 
 
@@ -269,9 +265,7 @@ def _drop_users_lock(fd: int) -> None:
 
 @contextmanager
 def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
-    fd = _open_lock(
-        folder, watch.START, deadline, shared=False, waiting_for="another process that starts or stops it"
-    )
+    fd = _open_lock(folder, watch.START, deadline, shared=False, waiting_for="another process that starts or stops it")
     try:
         yield
     finally:
@@ -339,9 +333,7 @@ def _start_watcher(folder: Path, binary: Path, deadline: float) -> None:
             start_new_session=True,  # a Ctrl-C in the user's terminal is not meant for the server
         )
     except OSError as error:
-        raise EmbeddedError(
-            f"embedded server: cannot run {sys.executable!r}: {error.strerror}; {INSTALL}"
-        ) from error
+        raise EmbeddedError(f"embedded server: cannot run {sys.executable!r}: {error.strerror}; {INSTALL}") from error
     with child:  # the watcher goes on in a process of its own; this one ends at once
         assert child.stdout is not None
         report = b""

@@ -346,8 +346,7 @@ def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
     )
     _openssl(
         folder,
-        f"x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile ext "
-        f"-out {name}.crt",
+        f"x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile ext -out {name}.crt",
     )
     return folder / f"{name}.crt", folder / f"{name}.key"
 

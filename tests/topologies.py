@@ -50,9 +50,7 @@ class Sentinel(Server):
         nodes = [_pairs(node) for node in self.cli("SENTINEL", "REPLICAS", self.service)]
         up = [node for node in nodes if node["flags"] == "slave" and node["master-link-status"] == "ok"]
         return (
-            master["flags"] == "master"
-            and int(master["num-other-sentinels"]) == sentinels - 1
-            and len(up) == replicas
+            master["flags"] == "master" and int(master["num-other-sentinels"]) == sentinels - 1 and len(up) == replicas
         )
 
 
