@@ -182,9 +182,7 @@ class Claimed(list[Job]):
 
     __slots__ = ("limited", "retry_after")
 
-    def __init__(
-        self, jobs: Sequence[Job] = (), limited: str | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job] = (), limited: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(jobs)
         self.limited = limited
         self.retry_after = retry_after

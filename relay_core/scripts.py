@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 
-_PART = re.compile(r"^--@include (\w+)$", re.MULTILINE)
+_PART = re.compile(r"^ *--@include (\w+)$", re.MULTILINE)
 _NOTE = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
 
 
@@ -31,18 +31,13 @@ def source(name: str) -> str:
     return resources.files("relay_core").joinpath(f"lua/{name}.lua").read_text("utf-8")
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Script:
-    """The script of that name. `--@include x` lines are replaced by `lua/parts/x.lua`, once each."""
+    """The script of that name. A line `--@include x` is replaced by `lua/parts/x.lua`."""
     shebang, _, body = source(name).partition("\n")
-    seen: set[str] = set()
 
     def include(match: re.Match[str]) -> str:
-        part = match[1]
-        if part in seen:
-            return ""
-        seen.add(part)
-        return _PART.sub(include, source(f"parts/{part}"))
+        return _PART.sub(include, source(f"parts/{match[1]}"))
 
     text = shebang + "\n" + _NOTE.sub("", _PART.sub(include, body))
     return Script(name, text, hashlib.sha1(text.encode()).hexdigest())

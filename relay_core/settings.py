@@ -88,13 +88,9 @@ class StoreUrl:
             middle += f"/{quote(self.service, safe='')}/{self.db}"
         elif self.topology == "standalone":
             middle += f"/{self.db}"
+        options += [(name, str(value).lower() if value in (True, False) else str(value)) for name, value in self.ssl]
         options += [
-            (name, str(value).lower() if value in (True, False) else str(value)) for name, value in self.ssl
-        ]
-        options += [
-            (name, "***")
-            for name in ("sentinel_username", "sentinel_password")
-            if getattr(self, name) is not None
+            (name, "***") for name in ("sentinel_username", "sentinel_password") if getattr(self, name) is not None
         ]
         user = "***@" if self.username is not None or self.password is not None else ""
         tail = "&".join(f"{name}={value if value == '***' else quote(value)}" for name, value in options)
@@ -108,9 +104,7 @@ class StoreUrl:
 
     def at_socket(self, path: str) -> StoreUrl:
         """The same store, reached at a unix socket: what an embedded URL becomes once its server runs."""
-        return replace(
-            self, topology="unix", path=path, hosts=(), word=self.word.removesuffix("s") or "relay"
-        )
+        return replace(self, topology="unix", path=path, hosts=(), word=self.word.removesuffix("s") or "relay")
 
 
 def parse_url(url: str) -> StoreUrl:
@@ -128,9 +122,7 @@ def parse_url(url: str) -> StoreUrl:
         raise InvalidUrl(f"unknown scheme {scheme[:40]!r}; use {_FORMS}")
     topology, tls = _KINDS[suffix], _WORDS[word]
     if topology == "unix" and tls:
-        raise InvalidUrl(
-            f"{scheme}:// asks for TLS, which a unix socket does not have; use {word[:-1]}+unix://"
-        )
+        raise InvalidUrl(f"{scheme}:// asks for TLS, which a unix socket does not have; use {word[:-1]}+unix://")
     authority, path, query = _split(scheme, rest, topology)
     user, at, hosts = authority.rpartition("@")
     username, password = _credentials(user) if at else (None, None)
@@ -153,13 +145,10 @@ def parse_url(url: str) -> StoreUrl:
     if topology == "unix":
         if hosts or path in ("", "/"):
             raise InvalidUrl(
-                f"{scheme}:// needs the absolute path of a socket, with three slashes: "
-                f"{scheme}:///run/valkey.sock?db=0"
+                f"{scheme}:// needs the absolute path of a socket, with three slashes: {scheme}:///run/valkey.sock?db=0"
             )
         return replace(made, path=unquote(path), db=_db(scheme, options.get("db")))
-    return replace(
-        made, hosts=_hosts(scheme, topology, hosts), **_service_and_db(scheme, topology, path, options)
-    )
+    return replace(made, hosts=_hosts(scheme, topology, hosts), **_service_and_db(scheme, topology, path, options))
 
 
 def _split(scheme: str, rest: str, topology: Topology) -> tuple[str, str, str]:
@@ -168,13 +157,9 @@ def _split(scheme: str, rest: str, topology: Topology) -> tuple[str, str, str]:
     tail = rest[len(authority) :]
     path, _, query = tail.partition("?")
     if "@" in (query if topology == "unix" and not authority else tail):
-        raise InvalidUrl(
-            f"the {scheme}:// URL has an '@' after its host; if it belongs to a password, {_ADVICE}"
-        )
+        raise InvalidUrl(f"the {scheme}:// URL has an '@' after its host; if it belongs to a password, {_ADVICE}")
     if "#" in tail:
-        raise InvalidUrl(
-            f"the {scheme}:// URL has a '#', which means nothing here; in a path or password, {_ADVICE}"
-        )
+        raise InvalidUrl(f"the {scheme}:// URL has a '#', which means nothing here; in a path or password, {_ADVICE}")
     return authority, path, query
 
 
@@ -182,9 +167,7 @@ def _embedded(scheme: str, word: str, credentials: bool, path: str) -> Topology:
     if word != "relay":
         raise InvalidUrl(f"{scheme}:// names no host; add one, or use relay:// for the embedded server")
     if credentials:
-        raise InvalidUrl(
-            "the URL has a user or password but no host; the embedded server (relay://) has neither"
-        )
+        raise InvalidUrl("the URL has a user or password but no host; the embedded server (relay://) has neither")
     if path not in ("", "/"):
         raise InvalidUrl(
             f"the URL has the path {path!r} but no host; use relay://host:port{path}, "
@@ -202,9 +185,7 @@ def _hosts(scheme: str, topology: Topology, text: str) -> tuple[tuple[str, int],
     default = SENTINEL_PORT if topology == "sentinel" else PORT
     found = tuple(_host(scheme, part.strip(), default) for part in text.split(",") if part.strip())
     if not found:
-        raise InvalidUrl(
-            f"{scheme}:// names no host; add them, e.g. {scheme}://host1:{default},host2:{default}"
-        )
+        raise InvalidUrl(f"{scheme}:// names no host; add them, e.g. {scheme}://host1:{default},host2:{default}")
     if topology == "standalone" and len(found) > 1:
         raise InvalidUrl(
             f"{scheme}:// names {len(found)} hosts, it takes one; "
@@ -240,9 +221,7 @@ def _service_and_db(scheme: str, topology: Topology, path: str, options: Mapping
     parts = path.strip("/").split("/") if path.strip("/") else []
     if topology == "cluster":
         if parts and parts != ["0"]:
-            raise InvalidUrl(
-                f"{scheme}:// has the path {path!r}, but a cluster has only database 0; leave it out"
-            )
+            raise InvalidUrl(f"{scheme}:// has the path {path!r}, but a cluster has only database 0; leave it out")
         return {}
     service = ""
     if topology == "sentinel":
@@ -252,9 +231,7 @@ def _service_and_db(scheme: str, topology: Topology, path: str, options: Mapping
                 f"{scheme}:// needs the name under which the sentinels know the primary: {scheme}://host:port/service/0"
             )
     if len(parts) > 1:
-        raise InvalidUrl(
-            f"the path {path!r} in the {scheme}:// URL has too many parts; it ends in the database number"
-        )
+        raise InvalidUrl(f"the path {path!r} in the {scheme}:// URL has too many parts; it ends in the database number")
     named, option = (parts[0] if parts else None), options.get("db")
     if named is not None and option is not None and named != option:
         raise InvalidUrl(f"the {scheme}:// URL names two databases, {named!r} and ?db={option!r}; keep one")
@@ -265,9 +242,7 @@ def _db(scheme: str, text: str | None) -> int:
     if text is None:
         return 0
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise InvalidUrl(
-            f"database {text!r} in the {scheme}:// URL is not a number; use one from 0 up, e.g. 0"
-        )
+        raise InvalidUrl(f"database {text!r} in the {scheme}:// URL is not a number; use one from 0 up, e.g. 0")
     return int(text)
 
 
@@ -334,9 +309,7 @@ def parse_durability(text: str) -> Durability:
         return Durability(aof=True)
     match = re.fullmatch(r"replica:([1-9]\d?|100)", text) if isinstance(text, str) else None
     if match is None:
-        raise InvalidArgument(
-            f'durability must be "none", "replica:N" (N from 1 to 100) or "aof", got {text!r}'
-        )
+        raise InvalidArgument(f'durability must be "none", "replica:N" (N from 1 to 100) or "aof", got {text!r}')
     return Durability(replicas=int(match[1]))
 
 
@@ -380,9 +353,7 @@ class StoreSettings:
         provider: object = self.credential_provider
         if provider is not None and not callable(provider):
             kind = type(provider).__name__
-            raise InvalidArgument(
-                f"credential_provider must be callable and return (user, password), got a {kind}"
-            )
+            raise InvalidArgument(f"credential_provider must be callable and return (user, password), got a {kind}")
         for name in self.ssl:
             if not str(name).startswith("ssl_"):
                 raise InvalidArgument(f"ssl must hold only arguments that start with 'ssl_', got {name!r}")

@@ -7,14 +7,12 @@
 -- KEYS[5] u HASH dedup key -> id
 -- KEYS[6] f LIST ids finished lately
 -- KEYS[7] s HASH counters
--- KEYS[8] c HASH settings
--- KEYS[9] m ZSET wake marker
+-- KEYS[8] m ZSET wake marker
 -- ARGV[1..] three per job, at most 200 jobs: id | token | dedup key held until done, or ''
 -- returns answer per job: 1 done, 2 already done by this token, 0 lease lost
 -- moves: inflight -> done | cost O(jobs log inflight)
 local owners, jobs, leases, errors, dedup = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local finished, counters, config, marker = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local finished, counters, marker = KEYS[6], KEYS[7], KEYS[8]
 local count = #ARGV / 3
---@include dedup
 --@include ack
 return ack(1, count)

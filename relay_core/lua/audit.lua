@@ -18,11 +18,10 @@
 local config, jobs, counters, marker, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 9)
 local ready = {unpack(KEYS, 10, 19)}
 local layout, repair, ids = ARGV[1], ARGV[2] == '1', {unpack(ARGV, 3)}
---@include layout
 --@include owner
 --@include record
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 
 local function drop_everywhere(id, where)
   for _, set in ipairs({leases, dead, delayed}) do
@@ -35,7 +34,7 @@ local function make_ready(id, record, state)
   drop_everywhere(id)
   local token, _, _, retries = parse_owner(state)
   if state then redis.call('HSET', owners, id, token .. ' ' .. retries .. ' r') end
-  redis.call('RPUSH', ready[parse_record(record)], id)
+  redis.call('RPUSH', ready[parse_record(record) + 1], id)
   redis.call('ZADD', marker, 0, 'w')
 end
 
@@ -75,8 +74,8 @@ for i, id in ipairs(ids) do
     if repair then
       if strongest then drop_everywhere(id, strongest) else make_ready(id, record, state) end
     end
-  elseif level and (level ~= parse_record(record) or flag == 'h') then
-    finding = level ~= parse_record(record) and 'wrong_list' or 'no_lease'
+  elseif level and (level ~= parse_record(record) + 1 or flag == 'h') then
+    finding = level ~= parse_record(record) + 1 and 'wrong_list' or 'no_lease'
     if repair then make_ready(id, record, state) end
   end
   if finding ~= '' then repaired = repaired + 1 end

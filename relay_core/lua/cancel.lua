@@ -16,11 +16,10 @@
 local config, jobs, delayed, leases, dead, owners, errors, dedup, counters = unpack(KEYS, 1, 9)
 local ready = {unpack(KEYS, 10, 19)}
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
---@include layout
 --@include record
 --@include dedup
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 local answers, cancelled = {}, 0
 for i, id in ipairs(ids) do
   local record = redis.call('HGET', jobs, id)
@@ -29,7 +28,7 @@ for i, id in ipairs(ids) do
     if redis.call('ZSCORE', leases, id) then state = 'inflight'
     elseif redis.call('ZREM', delayed, id) == 1 then state = 'delayed'
     elseif redis.call('ZREM', dead, id) == 1 then state = 'dead'
-    elseif redis.call('LREM', ready[parse_record(record)], 1, id) == 1 then state = 'ready'
+    elseif redis.call('LREM', ready[parse_record(record) + 1], 1, id) == 1 then state = 'ready'
     end
     if state ~= '' and state ~= 'inflight' then
       redis.call('HDEL', jobs, id)

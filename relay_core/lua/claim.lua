@@ -15,24 +15,14 @@
 -- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run | ARGV[3] count, 1..200
 -- ARGV[4] lease, ms | ARGV[5] nonce | ARGV[6] max deliveries of jobs that name none
 -- ARGV[7] how long dead jobs are kept, ms | ARGV[8] 1 when the caller took the wake marker
--- returns {status, hint ms, now, promoted, reaped, buried rows, id, token, retries, record, ...}; see parts/claiming
+-- returns {status, hint ms, now, promoted, reaped, buried rows, id, token, retries, record, ...}; see parts/claim
 -- moves: ready -> inflight | delayed -> ready | inflight -> ready | inflight, ready -> dead | cost O(count log inflight)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local dedup, dedup_expiry = KEYS[10], KEYS[11]
-local ready = {unpack(KEYS, 12, 21)}
-local o = {
-  layout = ARGV[1], resent = ARGV[2] == '1', want = tonumber(ARGV[3]), lease_ms = tonumber(ARGV[4]), nonce = ARGV[5],
-  max_deliveries = tonumber(ARGV[6]), keep_ms = tonumber(ARGV[7]), woken = ARGV[8] == '1',
-}
+local READY = 12 -- the ready list of level n is KEYS[READY + n]
+local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local max_deliveries, keep_ms, woken = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
 --@include clock
---@include layout
---@include owner
---@include record
---@include dedup
---@include due
---@include bury
---@include sweep
---@include take
---@include claiming
-return claiming(o)
+--@include claim
+return reply

@@ -7,9 +7,8 @@
 -- moves: none
 local config, marker = KEYS[1], KEYS[2]
 local layout, args = ARGV[1], ARGV
+local found = redis.call('HGET', config, 'v')
 --@include layout
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
 for at = 2, #args, 2 do
   if args[at + 1] == '' then
     redis.call('HDEL', config, args[at])

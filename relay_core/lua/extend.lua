@@ -10,7 +10,6 @@ local owners, leases, config = KEYS[1], KEYS[2], KEYS[3]
 local lease_ms, args = tonumber(ARGV[1]), ARGV
 --@include clock
 --@include owner
---@include due
 local ids, answers, until_then = {}, {}, {}
 for at = 2, #args, 2 do ids[#ids + 1] = args[at] end
 local states = redis.call('HMGET', owners, unpack(ids))
@@ -26,6 +25,7 @@ for i, id in ipairs(ids) do
 end
 if #until_then > 0 then
   redis.call('ZADD', leases, 'XX', unpack(until_then))
-  lower_due(tonumber(redis.call('HGET', config, 'due') or nil), now + lease_ms)
+  local due = redis.call('HGET', config, 'due')
+  if not due or tonumber(due) > now + lease_ms then redis.call('HSET', config, 'due', now + lease_ms) end
 end
 return answers

@@ -19,33 +19,34 @@
 -- ARGV[9] number of acks, 0..200 | ARGV[10] number of nacks, 0..200
 -- ARGV[11..] three per ack: id | token | dedup key or '';
 --   then seven per nack: id | token | delay ms, -1 dead now | max retries | reason | error | new record or ''
--- returns {answers of the acks, answers of the nacks, reply as of claim}; see parts/ack, parts/nack, parts/claiming
+-- returns {answers of the acks, answers of the nacks, reply as of claim}; see parts/ack, parts/nack, parts/claim
 -- moves: inflight -> done | inflight -> delayed, ready, dead | and those of claim
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local dedup, dedup_expiry = KEYS[10], KEYS[11]
-local ready = {unpack(KEYS, 12, 21)}
+local READY = 12 -- the ready list of level n is KEYS[READY + n]
 local finished = KEYS[22]
-local o = {
-  layout = ARGV[1], resent = ARGV[2] == '1', want = tonumber(ARGV[3]), lease_ms = tonumber(ARGV[4]), nonce = ARGV[5],
-  max_deliveries = tonumber(ARGV[6]), keep_ms = tonumber(ARGV[7]), woken = ARGV[8] == '1',
-}
+local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local max_deliveries, keep_ms, woken = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
 local acks, nacks, items_from = tonumber(ARGV[9]), tonumber(ARGV[10]), 11
 --@include clock
---@include layout
---@include owner
---@include record
---@include dedup
---@include due
---@include bury
---@include sweep
---@include take
---@include claiming
---@include ack
---@include nack
-local acked = acks > 0 and ack(items_from, acks) or {}
-local nacked = nacks > 0 and nack(items_from + 3 * acks, nacks) or {}
-local claimed = claiming(o)
--- what ended must be told even where the claim is refused
-if claimed.err then return {acked, nacked, claimed.err} end
-return {acked, nacked, claimed}
+local acked, nacked = {}, {}
+do
+  -- what cannot be claimed must not be ended either: the caller would take all for refused
+  local found = redis.call('HGET', config, 'v')
+  --@include layout
+end
+if acks > 0 then
+  --@include ack
+  acked = ack(items_from, acks)
+end
+if nacks > 0 then
+  --@include owner
+  --@include record
+  --@include dedup
+  --@include bury
+  --@include nack
+  nacked = nack(items_from + 3 * acks, nacks)
+end
+--@include claim
+return {acked, nacked, reply}

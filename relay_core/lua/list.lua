@@ -14,10 +14,9 @@
 local config, jobs, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 7)
 local ready = {unpack(KEYS, 8, 17)}
 local layout, state, skip, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
---@include layout
 --@include rows
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 local ids, states, scores = {}, {}, {}
 if state == 'ready' then
   for level = 10, 1, -1 do

@@ -17,13 +17,12 @@
 -- moves: inflight -> delayed, ready, dead | cost O(jobs log delayed)
 local owners, jobs, leases, errors, dedup = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local delayed, counters, config, marker, dead = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
-local ready = {unpack(KEYS, 11, 20)}
+local READY = 11 -- the ready list of level n is KEYS[READY + n]
 local count = #ARGV / 7
 --@include clock
 --@include owner
 --@include record
 --@include dedup
---@include due
 --@include bury
 --@include nack
 return nack(1, count)

@@ -18,17 +18,16 @@
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local dedup, dedup_expiry = KEYS[10], KEYS[11]
-local ready = {unpack(KEYS, 12, 21)}
+local READY = 12 -- the ready list of level n is KEYS[READY + n]
 local layout, limit = ARGV[1], tonumber(ARGV[2])
 --@include clock
---@include layout
 --@include owner
 --@include record
 --@include dedup
 --@include bury
 --@include sweep
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 local promoted = promote(limit)
 if promoted > 0 then redis.call('ZADD', marker, 0, 'w') end
 local due = set_due()

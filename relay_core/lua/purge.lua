@@ -15,10 +15,9 @@
 local config, jobs, delayed, dead, owners, errors, dedup, counters = unpack(KEYS, 1, 8)
 local ready = {unpack(KEYS, 9, 18)}
 local layout, state, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
---@include layout
 --@include dedup
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 local ids = {}
 if state == 'ready' then
   for level = 10, 1, -1 do

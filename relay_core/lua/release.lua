@@ -30,7 +30,7 @@ for i = #ids, 1, -1 do
     redis.call('ZREM', leases, id)
     -- one delivery less, and a flag that ends the token
     redis.call('HSET', owners, id, (deliveries - 1) .. fence_and_nonce .. ' ' .. retries .. ' r')
-    redis.call('LPUSH', ready[parse_record(record)], id)
+    redis.call('LPUSH', ready[parse_record(record) + 1], id)
   elseif record and flag == 'r' and (deliveries + 1) .. fence_and_nonce == args[2 * i] then
     answers[i] = 2
   end

@@ -14,10 +14,9 @@
 local config, dead, jobs, owners, errors, counters, marker = unpack(KEYS, 1, 7)
 local ready = {unpack(KEYS, 8, 17)}
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
---@include layout
 --@include record
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 local records = redis.call('HMGET', jobs, unpack(ids))
 local answers, requeued = {}, 0
 for i, id in ipairs(ids) do
@@ -25,7 +24,7 @@ for i, id in ipairs(ids) do
   if records[i] and redis.call('ZREM', dead, id) == 1 then
     redis.call('HDEL', owners, id)
     redis.call('HDEL', errors, id)
-    redis.call('RPUSH', ready[parse_record(records[i])], id)
+    redis.call('RPUSH', ready[parse_record(records[i]) + 1], id)
     answers[i] = 1
     requeued = requeued + 1
   end

@@ -14,10 +14,9 @@
 local config, jobs, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 7)
 local ready = {unpack(KEYS, 8, 17)}
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
---@include layout
 --@include rows
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
+local found = redis.call('HGET', config, 'v')
+--@include layout
 local states, scores = {}, {}
 for i, id in ipairs(ids) do
   states[i] = ''

@@ -15,9 +15,8 @@ local config, counters, delayed, leases, dead, jobs = unpack(KEYS, 1, 6)
 local ready = {unpack(KEYS, 7, 16)}
 local layout = ARGV[1]
 --@include clock
+local found = redis.call('HGET', config, 'v')
 --@include layout
-local refused = check_layout(redis.call('HGET', config, 'v'), layout)
-if refused then return refused end
 local oldest, lengths = nil, {}
 for level = 1, 10 do
   lengths[level] = redis.call('LLEN', ready[level])

@@ -1,10 +1,9 @@
 -- nack: jobs failed, with a check of each token before every write
--- uses: now, config, jobs, ready, delayed, leases, owners, errors, counters, marker,
---       parse_owner, parse_record, bury, lower_due
+-- uses: now, config, jobs, READY, delayed, leases, owners, errors, counters, marker,
+--       parse_owner, parse_record, bury
 -- nack(from, count): ARGV[from..] = count times id, token, delay ms (-1: dead now), max retries, reason,
 --   error, record without its creation time ('': unchanged)
 --   answers per job: 1 retried, 2 dead, 3 already nacked by this token, 0 lease lost
---@include gated
 local function nack(from, count)
   local answers, ids, due = {}, {}, tonumber(redis.call('HGET', config, 'due') or nil)
   for i = 1, count do ids[i] = ARGV[from + 7 * i - 7] end
@@ -33,14 +32,18 @@ local function nack(from, count)
         answers[i] = 2
       else
         redis.call('HSET', owners, id, token .. ' ' .. (retries + 1) .. ' n')
-        redis.call('HSET', errors, id, now .. ' ' .. reason .. '\n' .. message)
+        redis.call('HSET', errors, id, now .. ' retry\n' .. message)
         if delay == 0 then
-          redis.call('RPUSH', ready[parse_record(record)], id)
+          redis.call('RPUSH', KEYS[READY + parse_record(record)], id)
           wake = true
         else
           redis.call('ZADD', delayed, now + delay, id)
-          if not due or now + delay < due then wake = true end
-          due = lower_due(due, now + delay)
+          if not due or now + delay < due then
+            -- one worker must learn that it has to look earlier than it planned
+            due = now + delay
+            redis.call('HSET', config, 'due', due)
+            wake = true
+          end
         end
         retried = retried + 1
         answers[i] = 1
@@ -48,6 +51,6 @@ local function nack(from, count)
     end
   end
   if retried > 0 then redis.call('HINCRBY', counters, 'retried', retried) end
-  if wake then redis.call('ZADD', marker, 0, 'w') elseif next(done) then wake_gated() end
+  if wake then redis.call('ZADD', marker, 0, 'w') elseif next(done) and redis.call('HEXISTS', config, 'gate') == 1 then redis.call('ZADD', marker, 0, 'w') end
   return answers
 end

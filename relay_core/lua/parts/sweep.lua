@@ -1,5 +1,5 @@
 -- sweep: promote due jobs, reap expired leases, forget what was kept long enough; at most `limit` of each
--- uses: now, config, jobs, ready, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
+-- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
 --       parse_owner, parse_record, free_dedup_of, bury
 -- moves: delayed -> ready | inflight -> ready (at the head: it waited longest), or dead past max deliveries
 -- set_due(): writes the exact next due time, returns it or nil
@@ -24,7 +24,7 @@ local function promote(limit)
   local promoted = 0
   for i, id in ipairs(ids) do
     if records[i] then
-      redis.call('RPUSH', ready[parse_record(records[i])], id)
+      redis.call('RPUSH', KEYS[READY + parse_record(records[i])], id)
       promoted = promoted + 1
     end
   end
@@ -52,7 +52,7 @@ local function reap(limit, max_deliveries, gone)
         gone[#gone + 1] = record
       else
         redis.call('HSET', owners, id, token .. ' ' .. retries .. ' r')
-        redis.call('LPUSH', ready[level], id)
+        redis.call('LPUSH', KEYS[READY + level], id)
       end
       reaped = reaped + 1
     end

@@ -1,0 +1,212 @@
+"""`AsyncBroker`: the same one-line methods over the same flows, driven over an asyncio store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from relay_core import inspector, maintenance
+from relay_core.broker import BrokerBase, as_jobs, names
+from relay_core.commands import Command, Nack, QueueStats, Verdict
+from relay_core.connection import AsyncBell, AsyncStore
+from relay_core.errors import RelayError, Unavailable
+from relay_core.job import Claimed, Enqueued, Job, State, StoredJob
+from relay_core.maintenance import AuditReport, Progress
+from relay_core.operations import Flow, Raw, Step, Wait
+from relay_core.validation import JobSpec
+
+T = TypeVar("T")
+
+
+class AsyncBroker(BrokerBase):
+    """The asyncio broker: the methods of Broker, to be awaited. One per event loop."""
+
+    _store: AsyncStore | None = None
+
+    @property
+    def store(self) -> AsyncStore:
+        """The connection, opened at its first use."""
+        if self._store is None:
+            self._bells: dict[tuple[bytes, ...], list[AsyncBell]] = {}
+            self._store = AsyncStore(self._address(), self._store_settings)
+        return self._store
+
+    async def close(self) -> None:
+        """Give back all connections, and the embedded server."""
+        if self._store is not None:
+            for bells in self._bells.values():
+                for bell in bells:
+                    await bell.close()
+            await self._store.close()
+            self._store = None
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+    async def __aenter__(self) -> AsyncBroker:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def drive(self, flow: Flow[T]) -> T:
+        """Carry out a flow, step by step."""
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    answer = await self._perform(step)
+                except RelayError as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    async def _perform(self, step: Step) -> Any:
+        if isinstance(step, Command):
+            return await self.store.run(step)
+        if isinstance(step, list):
+            return await self.store.run_many(step)
+        if isinstance(step, Raw):
+            return await self.store.raw(*step.args)
+        return await self._wait(step)
+
+    async def _wait(self, step: Wait) -> bool:
+        store = self.store
+        idle = self._bells.setdefault(step.markers, [])
+        bell = idle.pop() if idle else store.bell(step.markers)
+        try:
+            rung = await bell.wait(step.timeout)
+        except Unavailable:
+            await bell.close()
+            await asyncio.sleep(min(0.1, step.timeout))
+            return True  # the next command finds out whether the server is there, and waits for it
+        except BaseException:
+            await bell.close()
+            raise
+        idle.append(bell)
+        return rung
+
+    # one line per operation, in the order of a job's life
+
+    async def enqueue(self, queue: str, payload: bytes, **options: Any) -> Enqueued:
+        """See Broker.enqueue."""
+        return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+
+    async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
+        """See Broker.enqueue_many."""
+        return await self.drive(self.operations.enqueue_many(queue, jobs))
+
+    async def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
+        """See Broker.claim."""
+        return await self.drive(self.operations.claim(names(queues), count, wait))
+
+    async def ack(self, job: Job) -> None:
+        """See Broker.ack."""
+        return await self.drive(self.operations.ack(job))
+
+    async def ack_many(self, jobs: Sequence[Job]) -> list[Verdict]:
+        """See Broker.ack_many."""
+        return await self.drive(self.operations.ack_many(jobs))
+
+    async def nack(
+        self, job: Job, error: BaseException | str | None = None, delay: float | None = None, **options: Any
+    ) -> Verdict:
+        """See Broker.nack."""
+        return await self.drive(self.operations.nack(job, error, delay, **options))
+
+    async def finish(
+        self,
+        queue: str,
+        acks: Sequence[Job] = (),
+        nacks: Sequence[tuple[Job, Nack]] = (),
+        count: int = 0,
+        woken: bool = False,
+    ) -> tuple[list[Verdict], list[Verdict], Claimed]:
+        """See Broker.finish."""
+        return await self.drive(self.operations.finish(queue, acks, nacks, count, woken))
+
+    async def extend(self, jobs: Job | Sequence[Job], lease: float | None = None) -> list[Verdict]:
+        """See Broker.extend."""
+        return await self.drive(self.operations.extend(as_jobs(jobs), lease))
+
+    async def release(self, jobs: Job | Sequence[Job]) -> list[Verdict]:
+        """See Broker.release."""
+        return await self.drive(self.operations.release(as_jobs(jobs)))
+
+    async def reap(self, queue: str, limit: int = 200) -> int:
+        """See Broker.reap."""
+        return await self.drive(self.operations.reap(queue, limit))
+
+    async def promote(self, queue: str, limit: int = 200) -> int:
+        """See Broker.promote."""
+        return await self.drive(self.operations.promote(queue, limit))
+
+    async def cancel(self, queue: str, id: str) -> State | None:
+        """See Broker.cancel."""
+        return (await self.drive(maintenance.cancel(self.operations, queue, [id])))[0]
+
+    async def cancel_many(self, queue: str, ids: Sequence[str]) -> list[State | None]:
+        """See Broker.cancel_many."""
+        return await self.drive(maintenance.cancel(self.operations, queue, ids))
+
+    async def dead(self, queue: str, limit: int = 100, skip: int = 0) -> list[StoredJob]:
+        """See Broker.dead."""
+        return await self.drive(inspector.listas_jobs(self.operations, queue, "dead", skip, limit))
+
+    async def jobs(self, queue: str, state: State, limit: int = 100, skip: int = 0) -> list[StoredJob]:
+        """See Broker.jobs."""
+        return await self.drive(inspector.listas_jobs(self.operations, queue, state, skip, limit))
+
+    async def show(self, queue: str, id: str) -> StoredJob | None:
+        """See Broker.show."""
+        return (await self.drive(inspector.show(self.operations, queue, [id])))[0]
+
+    async def requeue(
+        self,
+        queue: str,
+        ids: Sequence[str] | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """See Broker.requeue."""
+        return await self.drive(maintenance.requeue(self.operations, queue, ids, limit, progress))
+
+    async def purge(
+        self, queue: str, states: Sequence[State] = ("ready", "delayed"), progress: Progress | None = None
+    ) -> int:
+        """Drop all jobs that are in these states: how many. What runs is left alone."""
+        return await self.drive(maintenance.purge(self.operations, queue, states, progress))
+
+    async def pause(self, queue: str) -> None:
+        """See Broker.pause."""
+        return await self.drive(maintenance.configure(self.operations, queue, {"paused": "1"}))
+
+    async def resume(self, queue: str) -> None:
+        """See Broker.resume."""
+        return await self.drive(maintenance.configure(self.operations, queue, {"paused": ""}))
+
+    async def limit(
+        self, queue: str, rate: float | None = None, burst: int | None = None, max_inflight: int | None = None
+    ) -> None:
+        """See Broker.limit."""
+        changes = maintenance.limits(rate, burst, max_inflight)
+        return await self.drive(maintenance.configure(self.operations, queue, changes))
+
+    async def queues(self) -> list[str]:
+        """See Broker.queues."""
+        return await self.drive(inspector.queues(self.operations))
+
+    async def stats(self, queue: str) -> QueueStats:
+        """See Broker.stats."""
+        return await self.drive(inspector.stats(self.operations, queue))
+
+    async def audit(self, queue: str, repair: bool = True, progress: Progress | None = None) -> AuditReport:
+        """See Broker.audit."""
+        return await self.drive(maintenance.audit(self.operations, queue, repair, progress))

@@ -1,0 +1,304 @@
+"""`Broker`: one line per method over the flows, driven over a blocking store."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from relay_core import embedded, inspector, maintenance
+from relay_core.commands import Command, Nack, QueueStats, Verdict
+from relay_core.connection import Bell, SyncStore
+from relay_core.errors import RelayError, Unavailable
+from relay_core.job import Claimed, Enqueued, Job, State, StoredJob
+from relay_core.maintenance import AuditReport, Progress
+from relay_core.operations import Flow, Operations, Raw, Settings, Step, Wait
+from relay_core.plugins import Plugins
+from relay_core.retry import RetryPolicy
+from relay_core.settings import StoreSettings, StoreUrl, parse_url
+from relay_core.validation import MAX_PAYLOAD, JobSpec
+
+T = TypeVar("T")
+
+_NOTICE = "relay: using the embedded server in {} (give a URL such as relay://localhost:6379/0 for another)"
+
+
+class BrokerBase:
+    """What both brokers are made of. Building one does no I/O: the first call connects.
+
+    :param url: `relay://host:port/db`, `relays://` (TLS), `relay+unix:///path?db=0`,
+        `relay+sentinel://h1:p,h2:p/service/db`, `relay+cluster://h1:p,h2:p`, or `relay://` for the embedded
+        server in `./.relay`; `redis` and `valkey` are accepted as the first word too
+    :param prefix: what every key begins with. Default `relay`
+    :param plugins: objects with hook implementations, see relay_core/hooks.py
+    :param retry: when failed jobs run again. Default: exponential, full jitter, base 1 s, ceiling 10 min
+    :param queue_retry: a policy of its own for some queues
+    :param lease: seconds for which a claimed job is hidden. Default 15. Extend it every third of that
+    :param max_deliveries: deliveries without an answer after which a job goes to dead. Default 5
+    :param max_payload: bytes, after the plugins' encoding. Default 16 MiB
+    :param keep_dead: seconds for which dead jobs are kept. Default 7 days
+    :param durability: `none`, `replica:N` (WAIT) or `aof` (WAITAOF): what confirms an enqueue
+    :param quiet: do not print the notice about the embedded server
+    :param connection: further settings of the connection, see relay_core/settings.py StoreSettings
+    """
+
+    def __init__(
+        self,
+        url: str = "relay://",
+        *,
+        prefix: str = "relay",
+        plugins: Iterable[object] = (),
+        retry: RetryPolicy | None = None,
+        queue_retry: Mapping[str, RetryPolicy] | None = None,
+        lease: float = 15.0,
+        max_deliveries: int = 5,
+        max_payload: int = MAX_PAYLOAD,
+        keep_dead: float = 7 * 86400.0,
+        durability: str = "none",
+        quiet: bool = False,
+        **connection: Any,
+    ) -> None:
+        self.url: StoreUrl = parse_url(url)
+        self.settings = Settings(
+            prefix=prefix,
+            retry=retry or RetryPolicy(),
+            queue_retry=dict(queue_retry or {}),
+            lease=lease,
+            max_deliveries=max_deliveries,
+            max_payload=max_payload,
+            keep_dead=keep_dead,
+        )
+        self.plugins = Plugins(plugins)
+        self.operations = Operations(self.settings, self.plugins)
+        self._store_settings = StoreSettings(durability=durability, **connection)
+        self._quiet = quiet
+        self._lease: embedded.Lease | None = None
+        self._opening = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url.safe()!r})"
+
+    def _address(self) -> StoreUrl:
+        """Where the server is; starts the embedded one, or joins it."""
+        if self.url.topology != "embedded":
+            return self.url
+        if self._lease is None:
+            directory = Path(self.url.path or ".relay")
+            self._lease = embedded.acquire(directory)
+            if not self._quiet:
+                print(_NOTICE.format(directory.absolute()), file=sys.stderr)
+        return self.url.at_socket(self._lease.socket_path)
+
+
+def names(queues: Sequence[str] | str) -> Sequence[str]:
+    return (queues,) if isinstance(queues, str) else queues
+
+
+def as_jobs(jobs: Job | Sequence[Job]) -> Sequence[Job]:
+    return (jobs,) if isinstance(jobs, Job) else jobs
+
+
+class Broker(BrokerBase):
+    """The blocking broker. Safe to use from many threads, and in the children of a fork."""
+
+    _store: SyncStore | None = None
+
+    @property
+    def store(self) -> SyncStore:
+        """The connection, opened at its first use."""
+        if self._store is None:
+            with self._opening:
+                if self._store is None:
+                    self._bells: dict[tuple[bytes, ...], list[Bell]] = {}
+                    self._store = SyncStore(self._address(), self._store_settings)
+        return self._store
+
+    def close(self) -> None:
+        """Give back all connections, and the embedded server."""
+        with self._opening:
+            if self._store is not None:
+                for bells in self._bells.values():
+                    for bell in bells:
+                        bell.close()
+                self._store.close()
+                self._store = None
+            if self._lease is not None:
+                self._lease.close()
+                self._lease = None
+
+    def __enter__(self) -> Broker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def drive(self, flow: Flow[T]) -> T:
+        """Carry out a flow, step by step."""
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    answer = self._perform(step)
+                except RelayError as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    def _perform(self, step: Step) -> Any:
+        if isinstance(step, Command):
+            return self.store.run(step)
+        if isinstance(step, list):
+            return self.store.run_many(step)
+        if isinstance(step, Raw):
+            return self.store.raw(*step.args)
+        return self._wait(step)
+
+    def _wait(self, step: Wait) -> bool:
+        store = self.store
+        idle = self._bells.setdefault(step.markers, [])
+        try:
+            bell = idle.pop()
+        except IndexError:
+            bell = store.bell(step.markers)
+        try:
+            rung = bell.wait(step.timeout)
+        except Unavailable:
+            bell.close()
+            time.sleep(min(0.1, step.timeout))
+            return True  # the next command finds out whether the server is there, and waits for it
+        except BaseException:
+            bell.close()
+            raise
+        idle.append(bell)
+        return rung
+
+    # one line per operation, in the order of a job's life
+
+    def enqueue(self, queue: str, payload: bytes, **options: Any) -> Enqueued:
+        """Store one job. Options: id, delay, at, priority, max_retries, max_deliveries, dedup_key, dedup_for,
+        headers, retry; see JobSpec. Raises InvalidArgument, Unavailable, NotDurable."""
+        return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+
+    def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
+        """Store many jobs in few round trips. All are checked before the first is sent."""
+        return self.drive(self.operations.enqueue_many(queue, jobs))
+
+    def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
+        """Lease up to `count` jobs of these queues, asked in their order; wait for the first up to `wait` seconds.
+        An empty answer says in `limited` and `retry_after` whether a limit or a pause held work back."""
+        return self.drive(self.operations.claim(names(queues), count, wait))
+
+    def ack(self, job: Job) -> None:
+        """The job is done. Raises LeaseLost."""
+        return self.drive(self.operations.ack(job))
+
+    def ack_many(self, jobs: Sequence[Job]) -> list[Verdict]:
+        """The jobs are done: a verdict each, LOST where the lease was lost."""
+        return self.drive(self.operations.ack_many(jobs))
+
+    def nack(
+        self, job: Job, error: BaseException | str | None = None, delay: float | None = None, **options: Any
+    ) -> Verdict:
+        """The job failed: DONE when it will be retried (after `delay` seconds, default: the policy's), DEAD when its
+        retries are used up. Options: dead=True (no retry), reason, payload (a new body). Raises LeaseLost."""
+        return self.drive(self.operations.nack(job, error, delay, **options))
+
+    def finish(
+        self,
+        queue: str,
+        acks: Sequence[Job] = (),
+        nacks: Sequence[tuple[Job, Nack]] = (),
+        count: int = 0,
+        woken: bool = False,
+    ) -> tuple[list[Verdict], list[Verdict], Claimed]:
+        """Ack and nack jobs of one queue and claim more of it, in one round trip. Nacks: (job, nack_of(job, ...))."""
+        return self.drive(self.operations.finish(queue, acks, nacks, count, woken))
+
+    def extend(self, jobs: Job | Sequence[Job], lease: float | None = None) -> list[Verdict]:
+        """Heartbeat: the leases end `lease` seconds from now (default: the broker's). LOST where one was lost."""
+        return self.drive(self.operations.extend(as_jobs(jobs), lease))
+
+    def release(self, jobs: Job | Sequence[Job]) -> list[Verdict]:
+        """Hand back jobs that were not started; the delivery does not count."""
+        return self.drive(self.operations.release(as_jobs(jobs)))
+
+    def reap(self, queue: str, limit: int = 200) -> int:
+        """End expired leases, at most `limit`: how many. Claims do this by themselves."""
+        return self.drive(self.operations.reap(queue, limit))
+
+    def promote(self, queue: str, limit: int = 200) -> int:
+        """Make due jobs ready, at most `limit`: how many. Claims do this by themselves."""
+        return self.drive(self.operations.promote(queue, limit))
+
+    def cancel(self, queue: str, id: str) -> State | None:
+        """Take a job out: the state it was in; `inflight` means it runs and was left alone; None: no such job."""
+        return self.drive(maintenance.cancel(self.operations, queue, [id]))[0]
+
+    def cancel_many(self, queue: str, ids: Sequence[str]) -> list[State | None]:
+        """`cancel` for many ids."""
+        return self.drive(maintenance.cancel(self.operations, queue, ids))
+
+    def dead(self, queue: str, limit: int = 100, skip: int = 0) -> list[StoredJob]:
+        """Dead jobs, the longest dead first."""
+        return self.drive(inspector.listas_jobs(self.operations, queue, "dead", skip, limit))
+
+    def jobs(self, queue: str, state: State, limit: int = 100, skip: int = 0) -> list[StoredJob]:
+        """The jobs in a state: ready in the order of claims, delayed and inflight by time, dead by age."""
+        return self.drive(inspector.listas_jobs(self.operations, queue, state, skip, limit))
+
+    def show(self, queue: str, id: str) -> StoredJob | None:
+        """One job as it lies in the store."""
+        return self.drive(inspector.show(self.operations, queue, [id]))[0]
+
+    def requeue(
+        self,
+        queue: str,
+        ids: Sequence[str] | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Dead jobs become ready again, these or all: how many. Their retries and deliveries count anew."""
+        return self.drive(maintenance.requeue(self.operations, queue, ids, limit, progress))
+
+    def purge(
+        self, queue: str, states: Sequence[State] = ("ready", "delayed"), progress: Progress | None = None
+    ) -> int:
+        """Drop all jobs that are in these states: how many. What runs is left alone."""
+        return self.drive(maintenance.purge(self.operations, queue, states, progress))
+
+    def pause(self, queue: str) -> None:
+        """Stop all claims of a queue, in every worker. Enqueue goes on."""
+        return self.drive(maintenance.configure(self.operations, queue, {"paused": "1"}))
+
+    def resume(self, queue: str) -> None:
+        """End a pause."""
+        return self.drive(maintenance.configure(self.operations, queue, {"paused": ""}))
+
+    def limit(
+        self, queue: str, rate: float | None = None, burst: int | None = None, max_inflight: int | None = None
+    ) -> None:
+        """Set a queue's limits for all workers: `rate` jobs per second with a bucket of `burst` (default: one second's
+        worth), at most `max_inflight` claimed at a time. What is None is unset."""
+        changes = maintenance.limits(rate, burst, max_inflight)
+        return self.drive(maintenance.configure(self.operations, queue, changes))
+
+    def queues(self) -> list[str]:
+        """Names of the queues ever enqueued to."""
+        return self.drive(inspector.queues(self.operations))
+
+    def stats(self, queue: str) -> QueueStats:
+        """Depths, settings and counters at one instant."""
+        return self.drive(inspector.stats(self.operations, queue))
+
+    def audit(self, queue: str, repair: bool = True, progress: Progress | None = None) -> AuditReport:
+        """Find ids that are in no state or in two, and mend them."""
+        return self.drive(maintenance.audit(self.operations, queue, repair, progress))

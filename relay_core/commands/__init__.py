@@ -1,0 +1,64 @@
+"""Builders of every command: pure functions from a queue's keys and plain values to a `Command`.
+
+They are the only Python that knows the order of a script's KEYS and ARGV.
+"""
+
+from relay_core.commands.command import Command
+from relay_core.commands.moves import (
+    Ack,
+    ClaimReply,
+    Finish,
+    Grant,
+    Nack,
+    NewJob,
+    Verdict,
+    ack,
+    claim,
+    enqueue,
+    extend,
+    finish,
+    nack,
+    promote,
+    reap,
+    release,
+)
+from relay_core.commands.upkeep import (
+    QueueStats,
+    audit,
+    cancel,
+    configure,
+    list_jobs,
+    purge,
+    requeue,
+    show,
+    stats,
+)
+
+__all__ = [
+    "Ack",
+    "ClaimReply",
+    "Command",
+    "Finish",
+    "Grant",
+    "Nack",
+    "NewJob",
+    "QueueStats",
+    "Verdict",
+    "ack",
+    "audit",
+    "cancel",
+    "claim",
+    "configure",
+    "enqueue",
+    "extend",
+    "finish",
+    "list_jobs",
+    "nack",
+    "promote",
+    "purge",
+    "reap",
+    "release",
+    "requeue",
+    "show",
+    "stats",
+]

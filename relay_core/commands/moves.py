@@ -1,0 +1,249 @@
+"""Commands on the hot path: enqueue, claim, and how a claimed job ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from relay_core import scripts
+from relay_core.commands.command import Arg, Command
+from relay_core.job import Enqueued
+from relay_core.keys import LAYOUT, QueueKeys
+
+MAX_BATCH = 200
+"""Most jobs in one script call: a longer one would keep the server from its other clients."""
+
+DEFAULT_KEEP_MS = 7 * 86_400_000
+"""How long dead jobs are kept."""
+
+
+class NewJob(NamedTuple):
+    """A job to store.
+
+    `due`: "" now, "+<ms>" after the server's now, "@<unix ms>". `dedup`: "" or "<ms, 0 until done>:<key>".
+    `record`: Record.pack.
+    """
+
+    id: str
+    due: str
+    dedup: str
+    record: bytes
+
+
+class Ack(NamedTuple):
+    """`dedup_key`: the key that the job holds until it is done, or ""."""
+
+    id: str
+    token: str
+    dedup_key: str = ""
+
+
+class Nack(NamedTuple):
+    """`delay_ms`: -1 for dead at once. `record`: a new Record.pack, or b"" to keep the body."""
+
+    id: str
+    token: str
+    delay_ms: int
+    max_retries: int
+    reason: str
+    error: str
+    record: bytes = b""
+
+
+class Verdict(IntEnum):
+    """What became of one job of an ack, nack, extend or release."""
+
+    LOST = 0
+    DONE = 1
+    """Acked, extended, released; of a nack: waits for its retry."""
+    DEAD = 2
+    """Of a nack: went to dead."""
+    ALREADY = 3
+    """An earlier send of the same receipt did it."""
+
+
+class Grant(NamedTuple):
+    """One leased (or buried) job as the scripts give it."""
+
+    id: str
+    token: str
+    retries: int
+    record: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimReply:
+    """What one claim found.
+
+    :ivar limited: None, `paused`, `rate` or `max_inflight`
+    :ivar hint_ms: milliseconds until asking again makes sense; None when only a wake-up will tell
+    :ivar buried: jobs that this claim moved to dead because their deliveries were used up
+    """
+
+    grants: Sequence[Grant]
+    limited: str | None
+    hint_ms: int | None
+    now_ms: int
+    promoted: int
+    reaped: int
+    buried: Sequence[Grant]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What one finish did: a verdict per ack and per nack, and the claim (None: refused, see `refused`)."""
+
+    acked: Sequence[Verdict]
+    nacked: Sequence[Verdict]
+    claim: ClaimReply | None
+    refused: str = ""
+
+
+_LIMITS = (None, "paused", "rate", "max_inflight")
+
+
+def _sweep_keys(q: QueueKeys) -> tuple[bytes, ...]:
+    return (
+        q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors,
+        q.dedup, q.dedup_expiry, *q.ready,
+    )  # fmt: skip
+
+
+def _grants(flat: Sequence[Any], start: int = 0) -> list[Grant]:
+    return [
+        Grant(flat[i].decode(), flat[i + 1].decode(), int(flat[i + 2]), flat[i + 3]) for i in range(start, len(flat), 4)
+    ]
+
+
+def _claim_reply(reply: Sequence[Any], _resent: bool = False) -> ClaimReply:
+    status, hint, now, promoted, reaped, buried = reply[:6]
+    return ClaimReply(
+        grants=_grants(reply, 6),
+        limited=_LIMITS[status],
+        hint_ms=None if hint < 0 else hint,
+        now_ms=now,
+        promoted=promoted,
+        reaped=reaped,
+        buried=_grants(buried) if buried else (),
+    )
+
+
+def _acked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
+    return [Verdict.ALREADY if answer == 2 else Verdict(answer) for answer in reply]
+
+
+def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
+    return [Verdict(answer) for answer in reply]
+
+
+def enqueue(q: QueueKeys, jobs: Sequence[NewJob]) -> Command[list[Enqueued]]:
+    """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate."""
+    args: list[Arg] = [LAYOUT, 0]
+    for job in jobs:
+        args += job
+
+    def parse(reply: Sequence[Any], resent: bool) -> list[Enqueued]:
+        return [
+            Enqueued(job.id)
+            if answer == 1 or (answer == 0 and resent)
+            else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
+            for job, answer in zip(jobs, reply[1:], strict=True)
+        ]
+
+    keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, *q.ready)
+    return Command(scripts.load("enqueue"), keys, tuple(args), parse, resent_at=1, durable=True)
+
+
+def claim(
+    q: QueueKeys,
+    count: int,
+    lease_ms: int,
+    nonce: str,
+    *,
+    max_deliveries: int,
+    keep_ms: int = DEFAULT_KEEP_MS,
+    woken: bool = False,
+) -> Command[ClaimReply]:
+    """Lease up to `count` (1..MAX_BATCH) jobs. `nonce` is fresh per claim: a re-send finds its jobs by it."""
+    args = (LAYOUT, 0, count, lease_ms, nonce, max_deliveries, keep_ms, int(woken))
+    return Command(scripts.load("claim"), _sweep_keys(q), args, _claim_reply, resent_at=1)
+
+
+def finish(
+    q: QueueKeys,
+    acks: Sequence[Ack],
+    nacks: Sequence[Nack],
+    count: int,
+    lease_ms: int,
+    nonce: str,
+    *,
+    max_deliveries: int,
+    keep_ms: int = DEFAULT_KEEP_MS,
+    woken: bool = False,
+) -> Command[Finish]:
+    """End up to MAX_BATCH jobs each way and lease up to `count` (0..MAX_BATCH) more, in one round trip."""
+    args: list[Arg] = [LAYOUT, 0, count, lease_ms, nonce, max_deliveries, keep_ms, int(woken)]
+    args += (len(acks), len(nacks))
+    for item in (*acks, *nacks):
+        args += item
+
+    def parse(reply: Sequence[Any], _resent: bool) -> Finish:
+        acked, nacked, claimed = reply
+        if isinstance(claimed, bytes):
+            return Finish(_acked(acked), _nacked(nacked), None, claimed.decode())
+        return Finish(_acked(acked), _nacked(nacked), _claim_reply(claimed))
+
+    return Command(scripts.load("finish"), (*_sweep_keys(q), q.finished), tuple(args), parse, resent_at=1)
+
+
+def ack(q: QueueKeys, acks: Sequence[Ack]) -> Command[list[Verdict]]:
+    """The jobs are done and leave the store."""
+    args = tuple(arg for item in acks for arg in item)
+    keys = (
+        q.owners, q.jobs, q.leases, q.errors, q.dedup, q.finished, q.counters, q.marker,
+    )  # fmt: skip
+    return Command(scripts.load("ack"), keys, args, _acked)
+
+
+def nack(q: QueueKeys, nacks: Sequence[Nack]) -> Command[list[Verdict]]:
+    """The jobs failed: each is retried after its delay, or goes to dead."""
+    args = tuple(arg for item in nacks for arg in item)
+    keys = (
+        q.owners, q.jobs, q.leases, q.errors, q.dedup, q.delayed, q.counters, q.config, q.marker, q.dead, *q.ready,
+    )  # fmt: skip
+    return Command(scripts.load("nack"), keys, args, _nacked)
+
+
+def extend(q: QueueKeys, receipts: Sequence[tuple[str, str]], lease_ms: int) -> Command[list[Verdict]]:
+    """Heartbeat: the leases of these (id, token) pairs end `lease_ms` from now."""
+    args = (lease_ms, *(arg for pair in receipts for arg in pair))
+    return Command(scripts.load("extend"), (q.owners, q.leases, q.config), args, _nacked)
+
+
+def release(q: QueueKeys, receipts: Sequence[tuple[str, str]]) -> Command[list[Verdict]]:
+    """Hand back jobs, by (id, token), that were not started; the delivery does not count."""
+    args = tuple(arg for pair in receipts for arg in pair)
+    keys = (q.owners, q.jobs, q.leases, q.counters, q.marker, *q.ready)
+    return Command(scripts.load("release"), keys, args, _acked)
+
+
+def promote(q: QueueKeys, limit: int = MAX_BATCH) -> Command[tuple[int, int | None]]:
+    """Due jobs become ready: how many, and milliseconds until the next one is due (None: never)."""
+
+    def parse(reply: Sequence[int], _resent: bool) -> tuple[int, int | None]:
+        return reply[1], None if reply[2] < 0 else reply[2]
+
+    return Command(scripts.load("promote"), _sweep_keys(q), (LAYOUT, limit), parse)
+
+
+def reap(
+    q: QueueKeys, limit: int = MAX_BATCH, *, max_deliveries: int, keep_ms: int = DEFAULT_KEEP_MS
+) -> Command[tuple[int, list[Grant], int]]:
+    """Expired leases end: how many, the jobs that went to dead, and how many old dead jobs were dropped."""
+
+    def parse(reply: Sequence[Any], _resent: bool) -> tuple[int, list[Grant], int]:
+        return reply[1], _grants(reply[2]), reply[3]
+
+    return Command(scripts.load("reap"), _sweep_keys(q), (LAYOUT, limit, max_deliveries, keep_ms), parse)

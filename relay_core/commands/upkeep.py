@@ -1,0 +1,182 @@
+"""Commands off the hot path: what people and tools read and repair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from relay_core import scripts
+from relay_core.commands.command import Command
+from relay_core.errors import InvalidRecord
+from relay_core.job import NO_OPTIONS, Record, State, StoredJob
+from relay_core.keys import LAYOUT, LEVELS, QueueKeys
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """One queue at one instant. Times are unix seconds of the server.
+
+    :ivar ready: jobs per priority level, level 0 first
+    :ivar oldest_at: creation time of the oldest job at the head of a ready list
+    :ivar settings: rate, burst, max_inflight as stored; absent when not set
+    :ivar counters: lifetime counts of enqueued, claimed, processed, retried, dead, reaped, promoted, ...
+    """
+
+    queue: str
+    now: float
+    ready_by_level: tuple[int, ...]
+    delayed: int
+    inflight: int
+    dead: int
+    oldest_at: float | None
+    next_due_at: float | None
+    paused: bool
+    settings: Mapping[str, float]
+    counters: Mapping[str, int]
+
+    @property
+    def ready(self) -> int:
+        return sum(self.ready_by_level)
+
+    @property
+    def pending(self) -> int:
+        """Jobs that are not over: ready, delayed and inflight."""
+        return self.ready + self.delayed + self.inflight
+
+
+def _seconds(ms: float) -> float | None:
+    return None if ms < 0 else ms / 1000
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[str, str]:
+    texts = [item.decode() for item in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
+
+
+def stats(q: QueueKeys) -> Command[QueueStats]:
+    """Depths, settings and counters at one instant."""
+
+    def parse(reply: Sequence[Any], _resent: bool) -> QueueStats:
+        now, delayed, inflight, dead, oldest, next_due, config, counters, *ready = reply
+        settings = _pairs(config)
+        return QueueStats(
+            queue=q.queue,
+            now=now / 1000,
+            ready_by_level=tuple(ready),
+            delayed=delayed,
+            inflight=inflight,
+            dead=dead,
+            oldest_at=_seconds(oldest),
+            next_due_at=_seconds(next_due),
+            paused="paused" in settings,
+            settings={k: float(settings[k]) for k in ("rate", "burst", "max_inflight") if k in settings},
+            counters={name: int(value) for name, value in _pairs(counters).items()},
+        )
+
+    keys = (q.config, q.counters, q.delayed, q.leases, q.dead, q.jobs, *q.ready)
+    return Command(scripts.load("stats"), keys, (LAYOUT,), parse)
+
+
+def _stored_jobs(q: QueueKeys, flat: Sequence[Any]) -> list[StoredJob]:
+    return [_stored_job(q, *flat[i : i + 6]) for i in range(0, len(flat), 6)]
+
+
+def _stored_job(
+    q: QueueKeys, id: bytes, state: bytes, score: int | bytes, raw: bytes, owner: bytes, failure: bytes
+) -> StoredJob:
+    try:
+        record = Record.unpack(raw)
+        created, priority, payload = record.created_ms / 1000, record.priority, record.payload
+        options = record.options
+    except InvalidRecord:
+        # a record that does not decode is shown as it is: its bytes are what somebody wants to see
+        created, priority, payload, options = None, None, raw, NO_OPTIONS
+    token, _, rest = owner.decode().partition(" ")
+    head, _, error = failure.decode(errors="replace").partition("\n")
+    failed_at, _, reason = head.partition(" ")
+    name = cast("State | None", state.decode() or None)
+    return StoredJob(
+        id=id.decode(),
+        queue=q.queue,
+        state=name,
+        payload=payload,
+        created_at=created,
+        priority=priority,
+        deliveries=int(token.partition(":")[0] or 0),
+        retries=int(rest.partition(" ")[0] or 0),
+        due_at=int(score) / 1000 if name in ("delayed", "inflight") else None,
+        reason=reason or None,
+        error=error or None,
+        failed_at=int(failed_at) / 1000 if failed_at else None,
+        options=options,
+    )
+
+
+def _state_keys(q: QueueKeys) -> tuple[bytes, ...]:
+    return (q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, *q.ready)
+
+
+def list_jobs(q: QueueKeys, state: State, skip: int, limit: int) -> Command[list[StoredJob]]:
+    """A page of at most 200 jobs: ready in the order of claims, delayed by due time, dead by age, oldest first."""
+    return Command(
+        scripts.load("list"),
+        _state_keys(q),
+        (LAYOUT, state, skip, limit),
+        lambda reply, _resent: _stored_jobs(q, reply),
+    )
+
+
+def show(q: QueueKeys, ids: Sequence[str]) -> Command[list[StoredJob | None]]:
+    """The jobs of these ids, None for one that is not in the store."""
+
+    def parse(reply: Sequence[Any], _resent: bool) -> list[StoredJob | None]:
+        found = _stored_jobs(q, reply)
+        return [job if job.state or job.payload else None for job in found]
+
+    return Command(scripts.load("show"), _state_keys(q), (LAYOUT, *ids), parse)
+
+
+def requeue(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
+    """Dead jobs become ready again: True per id that was dead."""
+    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.marker, *q.ready)
+    return Command(scripts.load("requeue"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
+
+
+def cancel(q: QueueKeys, ids: Sequence[str]) -> Command[list[State | None]]:
+    """Take jobs out: the state each was in (inflight: left alone), None for one that is not there."""
+    keys = (
+        q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.counters, *q.ready,
+    )  # fmt: skip
+    return Command(
+        scripts.load("cancel"),
+        keys,
+        (LAYOUT, *ids),
+        lambda reply, _resent: [cast("State | None", one.decode() or None) for one in reply],
+    )
+
+
+def purge(q: QueueKeys, state: State, limit: int) -> Command[int]:
+    """Drop at most `limit` jobs of a state that is not inflight: how many."""
+    keys = (q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, *q.ready)
+    return Command(scripts.load("purge"), keys, (LAYOUT, state, limit), lambda reply, _resent: int(reply))
+
+
+def configure(q: QueueKeys, changes: Mapping[str, str]) -> Command[None]:
+    """Store settings: paused, rate, burst, max_inflight; an empty value unsets one."""
+    args = tuple(arg for pair in changes.items() for arg in pair)
+    return Command(scripts.load("configure"), (q.config, q.marker), (LAYOUT, *args), lambda _reply, _resent: None)
+
+
+def audit(q: QueueKeys, ids: Sequence[str], *, repair: bool) -> Command[list[str]]:
+    """Look closely at up to 50 ids: a finding per id, empty when it is sound."""
+    keys = (
+        q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors, *q.ready,
+    )  # fmt: skip
+    assert len(q.ready) == LEVELS
+    return Command(
+        scripts.load("audit"),
+        keys,
+        (LAYOUT, int(repair), *ids),
+        lambda reply, _resent: [one.decode() for one in reply],
+    )

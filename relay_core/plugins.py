@@ -1,0 +1,173 @@
+"""One plugin manager per broker, and the ways in which hooks are called."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+from pluggy import HookImpl
+
+from relay_core import hooks
+from relay_core.errors import PluginError
+from relay_core.job import Job, JobSummary, StoredJob
+
+logger = logging.getLogger("relay.plugins")
+
+
+@lru_cache(maxsize=1)
+def _entry_points() -> tuple[EntryPoint, ...]:
+    """Looked up once per process: it reads the metadata of every installed distribution."""
+    return tuple(entry_points(group=hooks.PROJECT))
+
+
+def _load(entry: EntryPoint) -> object:
+    try:
+        return entry.load()
+    except Exception as error:
+        raise PluginError(
+            f"plugin {entry.name!r} ({entry.value}) cannot be imported: {error!r}; uninstall or mend it"
+        ) from error
+
+
+class Plugins:
+    """The plugins of one broker.
+
+    Hooks that nobody implements cost one attribute look-up and send nothing.
+
+    :param plugins: objects or modules with `hookimpl` functions, registered in this order
+    :param installed: also load the entry-point group `relay`. Default True
+
+    Raises PluginError for a misspelt hook name, an async implementation, or a plugin given twice.
+    """
+
+    def __init__(self, plugins: Iterable[object] = (), *, installed: bool = True) -> None:
+        self._manager = pluggy.PluginManager(hooks.PROJECT)
+        self._manager.add_hookspecs(hooks)
+        if installed:
+            for entry in _entry_points():
+                self.register(_load(entry))
+        for plugin in plugins:
+            self.register(plugin)
+        self.adapters: dict[str, str] = {}
+        self._call_each("relay_register_adapter", register=self.adapters.__setitem__)
+
+    def register(self, plugin: object) -> None:
+        """Add a plugin; what it says wrong is a PluginError, and it is not added."""
+        try:
+            name = self._manager.register(plugin)
+        except (ValueError, pluggy.PluginValidationError) as error:
+            raise PluginError(f"plugin {plugin!r} cannot be registered: {error}") from error
+        try:
+            self._check(plugin)
+        except PluginError:
+            self._manager.unregister(plugin)
+            raise
+        if name is None:
+            raise PluginError(f"plugin {plugin!r} is blocked")
+
+    def unregister(self, plugin: object) -> None:
+        """Take a plugin out again; its hooks are not called any more."""
+        self._manager.unregister(plugin)
+
+    def _check(self, plugin: object) -> None:
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin {plugin!r}: {error}; see relay_core/hooks.py for the names") from error
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin and (impl.wrapper or impl.hookwrapper):
+                    raise PluginError(f"plugin {plugin!r}: {caller.name} is a wrapper; relay calls plain hooks only")
+                if impl.plugin is plugin and inspect.iscoroutinefunction(impl.function):
+                    raise PluginError(
+                        f"plugin {plugin!r}: {caller.name} is an async function, and would never be awaited; "
+                        "make it a plain one"
+                    )
+
+    def _impls(self, name: str) -> list[HookImpl]:
+        caller: pluggy.HookCaller = getattr(self._manager.hook, name)
+        return caller.get_hookimpls()
+
+    def _in_order(self, name: str) -> Iterator[HookImpl]:
+        """As pluggy calls them: last registered first, `tryfirst` before, `trylast` after."""
+        return reversed(self._impls(name))
+
+    @staticmethod
+    def _call(impl: HookImpl, arguments: Mapping[str, Any]) -> Any:
+        return impl.function(*(arguments[name] for name in impl.argnames))
+
+    def _call_each(self, name: str, **arguments: Any) -> list[Any]:
+        results = []
+        for impl in self._in_order(name):
+            try:
+                results.append(self._call(impl, arguments))
+            except Exception:
+                logger.exception("plugin %s: %s raised; the job goes on", impl.plugin_name, name)
+        return results
+
+    def wants(self, name: str) -> bool:
+        """True when some plugin implements this hook."""
+        return bool(self._impls(name))
+
+    def notify(self, name: str, **arguments: Any) -> None:
+        """Tell every plugin; one that raises is logged and does not stop the others."""
+        if self._impls(name):
+            self._call_each(name, **arguments)
+
+    def retry_delay(self, job: Job, error: BaseException | str | None, delay: float) -> float:
+        """The seconds that the first plugin to answer says, else `delay`."""
+        answers = self._first("relay_retry_delay", job=job, error=error, delay=delay)
+        return delay if answers is None else float(answers)
+
+    def describe(self, job: Job | StoredJob) -> JobSummary | None:
+        """What the first plugin that knows this job says of it."""
+        summary: JobSummary | None = self._first("relay_describe_job", job=job)
+        return summary
+
+    def _first(self, name: str, **arguments: Any) -> Any:
+        for impl in self._in_order(name):
+            try:
+                answer = self._call(impl, arguments)
+            except Exception:
+                logger.exception("plugin %s: %s raised; the next one is asked", impl.plugin_name, name)
+                continue
+            if answer is not None:
+                return answer
+        return None
+
+    def route(self, queue: str, payload: bytes, headers: Mapping[str, str]) -> str:
+        """The queue to use. What a plugin raises goes to the caller."""
+        for impl in self._in_order("relay_route_job"):
+            answer = self._call(impl, {"queue": queue, "payload": payload, "headers": headers})
+            if answer is not None:
+                return str(answer)
+        return queue
+
+    def encode(self, payload: bytes, queue: str) -> bytes:
+        """Run the payload through the chain. What a plugin raises goes to the caller."""
+        for impl in self._in_order("relay_encode_payload"):
+            payload = self._transformed(impl, "relay_encode_payload", payload, queue)
+        return payload
+
+    def decode(self, payload: bytes, queue: str) -> bytes:
+        """The reverse chain: what was applied last is undone first."""
+        for impl in self._impls("relay_decode_payload"):
+            payload = self._transformed(impl, "relay_decode_payload", payload, queue)
+        return payload
+
+    def _transformed(self, impl: HookImpl, name: str, payload: bytes, queue: str) -> bytes:
+        answer = self._call(impl, {"payload": payload, "queue": queue})
+        if answer is None:
+            return payload
+        if not isinstance(answer, bytes):
+            raise PluginError(f"plugin {impl.plugin_name}: {name} must return bytes, got {type(answer).__name__}")
+        return answer
+
+    def register_commands(self, group: Any) -> None:
+        """Let plugins add click commands to the `relay` command."""
+        self._call_each("relay_register_commands", group=group)

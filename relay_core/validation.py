@@ -1,0 +1,139 @@
+"""What callers may ask for. Every refusal says what, which value, and what to do; nothing was stored."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from relay_core.commands import NewJob
+from relay_core.errors import InvalidArgument
+from relay_core.job import Options, Record, new_id
+from relay_core.keys import LEVELS
+from relay_core.retry import MAX_DELAY, RetryPolicy
+
+MAX_PAYLOAD = 16 * 2**20
+"""Bytes, the default limit of one payload."""
+
+_ID = re.compile(r"[!-~]{1,128}")
+_MAX_DEDUP_KEY = 512
+
+
+def seconds(name: str, value: Any, *, least: float = 0.0, most: float = MAX_DELAY) -> float:
+    """A finite number of seconds within bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidArgument(f"{name} must be a finite number of seconds, got {value!r}")
+    if not least <= value <= most:
+        raise InvalidArgument(f"{name} must be between {least:g} and {most:g} seconds, got {value!r}")
+    return float(value)
+
+
+def whole(name: str, value: Any, *, least: int, most: int) -> int:
+    """An int within bounds; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidArgument(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return value
+
+
+def payload_bytes(payload: Any) -> bytes:
+    """The payload as bytes."""
+    if isinstance(payload, bytes):
+        return payload
+    if isinstance(payload, (bytearray, memoryview)):
+        return bytes(payload)
+    raise InvalidArgument(
+        f"payload must be bytes, got {type(payload).__name__}: {repr(payload)[:80]}; "
+        "encode it first, e.g. json.dumps(x).encode()"
+    )
+
+
+def payload_size(payload: bytes, limit: int) -> None:
+    """Refuse a payload over the broker's limit."""
+    if len(payload) > limit:
+        raise InvalidArgument(
+            f"payload has {len(payload)} bytes, at most {limit} are allowed; keep large data elsewhere and send "
+            "its address, or raise max_payload"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """A job to enqueue. All but the payload is optional.
+
+    :ivar id: yours, 1 to 128 printable ASCII characters, so that a repeated enqueue stores one job
+    :ivar delay: seconds until it is ready
+    :ivar at: unix seconds at which it is ready, by the server's clock; not together with `delay`
+    :ivar priority: 0 to 9, 9 first. Default 0
+    :ivar max_retries: failures after which it goes to dead. Default: the retry policy's
+    :ivar max_deliveries: deliveries without an answer (its worker died) after which it goes to dead.
+        Default: the broker's
+    :ivar dedup_key: while a job of this key is in the queue, another is not stored
+    :ivar dedup_for: seconds for which the key is taken, whether the job is done or not. Default: until it is done
+    :ivar headers: small texts that travel with it
+    :ivar retry: a policy of its own
+    """
+
+    payload: bytes
+    id: str | None = None
+    delay: float | None = None
+    at: float | None = None
+    priority: int = 0
+    max_retries: int | None = None
+    max_deliveries: int | None = None
+    dedup_key: str | None = None
+    dedup_for: float | None = None
+    headers: Mapping[str, str] | None = None
+    retry: RetryPolicy | None = None
+
+    def due(self) -> str:
+        """The due time as the enqueue script takes it."""
+        if self.delay is not None and self.at is not None:
+            raise InvalidArgument(f"give delay ({self.delay!r}) or at ({self.at!r}), not both")
+        if self.at is not None:
+            if not isinstance(self.at, (int, float)) or not math.isfinite(self.at) or not 0 <= self.at < 2**33 * 30:
+                raise InvalidArgument(f"at must be unix seconds, got {self.at!r}")
+            return f"@{round(self.at * 1000)}"
+        ms = round(seconds("delay", self.delay) * 1000) if self.delay is not None else 0
+        return f"+{ms}" if ms else ""
+
+    def options(self) -> Options:
+        """What goes into the record beside the payload, checked."""
+        if self.max_retries is not None:
+            whole("max_retries", self.max_retries, least=0, most=10**6)
+        if self.max_deliveries is not None:
+            whole("max_deliveries", self.max_deliveries, least=1, most=10**6)
+        if self.dedup_key is not None and (
+            not isinstance(self.dedup_key, str) or not 0 < len(self.dedup_key.encode()) <= _MAX_DEDUP_KEY
+        ):
+            raise InvalidArgument(
+                f"dedup_key must be a text of 1 to {_MAX_DEDUP_KEY} bytes, got {repr(self.dedup_key)[:80]}"
+            )
+        dedup_ms = None
+        if self.dedup_for is not None:
+            if self.dedup_key is None:
+                raise InvalidArgument(f"dedup_for ({self.dedup_for!r}) needs a dedup_key")
+            dedup_ms = math.ceil(seconds("dedup_for", self.dedup_for, least=0.001) * 1000)
+        for name, value in (self.headers or {}).items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise InvalidArgument(f"headers must map str to str, got {name!r}: {repr(value)[:80]}")
+        return Options(
+            max_retries=self.max_retries,
+            max_deliveries=self.max_deliveries,
+            dedup_key=self.dedup_key,
+            dedup_ms=dedup_ms,
+            headers=self.headers or {},
+            retry=self.retry.to_dict() if self.retry else None,
+        )
+
+    def stored(self, payload: bytes) -> NewJob:
+        """The job as the enqueue script takes it, with the payload as it goes into the store."""
+        id = new_id() if self.id is None else self.id
+        if not isinstance(id, str) or not _ID.fullmatch(id):
+            raise InvalidArgument(f"id must be 1 to 128 printable ASCII characters without spaces, got {repr(id)[:80]}")
+        whole("priority", self.priority, least=0, most=LEVELS - 1)
+        options = self.options()
+        record = Record.pack(self.priority, options, payload)
+        dedup = f"{options.dedup_ms or 0}:{options.dedup_key}" if options.dedup_key else ""
+        return NewJob(id, self.due(), dedup, record)

@@ -1,0 +1,104 @@
+"""Where handlers run: threads for plain functions, one event loop for coroutine functions."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from relay_core.job import Job
+from relay_core.worker.held import Held
+from relay_core.worker.outcome import Outcome
+
+Handler = Callable[[Job], Any]
+Done = Callable[[Outcome], None]
+
+
+class Pool(Protocol):
+    """Runs at most `concurrency` jobs at a time; more wait their turn."""
+
+    def submit(self, job: Job) -> None: ...
+
+    def close(self) -> None:
+        """Start nothing more. Running handlers are not waited for; coroutines are cancelled."""
+
+
+def is_async(handler: Handler) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))
+
+
+class ThreadPool:
+    """Daemon threads, so that a handler that never returns cannot keep the process from ending."""
+
+    def __init__(self, handler: Handler, concurrency: int, held: Held, done: Done) -> None:
+        self._handler = handler
+        self._held = held
+        self._done = done
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"relay-handler-{i}", daemon=True) for i in range(concurrency)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not self._held.start(job):
+                continue
+            began = time.monotonic()
+            error: BaseException | None = None
+            try:
+                self._handler(job)
+            except BaseException as raised:  # SystemExit in a handler is a failed job, not the end of the worker
+                error = raised
+            self._done(Outcome(job, error, time.monotonic() - began))
+
+
+class LoopPool:
+    """One event loop on a thread of its own."""
+
+    def __init__(self, handler: Handler, concurrency: int, held: Held, done: Done) -> None:
+        self._handler: Callable[[Job], Coroutine[Any, Any, Any]] = handler
+        self._held = held
+        self._done = done
+        self._loop = asyncio.new_event_loop()
+        self._turn = asyncio.Semaphore(concurrency)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="relay-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        asyncio.run_coroutine_threadsafe(self._work(job), self._loop)
+
+    def close(self) -> None:
+        def cancel() -> None:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.call_soon(self._loop.stop)
+
+        self._loop.call_soon_threadsafe(cancel)
+        self._thread.join(timeout=1.0)
+
+    async def _work(self, job: Job) -> None:
+        async with self._turn:
+            if not self._held.start(job):
+                return
+            began = time.monotonic()
+            error: BaseException | None = None
+            try:
+                await self._handler(job)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as raised:
+                error = raised
+            self._done(Outcome(job, error, time.monotonic() - began))

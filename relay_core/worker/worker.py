@@ -1,0 +1,270 @@
+"""`Worker`: claims in batches, runs handlers, ends jobs together with the next claim."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from relay_core.broker import Broker
+from relay_core.commands import Nack
+from relay_core.connection import Bell
+from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from relay_core.job import Job
+from relay_core.validation import seconds, whole
+from relay_core.worker.held import Heartbeat, Held
+from relay_core.worker.outcome import Outcome, Reject, Retry
+from relay_core.worker.pools import Handler, LoopPool, Pool, ThreadPool, is_async
+
+if TYPE_CHECKING:
+    from relay_core.metrics import MetricsServer
+
+logger = logging.getLogger("relay.worker")
+
+_HOLD = 0.05
+"""Seconds of work that a worker holds beyond what runs: short jobs come in large batches, long ones one by one."""
+
+_MOST_PREFETCHED = 150
+
+
+def _metrics_server(address: str, broker: Broker, queues: Sequence[str]) -> MetricsServer:
+    """Imported only here, so that a worker without metrics needs no prometheus-client."""
+    try:
+        from relay_core.metrics import MetricsServer
+    except ImportError as error:
+        raise InvalidArgument(
+            f"metrics_addr {address!r} needs prometheus-client ({error}): pip install 'relay-queue[metrics]'"
+        ) from error
+    return MetricsServer(address, broker, queues)
+
+
+class Worker:
+    """Runs a handler on the jobs of some queues.
+
+    A handler is a plain or an async function that gets the Job. Returning acks; raising nacks by the retry
+    policy; raising Retry or Reject says how. Plain handlers run on threads, async ones on one event loop.
+
+    :param queues: asked in this order, so that the first is served first
+    :param concurrency: handlers at a time. Default 1
+    :param grace: seconds that a stop waits for running handlers before it releases their jobs. Default 30
+    :param prefetch: jobs held beyond those that run. Default: what 50 ms of work amounts to
+    :param metrics_addr: `host:port` on which to serve `/metrics`. Default: none
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        handler: Handler,
+        queues: Sequence[str],
+        *,
+        concurrency: int = 1,
+        grace: float = 30.0,
+        prefetch: int | None = None,
+        metrics_addr: str | None = None,
+    ) -> None:
+        if isinstance(queues, str) or not queues:
+            raise InvalidArgument(f"queues must be a list of at least one name, got {queues!r}")
+        if not callable(handler):
+            raise InvalidArgument(f"handler must be a function that takes a Job, got {handler!r}")
+        self.broker = broker
+        self.queues = tuple(dict.fromkeys(queues))
+        self.concurrency = whole("concurrency", concurrency, least=1, most=10_000)
+        self.grace = seconds("grace", grace)
+        self.prefetch = None if prefetch is None else whole("prefetch", prefetch, least=0, most=10_000)
+        self.processed = 0
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(3).hex()}"
+        self._handler = handler
+        self._metrics = _metrics_server(metrics_addr, broker, self.queues) if metrics_addr else None
+        self._held = Held()
+        self._ended: deque[Outcome] = deque()
+        self._unsent: dict[str, tuple[list[Job], list[tuple[Job, Nack]]]] = {q: ([], []) for q in self.queues}
+        self._news = threading.Event()
+        self._stops = 0
+        self._idle = False
+        self._mean = 0.0
+        self._bell: Bell | None = None
+
+    def run(self) -> int:
+        """Work until `stop`, SIGTERM or SIGINT: how many jobs were acked.
+
+        The first signal stops claiming, and running handlers have `grace` seconds; the second releases at once.
+        Signal handlers are installed only on the main thread.
+        """
+        heartbeat = Heartbeat(self.broker, self._held)
+        with self._signals():
+            pool: Pool = (LoopPool if is_async(self._handler) else ThreadPool)(
+                self._handler, self.concurrency, self._held, self._done
+            )
+            markers = [self.broker.settings.keys(queue).marker for queue in self.queues]
+            self._bell = self.broker.store.bell(markers)
+            if self._metrics:
+                self._metrics.start()
+            heartbeat.start()
+            self.broker.plugins.notify(
+                "relay_worker_started", worker=self.name, queues=self.queues, concurrency=self.concurrency
+            )
+            try:
+                self._work(pool)
+                self._drain()
+            finally:
+                pool.close()
+                heartbeat.stop()
+                self._release(started=True)
+                self.broker.plugins.notify(
+                    "relay_worker_stopped", worker=self.name, queues=self.queues, processed=self.processed
+                )
+                if self._metrics:
+                    self._metrics.stop()
+                self._bell.close()
+        return self.processed
+
+    def stop(self) -> None:
+        """Stop as a signal would; the second call releases at once. From any thread, or a signal handler."""
+        self._stops += 1
+        self._news.set()
+        if self._bell is not None:
+            self._bell.wake()
+
+    # on the handlers' threads
+
+    def _done(self, outcome: Outcome) -> None:
+        self._ended.append(outcome)
+        self._news.set()
+        if self._idle and self._bell is not None:
+            self._bell.wake()
+
+    # on the thread of `run`
+
+    def _work(self, pool: Pool) -> None:
+        woken = False
+        while not self._stops:
+            self._news.clear()
+            self._sort_ended()
+            wait: float | None = None
+            busy = False
+            for queue in self.queues:
+                try:
+                    got, retry_after = self._exchange(queue, max(0, self._capacity() - len(self._held)), woken)
+                except Unavailable as error:
+                    logger.warning("the server cannot be reached, held jobs go on: %s", error)
+                    got, retry_after = [], 1.0
+                for job in got:
+                    self._held.add(job)
+                    pool.submit(job)
+                busy = busy or bool(got)
+                if retry_after is not None:
+                    wait = retry_after if wait is None else min(wait, retry_after)
+            woken = False
+            if not busy and not self._ended:
+                woken = self._rest(wait)
+
+    def _capacity(self) -> int:
+        if self.prefetch is not None:
+            return self.concurrency + self.prefetch
+        if not self._mean:
+            return self.concurrency
+        return self.concurrency + min(_MOST_PREFETCHED, int(self.concurrency * _HOLD / self._mean))
+
+    def _rest(self, wait: float | None) -> bool:
+        """Wait for news: an ended job, or where there is room for more jobs a wake-up. True after the latter."""
+        longest = self.broker.settings.max_block
+        if len(self._held) >= self._capacity():
+            self._news.wait(longest)
+            return False
+        self._idle = True
+        try:
+            if self._ended or self._stops or self._bell is None:
+                return False
+            self._bell.wait(max(0.001, min(longest, longest if wait is None else wait)))
+        except Unavailable:
+            time.sleep(0.05)
+        finally:
+            self._idle = False
+        return True
+
+    def _sort_ended(self) -> None:
+        while self._ended:
+            outcome = self._ended.popleft()
+            job = outcome.job
+            self._mean = outcome.seconds if not self._mean else 0.9 * self._mean + 0.1 * outcome.seconds
+            acks, nacks = self._unsent[job.queue]
+            if not self._held.drop(job):
+                continue  # released or lost while it ran: its token is of no use
+            if outcome.error is None:
+                acks.append(job)
+            else:
+                nacks.append((job, self._nack_of(job, outcome.error)))
+
+    def _nack_of(self, job: Job, error: BaseException) -> Nack:
+        build = self.broker.operations.nack_of
+        if isinstance(error, Reject):
+            return build(job, error, dead=True, reason=error.reason)
+        if isinstance(error, Retry):
+            return build(job, error, error.delay)
+        logger.error("job %s of queue %r failed", job.id, job.queue, exc_info=error)
+        return build(job, error)
+
+    def _exchange(self, queue: str, room: int, woken: bool) -> tuple[list[Job], float | None]:
+        """Tell what ended and get more, in one round trip. What cannot be told now is told the next time."""
+        acks, nacks = self._unsent[queue]
+        if not acks and not nacks and not room:
+            return [], None
+        now_acks, now_nacks = acks[:200], nacks[:200]
+        acked, _nacked, jobs = self.broker.finish(queue, now_acks, now_nacks, min(200, room), woken)
+        del acks[:200], nacks[:200]
+        self.processed += sum(1 for verdict in acked if verdict)
+        return jobs, 0.0 if acks or nacks else jobs.retry_after
+
+    def _drain(self) -> None:
+        """Hand back what was not started, and give what runs its grace."""
+        self._release(started=False)
+        deadline = time.monotonic() + self.grace
+        while len(self._held) and self._stops < 2 and time.monotonic() < deadline:
+            self._news.wait(max(0.0, min(0.5, deadline - time.monotonic())))
+            self._news.clear()
+            self._settle()
+        self._settle()
+
+    def _settle(self) -> None:
+        self._sort_ended()
+        for queue, (acks, nacks) in self._unsent.items():
+            while acks or nacks:
+                try:
+                    self._exchange(queue, 0, False)
+                except RelayError as error:
+                    logger.error("%d ended jobs of %r could not be told: %s", len(acks) + len(nacks), queue, error)
+                    break
+
+    def _release(self, *, started: bool) -> None:
+        jobs = self._held.take_all(started=started)
+        if jobs:
+            try:
+                self.broker.release(jobs)
+            except RelayError as error:
+                logger.error("%d jobs could not be released, their leases will run out: %s", len(jobs), error)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(_number: int, _frame: FrameType | None) -> None:
+            self.stop()
+
+        before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
