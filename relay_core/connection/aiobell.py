@@ -1,0 +1,183 @@
+"""The bell of the asyncio shell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from relay_core.connection import clients
+from relay_core.connection.bell import block_seconds, cut_error, group_markers, refused_error
+from relay_core.connection.replies import Verdict, is_reply, judge_reply
+from relay_core.connection.steps import Address
+from relay_core.errors import Unavailable
+
+if TYPE_CHECKING:
+    from relay_core.connection.aio import AsyncStore
+
+
+class AsyncChannel:
+    """One connection that blocks on the markers of one server, and the task that reads its reply."""
+
+    def __init__(self, markers: Sequence[bytes]) -> None:
+        self.markers = tuple(markers)
+        self.address: Address | None = None
+        self.connection: Any = None
+        self.reading: asyncio.Task[Any] | None = None
+
+    async def close(self) -> None:
+        connection, self.connection = self.connection, None
+        reading, self.reading = self.reading, None
+        if reading is not None:
+            reading.cancel()
+        if connection is not None:
+            with suppress(Exception):
+                await connection.disconnect(nowait=True)
+
+
+class AsyncBell:
+    """Rings when a marker is set. One task uses it at a time; only `wake` may be called from elsewhere.
+
+    See Bell on what it means to be armed. Made by `AsyncStore.bell`.
+
+    :ivar popped: the markers taken when it rang last
+    """
+
+    def __init__(self, store: AsyncStore, markers: Sequence[bytes]) -> None:
+        self._store = store
+        self._channels = [AsyncChannel(group) for group in group_markers(store.url, markers)]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._woken = self._closed = False
+        self.popped: tuple[bytes, ...] = ()
+
+    @property
+    def armed(self) -> bool:
+        """True while every marker is being waited for."""
+        return all(channel.reading is not None for channel in self._channels)
+
+    async def arm(self, timeout: float | None) -> None:
+        """Start to wait for the markers, where that is not under way already. Connects if need be.
+
+        :param timeout: seconds after which the server gives up, up to 0.1 s late; None for never
+        Raises Unavailable and the like at once; the next call connects anew.
+        """
+        self._come_home()
+        idle = [channel for channel in self._channels if channel.reading is None]
+        if not idle:
+            return
+        seconds = block_seconds(timeout)
+        found = await self._store.locate([channel.markers[0] for channel in idle])
+        for channel in idle:
+            await self._arm(channel, found[channel.markers[0]], seconds)
+
+    async def _arm(self, channel: AsyncChannel, address: Address, seconds: str) -> None:
+        if channel.address != address:
+            await channel.close()
+            channel.address = address
+        if channel.connection is None:
+            made = clients.aio_connection(self._store.url, self._store.settings, address, "bell")
+            try:
+                await made.connect()
+            except BaseException as error:
+                with suppress(Exception):
+                    await made.disconnect(nowait=True)
+                if not isinstance(error, Exception):
+                    raise
+                self._store.doubt(address)
+                raise refused_error(error, address) from error
+            made.socket_timeout = None  # opened in time; from here on it waits for as long as it takes
+            channel.connection = made
+        try:
+            packed = clients.checked_pack(("BZPOPMIN", *channel.markers, seconds))
+            await channel.connection.send_packed_command([packed], check_health=False)
+        except BaseException as error:
+            await channel.close()
+            if not isinstance(error, Exception):
+                raise
+            self._store.doubt(address)
+            raise cut_error(error, address) from error
+        channel.reading = asyncio.ensure_future(channel.connection.read_response(disconnect_on_error=False))
+
+    async def rung(self) -> bool:
+        """Take what has come. True if a marker was taken.
+
+        False if nothing came, or if the server gave up waiting: then `armed` is False. Raises Unavailable
+        when a connection was cut.
+        """
+        self._come_home()
+        self.popped = ()
+        for channel in self._channels:
+            if channel.reading is not None and channel.reading.done():
+                await self._take(channel, channel.reading)
+        return bool(self.popped)
+
+    async def _take(self, channel: AsyncChannel, reading: asyncio.Task[Any]) -> None:
+        assert channel.address is not None
+        error = asyncio.CancelledError() if reading.cancelled() else reading.exception()
+        if error is None:
+            channel.reading = None
+            if reading.result() is not None:
+                self.popped += (reading.result()[0],)
+            return
+        address = channel.address
+        await channel.close()
+        self._store.doubt(address)
+        # After a move of the slot, the next `arm` asks who has it.
+        if is_reply(error) and judge_reply(error, str(address)).verdict is Verdict.MOVED:
+            return
+        raise cut_error(error, address) from error
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait until a marker is taken, `wake` is called or `timeout` seconds have passed.
+
+        BZPOPMIN stays outstanding for the next call when the time is over. May be cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            if await self.rung():
+                return True
+            left = deadline - loop.time()
+            if left <= 0 or self._woken:
+                self._woken = False
+                return False
+            if not self.armed:
+                await self.arm(left)
+                continue
+            self._waiter = loop.create_future()
+            reading = [channel.reading for channel in self._channels if channel.reading is not None]
+            try:
+                await asyncio.wait([*reading, self._waiter], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._waiter = None
+
+    def wake(self) -> None:
+        """End a `wait` under way, or the next one. May be called from any thread, at any time."""
+        self._woken = True
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(self._end_wait)
+
+    def _end_wait(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _come_home(self) -> None:
+        """Used from another event loop, start anew: the old one's connections cannot be used here."""
+        if self._closed:
+            raise Unavailable("this bell is closed")
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                self._channels = [AsyncChannel(channel.markers) for channel in self._channels]
+            self._loop = loop
+
+    async def close(self) -> None:
+        """Close the connections; the server forgets that this bell waited."""
+        self._closed = True
+        self.wake()
+        if self._loop is asyncio.get_running_loop():
+            for channel in self._channels:
+                await channel.close()

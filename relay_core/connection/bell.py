@@ -1,0 +1,238 @@
+"""The file-descriptor shell: waits for a wake marker on connections that a loop can select on."""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from relay_core.connection import clients
+from relay_core.connection.replies import Judgement, Verdict, is_reply, judge_connect, judge_cut, judge_reply
+from relay_core.connection.steps import Address
+from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from relay_core.settings import StoreUrl
+
+if TYPE_CHECKING:
+    from relay_core.connection.sync import SyncStore
+
+LONGEST_BLOCK = 86_400.0
+
+
+def block_seconds(timeout: float | None) -> str:
+    """A timeout as BZPOPMIN takes it: 0 is for ever there, so it stands for None only."""
+    if timeout is None:
+        return "0"
+    if math.isnan(timeout):
+        raise InvalidArgument("timeout must be a number of seconds, got NaN")
+    return f"{min(max(timeout, 0.001), LONGEST_BLOCK):.3f}"
+
+
+def group_markers(url: StoreUrl, markers: Sequence[bytes]) -> list[tuple[bytes, ...]]:
+    """The markers that one connection can wait for together."""
+    if not markers:
+        raise InvalidArgument("a bell needs at least one marker")
+    once = tuple(dict.fromkeys(markers))
+    # In a cluster each marker is in a slot of its own, and a command takes keys of one slot only.
+    return [(marker,) for marker in once] if url.topology == "cluster" else [once]
+
+
+def refused_error(error: BaseException, address: Address) -> RelayError:
+    """What to raise when the connection cannot be opened."""
+    return _raised(judge_connect(error, str(address)), address)
+
+
+def cut_error(error: BaseException, address: Address) -> RelayError:
+    """What to raise when the connection broke, or the server answered with an error."""
+    if is_reply(error):
+        return _raised(judge_reply(error, str(address)), address)
+    return _raised(judge_cut(error, str(address)), address)
+
+
+def _raised(judged: Judgement, address: Address) -> RelayError:
+    if judged.verdict is Verdict.PERMANENT and judged.error is not None:
+        return judged.error
+    return Unavailable(f"{address}: {judged.text}")
+
+
+class Channel:
+    """One connection that blocks on the markers of one server."""
+
+    def __init__(self, markers: Sequence[bytes]) -> None:
+        self.markers = tuple(markers)
+        self.address: Address | None = None
+        self.armed = False
+        self.connection: Any = None
+
+    def fileno(self) -> int:
+        # redis-py has no public name for the socket; kombu reads the same attribute.
+        return int(self.connection._sock.fileno())
+
+    def close(self) -> None:
+        connection, self.connection, self.armed = self.connection, None, False
+        if connection is not None:
+            with suppress(Exception):
+                connection.disconnect()
+
+
+class Bell:
+    """Rings when a marker is set. One thread uses it at a time; only `wake` may be called from others.
+
+    While it is armed, BZPOPMIN is outstanding at the server: a marker that it takes is this bell's to look
+    after, so keep it armed only while somebody waits. Made by `SyncStore.bell`.
+
+    :ivar popped: the markers taken when it rang last
+    """
+
+    def __init__(self, store: SyncStore, markers: Sequence[bytes]) -> None:
+        self._store = store
+        self._channels = [Channel(group) for group in group_markers(store.url, markers)]
+        self._pid = os.getpid()
+        self._closed = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self.popped: tuple[bytes, ...] = ()
+
+    @property
+    def armed(self) -> bool:
+        """True while every marker is being waited for."""
+        return self._pid == os.getpid() and all(channel.armed for channel in self._channels)
+
+    def arm(self, timeout: float | None) -> None:
+        """Start to wait for the markers, where that is not under way already. Connects if need be.
+
+        :param timeout: seconds after which the server gives up, up to 0.1 s late; None for never
+        Raises Unavailable and the like at once; the next call connects anew.
+        """
+        self._renew()
+        idle = [channel for channel in self._channels if not channel.armed]
+        if not idle:
+            return
+        found = self._store.locate([channel.markers[0] for channel in idle])
+        for channel in idle:
+            self._arm(channel, found[channel.markers[0]], block_seconds(timeout))
+
+    def _arm(self, channel: Channel, address: Address, timeout: str) -> None:
+        if channel.address != address:
+            channel.close()
+            channel.address = address
+        if channel.connection is None:
+            made = clients.connection(self._store.url, self._store.settings, address, "bell")
+            try:
+                made.connect()
+            except BaseException as error:
+                with suppress(Exception):
+                    made.disconnect()
+                if not isinstance(error, Exception):
+                    raise
+                self._store.doubt(address)
+                raise refused_error(error, address) from error
+            channel.connection = made
+        try:
+            packed = clients.checked_pack(("BZPOPMIN", *channel.markers, timeout))
+            channel.connection.send_packed_command([packed], check_health=False)
+        except Exception as error:
+            channel.close()
+            self._store.doubt(address)
+            raise cut_error(error, address) from error
+        channel.armed = True
+
+    def filenos(self) -> list[int]:
+        """What to select on for reading: the connections that are armed, and the one of `wake`."""
+        self._renew()
+        return [channel.fileno() for channel in self._channels if channel.armed] + [self._wake_in.fileno()]
+
+    def rung(self) -> bool:
+        """Read what has come, without blocking. True if a marker was taken.
+
+        False if nothing came, or if the server gave up waiting: then `armed` is False. Raises Unavailable
+        when a connection was cut.
+        """
+        self._renew()
+        self._drain()
+        self.popped = ()
+        for channel in self._channels:
+            if channel.armed:
+                self._read(channel)
+        return bool(self.popped)
+
+    def _read(self, channel: Channel) -> None:
+        connection, address = channel.connection, channel.address
+        assert address is not None
+        try:
+            if not connection.can_read(timeout=0):
+                return
+            reply = connection.read_response(disconnect_on_error=False)
+        except Exception as error:
+            channel.close()
+            self._store.doubt(address)
+            # After a move of the slot, the next `arm` asks who has it.
+            if is_reply(error) and judge_reply(error, str(address)).verdict is Verdict.MOVED:
+                return
+            raise cut_error(error, address) from error
+        channel.armed = False
+        if reply is not None:
+            self.popped += (reply[0],)
+
+    def wait(self, timeout: float) -> bool:
+        """Block this thread until a marker is taken, `wake` is called or `timeout` seconds have passed.
+
+        Punctual to about a millisecond: the server's own timeouts come up to 0.1 s late on an idle server, so
+        the wait ends here and BZPOPMIN stays outstanding for the next call.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            if self.rung():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if not self.armed:
+                self.arm(left)
+                continue
+            if self._wake_in.fileno() in _readable(self.filenos(), left):
+                self._drain()
+                return False
+
+    def wake(self) -> None:
+        """End a `wait` of another thread, or the next one. May be called from any thread, at any time."""
+        with suppress(OSError):  # full: it will wake up anyway. Closed: nobody waits
+            self._wake_out.send(b"w")
+
+    def _drain(self) -> None:
+        with suppress(OSError):
+            self._wake_in.recv(4096)
+
+    def _renew(self) -> None:
+        """In a child of fork: leave the parent's connections alone and start anew."""
+        if self._closed:
+            raise Unavailable("this bell is closed")
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._channels = [Channel(channel.markers) for channel in self._channels]
+            self._wake_in, self._wake_out = socket.socketpair()
+            self._wake_in.setblocking(False)
+            self._wake_out.setblocking(False)
+
+    def close(self) -> None:
+        """Close the connections; the server forgets that this bell waited."""
+        self._closed = True
+        for channel in self._channels:
+            channel.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+def _readable(filenos: list[int], timeout: float) -> list[int]:
+    """Those with something to read, within so many seconds. Looked up late, for gevent's sake."""
+    if hasattr(select, "poll"):  # without the limit of select to small numbers
+        poller = select.poll()
+        for fileno in filenos:
+            poller.register(fileno, select.POLLIN)
+        return [fileno for fileno, _event in poller.poll(max(0, timeout) * 1000)]
+    return select.select(filenos, [], [], timeout)[0]

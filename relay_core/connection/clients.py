@@ -1,0 +1,124 @@
+"""Connections of redis-py, made as relay needs them: no retries of their own, no decoding, RESP2."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, Literal
+
+import redis.asyncio.connection as aio
+from redis import connection as blocking
+from redis.asyncio.retry import Retry as AioRetry
+from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
+from redis.retry import Retry
+
+from relay_core.commands.command import Arg
+from relay_core.connection.steps import Address
+from relay_core.errors import InvalidArgument
+from relay_core.settings import StoreSettings, StoreUrl
+
+Role = Literal["store", "sentinel", "bell"]
+
+# Two more round trips at each connect, for a name that nobody asked for.
+_NO_DRIVER_NAME: dict[str, None] = (
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(blocking.AbstractConnection.__init__).parameters
+    else {"lib_name": None, "lib_version": None}
+)
+_BLOCK_BYTES = 1 << 18
+
+
+def _pack(args: tuple[Any, ...]) -> bytes:
+    """One command as it goes over the wire. Raises TypeError for what is neither text, bytes nor number."""
+    words = [b"*%d\r\n" % len(args)]
+    for arg in args:
+        if isinstance(arg, bytes):
+            word = arg
+        elif isinstance(arg, (str, int, float)):
+            word = str(arg).encode()
+        else:
+            raise TypeError(f"a {type(arg).__name__}")
+        words.append(b"$%d\r\n%b\r\n" % (len(word), word))
+    return b"".join(words)
+
+
+pack: Callable[[tuple[Any, ...]], bytes] = _pack
+with suppress(ImportError):
+    from hiredis import pack_command
+
+    pack = pack_command
+
+
+def pack_all(wires: Iterable[tuple[Arg, ...]]) -> list[bytes]:
+    """Many commands, joined into blocks so that each send has work worth its timeout, and large ones alone."""
+    blocks: list[bytes] = []
+    small: list[bytes] = []
+    size = 0
+    for wire in wires:
+        packed = checked_pack(wire)
+        small.append(packed)
+        size += len(packed)
+        if size >= _BLOCK_BYTES:
+            blocks.append(b"".join(small))
+            small, size = [], 0
+    if small:
+        blocks.append(b"".join(small))
+    return blocks
+
+
+def checked_pack(wire: tuple[Arg, ...]) -> bytes:
+    """One packed command. Raises InvalidArgument for an argument of a type that cannot be sent."""
+    try:
+        return pack(wire)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InvalidArgument(f"command {wire[0]!r} has an argument that cannot be sent: {error}") from error
+
+
+class _Credentials(CredentialProvider):
+    """Calls the user's function at each connect."""
+
+    def __init__(self, provide: Any) -> None:
+        self._provide = provide
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        user, password = self._provide()
+        return (user, password) if user else (password,)
+
+
+def connection(url: StoreUrl, settings: StoreSettings, address: Address, role: Role) -> Any:
+    """A blocking connection, not yet open. Those of a bell read without limit once they are armed."""
+    return _make(url, settings, address, role, blocking, Retry(NoBackoff(), 0))
+
+
+def aio_connection(url: StoreUrl, settings: StoreSettings, address: Address, role: Role) -> Any:
+    """The same for asyncio."""
+    return _make(url, settings, address, role, aio, AioRetry(NoBackoff(), 0))
+
+
+def _make(url: StoreUrl, settings: StoreSettings, address: Address, role: Role, module: Any, retry: Any) -> Any:
+    options: dict[str, Any] = {
+        "socket_timeout": settings.socket_timeout,
+        "socket_connect_timeout": settings.connect_timeout,
+        "client_name": settings.client_name,
+        "protocol": 2,
+        "retry": retry,
+        **_NO_DRIVER_NAME,
+    }
+    if role == "sentinel":
+        options |= {"username": url.sentinel_username, "password": url.sentinel_password}
+    else:
+        options["db"] = url.db
+        if settings.credential_provider is not None:
+            options["credential_provider"] = _Credentials(settings.credential_provider)
+        else:
+            options |= {"username": url.username, "password": url.password}
+        if settings.durability != "none":
+            options["socket_timeout"] += settings.durability_timeout
+    if not address.port:
+        return module.UnixDomainSocketConnection(path=address.host, **options)
+    options |= {"host": address.host, "port": address.port}
+    if not url.tls:
+        return module.Connection(**options)
+    return module.SSLConnection(**options, **dict(url.ssl), **dict(settings.ssl))

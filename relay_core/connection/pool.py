@@ -1,0 +1,131 @@
+"""Blocking connections to one server, kept for reuse."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from relay_core.connection.replies import is_reply
+from relay_core.connection.steps import Outcome
+from relay_core.errors import Unavailable
+
+LOOK_AFTER = 1.0
+"""Seconds of rest after which a connection is looked at before it is used: the server may have closed it."""
+
+
+class Link:
+    """One connection, opened when needed. Used by one thread at a time."""
+
+    __slots__ = ("_connection", "_open", "_used")
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._open = False
+        self._used = 0.0
+
+    def exchange(self, blocks: list[bytes], count: int) -> Outcome:
+        """Send packed commands and read `count` replies. Never raises for a server or a network."""
+        connection = self._connection
+        if self._open and monotonic() - self._used > LOOK_AFTER:
+            self._look()
+        if not self._open:
+            try:
+                connection.connect()
+            except Exception as error:
+                self.close()
+                return Outcome([], error, sent=False)
+            except BaseException:
+                self.close()
+                raise
+            self._open = True
+        replies: list[Any] = []
+        try:
+            connection.send_packed_command(blocks, check_health=False)
+            for _ in range(count):
+                try:
+                    replies.append(connection.read_response(disconnect_on_error=False))
+                except RedisError as error:
+                    if not is_reply(error):
+                        raise
+                    replies.append(error.with_traceback(None))
+        except Exception as error:
+            self.close()
+            return Outcome(replies, error)
+        except BaseException:
+            self.close()  # a reply may still come, and must not be taken for that to the next command
+            raise
+        self._used = monotonic()
+        return Outcome(replies)
+
+    def _look(self) -> None:
+        try:
+            if not self._connection.can_read(timeout=0):
+                return
+        except (RedisError, OSError):
+            pass
+        self.close()
+
+    def close(self) -> None:
+        self._open = False
+        with suppress(Exception):
+            self._connection.disconnect()
+
+
+class Pool:
+    """The links to one server, handed out last in, first out. Safe for threads.
+
+    :param limit: how many there may be at once
+    :param patience: seconds that `take` waits for one when all are in use
+    """
+
+    def __init__(self, make: Callable[[], Link], limit: int, patience: float) -> None:
+        self._make, self._limit, self._patience = make, limit, patience
+        self._idle: list[Link] = []
+        self._made = 0
+        self._closed = False
+        self._changed = threading.Condition(threading.Lock())
+
+    def take(self) -> Link | None:
+        """A link, or None when all were in use for too long. Give it back with `give`."""
+        with self._changed:
+            if self._idle:
+                return self._idle.pop()
+            if self._made >= self._limit and not self._changed.wait_for(self._free, self._patience):
+                return None
+            if self._closed:
+                raise Unavailable("the connection to the store was closed by this process")
+            if self._idle:
+                return self._idle.pop()
+            self._made += 1
+        return self._make()
+
+    def _free(self) -> bool:
+        return self._closed or bool(self._idle) or self._made < self._limit
+
+    def give(self, link: Link) -> None:
+        with self._changed:
+            if not self._closed:
+                self._idle.append(link)
+                self._changed.notify()
+                return
+        link.close()
+
+    def drop(self) -> None:
+        """Close the idle links; they open again when needed."""
+        with self._changed:
+            for link in self._idle:
+                link.close()
+
+    def close(self) -> None:
+        """Close the idle links now, and those in use when they are given back."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for link in idle:
+            link.close()

@@ -1,0 +1,161 @@
+"""Which server to ask: fixed, as the sentinels say, or by the slot of the key. No I/O."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from redis.crc import key_slot
+
+from relay_core.connection.replies import Verdict, judge_connect, judge_cut, judge_reply
+from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome
+from relay_core.errors import AuthError, PermissionDenied, RelayError
+from relay_core.settings import StoreUrl
+
+SLOTS = 16384
+
+
+class Router:
+    """What is known of a store's servers. Shared by the threads of a store; each change is one assignment.
+
+    :ivar checked: servers whose version and settings were found fit, see `check`
+    :ivar doubtful: True when the topology must be asked for before the next command
+    :ivar why: what stood in the way when it was last asked for
+    """
+
+    def __init__(self, url: StoreUrl) -> None:
+        self.url = url
+        self.kind = url.topology
+        seeds = [Address(host, port) for host, port in url.hosts]
+        self._seeds = seeds if self.kind != "unix" else [Address(url.path, 0)]
+        fixed = self.kind in ("standalone", "unix")
+        self._primary: Address | None = self._seeds[0] if fixed else None
+        self._slots: list[Address | None] = []
+        self.checked: frozenset[Address] = frozenset()
+        self.doubtful = not fixed
+        self.why = "not asked yet"
+
+    def ready(self, key: bytes) -> Address | None:
+        """The server for a key if it may be used at once, else None. On the path of every command."""
+        if self.doubtful:
+            return None
+        address = self._primary if self._primary is not None else self._slots[key_slot(key)]
+        return address if address in self.checked else None
+
+    def address(self, key: bytes | None) -> Address | None:
+        """The server for a key, any one for None; None if no server is known to serve it."""
+        if self._primary is not None or not self._slots:
+            return self._primary
+        if key is not None:
+            return self._slots[key_slot(key)]
+        known = self.primaries()
+        return random.choice(known) if known else None
+
+    def primaries(self) -> list[Address]:
+        """Every server that takes writes, as far as known."""
+        if self._primary is not None:
+            return [self._primary]
+        return list(dict.fromkeys(address for address in self._slots if address is not None))
+
+    def reason(self) -> str:
+        """Why there is no server to ask."""
+        return f"{self.url.safe()}: {self.why or 'no node serves the slot of the key'}"
+
+    def found_fit(self, address: Address) -> None:
+        self.checked |= {address}
+
+    def doubt(self, address: Address) -> None:
+        """A server was lost or said that it is not the one to ask: look at it and the topology again."""
+        self.checked -= {address}
+        if self.kind in ("sentinel", "cluster"):
+            self.doubtful = True
+            # Another one shall be asked first: the last one to answer may be behind.
+            self._seeds = [*self._seeds[1:], *self._seeds[:1]]
+
+    def moved(self, slot: int, address: Address) -> None:
+        """A node said that another one has the slot. An unknown one means that more has changed."""
+        if address not in self._slots:
+            self.doubtful = True
+        slots = list(self._slots) or [None] * SLOTS
+        slots[slot] = address
+        self._slots = slots
+
+    def discover(self) -> Flow[RelayError | None]:
+        """Ask for the topology if it is in doubt. Returns an error that repeating cannot help, else None."""
+        if not self.doubtful:
+            return None
+        before = set(self.primaries())
+        if self.kind == "sentinel":
+            error = yield from self._ask_sentinels()
+        else:
+            error = yield from self._ask_nodes()
+        if not self.doubtful:
+            gone = before - set(self.primaries())
+            self.checked -= gone
+            if gone:
+                yield Drop(gone)
+        return error
+
+    def _ask_sentinels(self) -> Flow[RelayError | None]:
+        notes: list[str] = []
+        refused: RelayError | None = None
+        service = self.url.service
+        for seed in list(self._seeds):
+            outcome: Outcome = yield Exchange(seed, [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)], sentinel=True)
+            reply, note, error = _answer(outcome, seed)
+            if isinstance(error, (AuthError, PermissionDenied)):
+                refused = error
+            if isinstance(reply, list) and len(reply) == 2:
+                self._primary = Address(reply[0].decode(), int(reply[1]))
+                self._seeds = [seed, *(other for other in self._seeds if other != seed)]
+                self.doubtful, self.why = False, ""
+                return None
+            notes.append(note or f"{seed}: knows no service {service!r}")
+        self.why = "no sentinel names a primary: " + "; ".join(notes)
+        return refused
+
+    def _ask_nodes(self) -> Flow[RelayError | None]:
+        notes: list[str] = []
+        refused: RelayError | None = None
+        for node in dict.fromkeys((*_shuffled(self.checked), *self._seeds, *_shuffled(self.primaries()))):
+            outcome: Outcome = yield Exchange(node, [("CLUSTER", "SLOTS")])
+            reply, note, error = _answer(outcome, node)
+            refused = error or refused
+            if isinstance(reply, list) and reply:
+                self._slots = _slot_map(reply, node)
+                self.doubtful, self.why = False, ""
+                return None
+            notes.append(note or f"{node}: serves no slots")
+        self.why = "no cluster node answers: " + "; ".join(notes)
+        return refused
+
+
+def _answer(outcome: Outcome, at: Address) -> tuple[Any, str, RelayError | None]:
+    """The reply, what to note in its place, and the error if it is a permanent one."""
+    if outcome.failure is None:
+        reply = outcome.replies[0]
+        if not isinstance(reply, Exception):
+            return reply, "", None
+        judged = judge_reply(reply, str(at))
+    elif outcome.sent:
+        judged = judge_cut(outcome.failure, str(at))
+    else:
+        judged = judge_connect(outcome.failure, str(at))
+    return None, f"{at}: {judged.text}", judged.error if judged.verdict is Verdict.PERMANENT else None
+
+
+def _shuffled(addresses: Iterable[Address]) -> list[Address]:
+    found = list(addresses)
+    random.shuffle(found)
+    return found
+
+
+def _slot_map(reply: list[Any], asked: Address) -> list[Address | None]:
+    slots: list[Address | None] = [None] * SLOTS
+    for low, high, primary, *_replicas in reply:
+        # An empty or missing name stands for the host that was asked.
+        host = primary[0].decode() if primary[0] else ""
+        address = Address(host if host not in ("", "?") else asked.host, int(primary[1]))
+        slots[low : high + 1] = [address] * (high + 1 - low)
+    return slots
