@@ -90,7 +90,7 @@ class Router:
             error = yield from self._ask_sentinels()
         else:
             error = yield from self._ask_nodes()
-        if not self.doubtful:
+        if not self.why:
             gone = before - set(self.primaries())
             self.checked -= gone
             if gone:
