@@ -30,7 +30,7 @@ class AsyncBroker(BrokerBase):
         """The connection, opened at its first use."""
         if self._store is None:
             self._bells: dict[tuple[bytes, ...], list[AsyncBell]] = {}
-            self._store = AsyncStore(self._address(), self._store_settings)
+            self._store = AsyncStore(self.address(), self._store_settings)
         return self._store
 
     async def close(self) -> None:

@@ -82,7 +82,7 @@ class BrokerBase:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url.safe()!r})"
 
-    def _address(self) -> StoreUrl:
+    def address(self) -> StoreUrl:
         """Where the server is; starts the embedded one, or joins it."""
         if self.url.topology != "embedded":
             return self.url
@@ -114,7 +114,7 @@ class Broker(BrokerBase):
             with self._opening:
                 if self._store is None:
                     self._bells: dict[tuple[bytes, ...], list[Bell]] = {}
-                    self._store = SyncStore(self._address(), self._store_settings)
+                    self._store = SyncStore(self.address(), self._store_settings)
         return self._store
 
     def close(self) -> None:

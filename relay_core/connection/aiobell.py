@@ -25,10 +25,11 @@ class AsyncChannel:
         self.address: Address | None = None
         self.connection: Any = None
         self.reading: asyncio.Task[Any] | None = None
+        self.broken = False
 
     async def close(self) -> None:
         connection, self.connection = self.connection, None
-        reading, self.reading = self.reading, None
+        reading, self.reading, self.broken = self.reading, None, False
         if reading is not None:
             reading.cancel()
         if connection is not None:
@@ -73,7 +74,7 @@ class AsyncBell:
             await self._arm(channel, found[channel.markers[0]], seconds)
 
     async def _arm(self, channel: AsyncChannel, address: Address, seconds: str) -> None:
-        if channel.address != address:
+        if channel.address != address or channel.broken:
             await channel.close()
             channel.address = address
         if channel.connection is None:
@@ -100,8 +101,8 @@ class AsyncBell:
             raise cut_error(error, address) from error
         channel.reading = asyncio.ensure_future(channel.connection.read_response(disconnect_on_error=False))
 
-    async def rung(self) -> bool:
-        """Take what has come. True if a marker was taken.
+    def rung(self) -> bool:
+        """Take what has come, without waiting. True if a marker was taken.
 
         False if nothing came, or if the server gave up waiting: then `armed` is False. Raises Unavailable
         when a connection was cut.
@@ -110,10 +111,10 @@ class AsyncBell:
         self.popped = ()
         for channel in self._channels:
             if channel.reading is not None and channel.reading.done():
-                await self._take(channel, channel.reading)
+                self._take(channel, channel.reading)
         return bool(self.popped)
 
-    async def _take(self, channel: AsyncChannel, reading: asyncio.Task[Any]) -> None:
+    def _take(self, channel: AsyncChannel, reading: asyncio.Task[Any]) -> None:
         assert channel.address is not None
         error = asyncio.CancelledError() if reading.cancelled() else reading.exception()
         if error is None:
@@ -122,7 +123,7 @@ class AsyncBell:
                 self.popped += (reading.result()[0],)
             return
         address = channel.address
-        await channel.close()
+        channel.reading, channel.broken = None, True
         self._store.doubt(address)
         # After a move of the slot, the next `arm` asks who has it.
         if is_reply(error) and judge_reply(error, str(address)).verdict is Verdict.MOVED:
@@ -137,7 +138,7 @@ class AsyncBell:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
-            if await self.rung():
+            if self.rung():
                 return True
             left = deadline - loop.time()
             if left <= 0 or self._woken:

@@ -12,12 +12,13 @@ from redis import connection as blocking
 from redis.asyncio.retry import Retry as AioRetry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
+from redis.exceptions import AuthenticationError
 from redis.retry import Retry
 
 from relay_core.commands.command import Arg
 from relay_core.connection.steps import Address
 from relay_core.errors import InvalidArgument
-from relay_core.settings import StoreSettings, StoreUrl
+from relay_core.settings import Credentials, StoreSettings, StoreUrl
 
 Role = Literal["store", "sentinel", "bell"]
 
@@ -77,14 +78,20 @@ def checked_pack(wire: tuple[Arg, ...]) -> bytes:
 
 
 class _Credentials(CredentialProvider):
-    """Calls the user's function at each connect."""
+    """Calls the user's function at each connect. What it raises may hold a secret, so only the type is told."""
 
-    def __init__(self, provide: Any) -> None:
+    def __init__(self, provide: Callable[[], Credentials]) -> None:
         self._provide = provide
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        user, password = self._provide()
+        try:
+            user, password = self._provide()
+        except Exception as error:
+            raise AuthenticationError(f"credential_provider raised {type(error).__name__}") from error
         return (user, password) if user else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
 
 
 def connection(url: StoreUrl, settings: StoreSettings, address: Address, role: Role) -> Any:

@@ -1,0 +1,40 @@
+"""A Celery app like any other. Worker: `celery -A celery_app worker`; this file as a script enqueues."""
+
+import os
+import sys
+import time
+
+import indexing
+from celery import Celery
+
+app = Celery("demo", broker=os.environ["RELAY_URL"])
+app.conf.update(
+    broker_transport_options={"lease": float(os.environ.get("DEMO_LEASE", "15"))},
+    task_acks_late=True,
+    task_ignore_result=True,
+    worker_hijack_root_logger=False,
+)
+
+
+@app.task
+def index(path, sent):
+    indexing.index_file("celery", path, sent)
+
+
+@app.task(autoretry_for=(RuntimeError,), default_retry_delay=1, max_retries=5)
+def flaky(key, sent):
+    indexing.flaky("celery", key, sent)
+
+
+@app.task
+def postponed(key, sent):
+    indexing.postponed("celery", key, sent)
+
+
+if __name__ == "__main__":
+    paths, others = indexing.todo(sys.argv)
+    for i in range(others):
+        flaky.delay(f"f{i}", time.time())
+        postponed.apply_async((f"p{i}", time.time()), countdown=indexing.DELAY)
+    for path in paths:
+        index.delay(path, time.time())

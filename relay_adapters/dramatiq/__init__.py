@@ -1,0 +1,24 @@
+"""Dramatiq on relay: `dramatiq.set_broker(RelayBroker(url="relay://localhost:6379/0"))` is the whole change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relay_adapters.dramatiq.broker import RelayBroker
+    from relay_adapters.dramatiq.burial import WorkerLost
+
+__all__ = ["RelayBroker", "WorkerLost"]
+
+
+def __getattr__(name: str) -> Any:
+    # Every relay Broker loads `plugin` from this package, also where Dramatiq is not installed.
+    if name == "RelayBroker":
+        from relay_adapters.dramatiq.broker import RelayBroker
+
+        return RelayBroker
+    if name == "WorkerLost":
+        from relay_adapters.dramatiq.burial import WorkerLost
+
+        return WorkerLost
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

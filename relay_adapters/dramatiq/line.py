@@ -1,0 +1,135 @@
+"""What the consumers of one queue share in one process: acks on their way to the store, and who holds what."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from relay_adapters.dramatiq.message import Holding, Lease
+from relay_core import Broker, Claimed, Job, Verdict
+from relay_core.commands.moves import MAX_BATCH
+
+logger = logging.getLogger("relay.dramatiq")
+
+GATHER = 0.001
+"""Seconds for which a consumer without a free slot waits for more acks to send together with its next claim."""
+
+
+class Line:
+    """Acks come from worker threads, and are sent by whoever is at hand.
+
+    While a consumer attends (it is between two claims, and sure to come back or to close), it sends them with
+    its next claim, in one round trip. Else the thread that acks sends them, together with those of the threads
+    that come while it does so. An ack that cannot be sent stays here, and is sent first thing next time.
+    """
+
+    def __init__(self, core: Broker, queue: str) -> None:
+        self.core = core
+        self.queue = queue
+        self.holdings: list[Holding] = []
+        self._acks: deque[Job] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._attending = 0
+        self._waiting = 0
+        self._enough = 1
+        self._flushing = False
+
+    def leases(self) -> list[Lease]:
+        """All unsettled leases of the queue in this process; forgets consumers that closed and hold none."""
+        return [lease for holding in list(self.holdings) for lease in holding.copy().values()]
+
+    def join(self, holding: Holding) -> None:
+        """A consumer opens."""
+        with self._changed:
+            self.holdings = [*(kept for kept in self.holdings if kept), holding]
+
+    def ack(self, job: Job) -> None:
+        """The job is done. Raises Unavailable when it was for this thread to send it and that failed."""
+        with self._changed:
+            self._acks.append(job)
+            if self._attending:
+                if self._waiting and len(self._acks) in (1, self._enough):
+                    self._changed.notify_all()
+                return
+        self.flush()
+
+    def freed(self) -> None:
+        """A slot came free in another way than by an ack."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Send the acks that wait, unless another thread is doing it."""
+        while True:
+            with self._changed:
+                if self._flushing:
+                    return
+                acks = self._take()
+                if not acks:
+                    return
+                self._flushing = True
+            try:
+                self._report(acks, self.core.ack_many(acks))
+            except BaseException:
+                self._put_back(acks)
+                raise
+            finally:
+                with self._changed:
+                    self._flushing = False
+
+    def attend(self) -> None:
+        """From now on, acks are left to the caller, who will claim or stop attending."""
+        with self._changed:
+            self._attending += 1
+
+    def leave(self) -> list[Job]:
+        """The caller attends no more; it must send these acks."""
+        with self._changed:
+            self._attending -= 1
+            return self._take()
+
+    def gather(self, full: Callable[[], bool], timeout: float, enough: int) -> list[Job]:
+        """While there is no free slot, wait for acks, and a moment more for up to `enough` of them."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self._enough = enough
+            self._waiting += 1
+            try:
+                while full() and not self._acks:
+                    if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                        break
+                if 0 < len(self._acks) < enough:
+                    self._changed.wait(GATHER)
+            finally:
+                self._waiting -= 1
+            return self._take()
+
+    def claim(self, acks: Sequence[Job], count: int) -> Claimed:
+        """Send the acks and claim up to `count` jobs, in one round trip."""
+        try:
+            verdicts, _nacked, claimed = self.core.finish(self.queue, acks, (), count)
+        except BaseException:
+            self._put_back(acks)
+            raise
+        self._report(acks, verdicts)
+        return claimed
+
+    def _take(self) -> list[Job]:
+        return [self._acks.popleft() for _ in range(min(len(self._acks), MAX_BATCH))]
+
+    def _put_back(self, acks: Sequence[Job]) -> None:
+        with self._changed:
+            self._acks.extendleft(reversed(acks))
+
+    @staticmethod
+    def _report(acks: Sequence[Job], verdicts: Sequence[Verdict]) -> None:
+        for job, verdict in zip(acks, verdicts, strict=True):
+            if verdict is Verdict.LOST:
+                logger.warning(
+                    "job %s of queue %r finished after its lease was lost: it runs again, or did so elsewhere",
+                    job.id,
+                    job.queue,
+                )

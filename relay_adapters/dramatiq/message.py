@@ -1,0 +1,83 @@
+"""A claimed job as Dramatiq's workers see it."""
+
+from __future__ import annotations
+
+import time
+
+from dramatiq.broker import MessageProxy
+from dramatiq.message import Message
+
+from relay_core import Job
+from relay_core.commands import Nack
+
+JOB_ID = "relay_job_id"
+"""Message option: the id of the job in the store, as `relay job show` takes it."""
+
+
+class Lease:
+    """A job that this process has claimed and not yet settled.
+
+    :ivar until: this process's monotonic clock at which it ends; the heartbeat moves it on
+    :ivar lost: True once the store said that the job is no longer ours
+    """
+
+    __slots__ = ("job", "lost", "until")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.until = job.expires_at
+        self.lost = False
+
+    def holds(self) -> bool:
+        return not self.lost and time.monotonic() < self.until
+
+
+Holding = dict[str, Lease]
+"""The unsettled leases of one consumer, by job id. Its size is what prefetch limits."""
+
+
+class RelayMessage(MessageProxy):
+    """A message with its lease.
+
+    :ivar pending: a retry that could not be sent when the message failed; it takes the place of the ack
+    :ivar exception: what the worker reported of the run, or None
+    """
+
+    def __init__(self, message: Message, lease: Lease, holding: Holding) -> None:
+        super().__init__(message)
+        self.lease = lease
+        self.pending: Nack | None = None
+        self.exception: BaseException | None = None
+        self._holding = holding
+
+    @property
+    def settled(self) -> bool:
+        """Whether the job was acked, nacked, retried or handed back."""
+        return self.lease.job.id not in self._holding
+
+    def settle(self) -> bool:
+        """Give up the lease, and with it the consumer's slot. False when that was done before."""
+        return self._holding.pop(self.lease.job.id, None) is not None
+
+    def stuff_exception(self, exception: BaseException) -> None:
+        super().stuff_exception(exception)
+        self.exception = exception
+
+    def clear_exception(self) -> None:
+        super().clear_exception()
+        self.exception = None
+
+    def __del__(self) -> None:
+        # What nobody holds any more can never be acked: its lease ends without further heartbeats.
+        self.settle()
+
+
+def delivered(job: Job) -> Message:
+    """The message in a job, as a worker is to run it now. Raises dramatiq's DecodeError.
+
+    The store has kept it until it was due, so it carries no `eta`, which would park it in the worker's memory;
+    and the queue is the one it came from, by which the worker finds its consumer.
+    """
+    message: Message = Message.decode(job.payload)
+    message.options.pop("eta", None)
+    return message if message.queue_name == job.queue else message.copy(queue_name=job.queue)
