@@ -27,9 +27,7 @@ def test_a_host_and_port_name_a_single_server_without_tls(word: str) -> None:
     ("suffix", "rest", "topology"),
     [("", "h:1/0", "standalone"), ("+sentinel", "h:1/s/0", "sentinel"), ("+cluster", "h:1", "cluster")],
 )
-def test_each_word_with_an_s_asks_for_tls_in_each_topology(
-    word: str, suffix: str, rest: str, topology: str
-) -> None:
+def test_each_word_with_an_s_asks_for_tls_in_each_topology(word: str, suffix: str, rest: str, topology: str) -> None:
     url = parse_url(f"{word}{suffix}://{rest}")
     assert url.tls
     assert url.topology == topology
@@ -238,7 +236,7 @@ def test_retrying_may_be_turned_off() -> None:
 
 
 def test_a_credential_provider_must_be_callable_and_is_not_shown() -> None:
-    with pytest.raises(InvalidArgument, match="credential_provider.*str"):
+    with pytest.raises(InvalidArgument, match=r"credential_provider.*str"):
         StoreSettings(credential_provider="secret")  # type: ignore[arg-type]
 
     class Provider:
