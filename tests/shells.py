@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
+import pytest
+
 from relay_core.commands.command import Arg, Command
-from relay_core.connection import AsyncBell, AsyncStore, Bell, SyncStore
+from relay_core.connection import AsyncBell, AsyncStore, SyncStore
 from relay_core.scripts import Script
-from relay_core.settings import StoreSettings, StoreUrl
+from relay_core.settings import StoreSettings, StoreUrl, parse_url
 
 Kind = Literal["sync", "async"]
 KINDS: tuple[Kind, ...] = ("sync", "async")
@@ -105,7 +107,8 @@ class _AwaitedBell:
         self._loop.run_until_complete(self._bell.arm(timeout))
 
     def rung(self) -> bool:
-        return self._loop.run_until_complete(self._bell.rung())
+        self._loop.run_until_complete(asyncio.sleep(0.001))  # lets the loop read what has come
+        return self._bell.rung()
 
     def wait(self, timeout: float) -> bool:
         return self._loop.run_until_complete(self._bell.wait(timeout))
@@ -122,9 +125,28 @@ def open_store(kind: Kind, url: StoreUrl, settings: StoreSettings) -> Face:
     return store
 
 
-def sync_bell(bell: BellFace) -> Bell:
-    assert isinstance(bell, Bell)
-    return bell
+Open = Callable[..., Face]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Which store a test is about: both. Import it beside `store_at`."""
+    chosen: Kind = request.param
+    return chosen
+
+
+@pytest.fixture
+def store_at(kind: Kind) -> Iterator[Open]:
+    """`store_at(url, **settings)` opens a store and closes it after the test."""
+    opened: list[Face] = []
+
+    def open_at(url: str, **settings: Any) -> Face:
+        opened.append(open_store(kind, parse_url(url), StoreSettings(**settings)))
+        return opened[-1]
+
+    yield open_at
+    for store in opened:
+        store.close()
 
 
 def script(body: str, name: str = "test") -> Script:

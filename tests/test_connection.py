@@ -1,10 +1,12 @@
 """The stores against real servers: what is repeated, what is raised, and that no reply is taken for another's."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,32 +20,9 @@ from relay_core.errors import (
     StoreError,
     Unavailable,
 )
-from relay_core.settings import StoreSettings, parse_url
 from tests.proxy import Proxy, to_socket
 from tests.servers import AclServer, Server, free_port
-from tests.shells import KINDS, Face, Kind, count, open_store, script
-
-Open = Callable[..., Face]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    chosen: Kind = request.param
-    return chosen
-
-
-@pytest.fixture
-def store_at(kind: Kind) -> Iterator[Open]:
-    """`store_at(url, **settings)` opens a store and closes it after the test."""
-    opened: list[Face] = []
-
-    def open_at(url: str, **settings: Any) -> Face:
-        opened.append(open_store(kind, parse_url(url), StoreSettings(**settings)))
-        return opened[-1]
-
-    yield open_at
-    for store in opened:
-        store.close()
+from tests.shells import Open, count, kind, script, store_at  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
