@@ -158,11 +158,11 @@ class AsyncBroker(BrokerBase):
 
     async def dead(self, queue: str, limit: int = 100, skip: int = 0) -> list[StoredJob]:
         """See Broker.dead."""
-        return await self.drive(inspector.listas_jobs(self.operations, queue, "dead", skip, limit))
+        return await self.drive(inspector.list_jobs(self.operations, queue, "dead", skip, limit))
 
     async def jobs(self, queue: str, state: State, limit: int = 100, skip: int = 0) -> list[StoredJob]:
         """See Broker.jobs."""
-        return await self.drive(inspector.listas_jobs(self.operations, queue, state, skip, limit))
+        return await self.drive(inspector.list_jobs(self.operations, queue, state, skip, limit))
 
     async def show(self, queue: str, id: str) -> StoredJob | None:
         """See Broker.show."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -86,7 +87,10 @@ class BrokerBase:
         """Where the server is; starts the embedded one, or joins it."""
         if self.url.topology != "embedded":
             return self.url
-        if self._lease is None:
+        if self._lease is not None:
+            # after a fork the child takes a share of its own, and a server that died is started again
+            self._lease.renew()
+        else:
             directory = Path(self.url.path or ".relay")
             self._lease = embedded.acquire(directory)
             if not self._quiet:
@@ -106,13 +110,15 @@ class Broker(BrokerBase):
     """The blocking broker. Safe to use from many threads, and in the children of a fork."""
 
     _store: SyncStore | None = None
+    _opened_by = 0
 
     @property
     def store(self) -> SyncStore:
         """The connection, opened at its first use."""
-        if self._store is None:
+        if self._store is None or (self._lease is not None and self._opened_by != os.getpid()):
             with self._opening:
-                if self._store is None:
+                if self._store is None or self._opened_by != os.getpid():
+                    self._opened_by = os.getpid()
                     self._bells: dict[tuple[bytes, ...], list[Bell]] = {}
                     self._store = SyncStore(self.address(), self._store_settings)
         return self._store
@@ -249,11 +255,11 @@ class Broker(BrokerBase):
 
     def dead(self, queue: str, limit: int = 100, skip: int = 0) -> list[StoredJob]:
         """Dead jobs, the longest dead first."""
-        return self.drive(inspector.listas_jobs(self.operations, queue, "dead", skip, limit))
+        return self.drive(inspector.list_jobs(self.operations, queue, "dead", skip, limit))
 
     def jobs(self, queue: str, state: State, limit: int = 100, skip: int = 0) -> list[StoredJob]:
         """The jobs in a state: ready in the order of claims, delayed and inflight by time, dead by age."""
-        return self.drive(inspector.listas_jobs(self.operations, queue, state, skip, limit))
+        return self.drive(inspector.list_jobs(self.operations, queue, state, skip, limit))
 
     def show(self, queue: str, id: str) -> StoredJob | None:
         """One job as it lies in the store."""

@@ -190,4 +190,4 @@ def _pairs(
     elif flat and isinstance(flat[0], tuple):
         yield from flat  # type: ignore[misc]
     else:
-        yield from zip(flat[::2], flat[1::2], strict=True)  # type: ignore[misc, arg-type]
+        yield from zip(flat[::2], flat[1::2], strict=True)

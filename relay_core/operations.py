@@ -61,7 +61,7 @@ class Settings:
     """A broker's settings; see Broker for their meaning."""
 
     prefix: str = "relay"
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     queue_retry: dict[str, RetryPolicy] = field(default_factory=dict)
     lease: float = 15.0
     max_deliveries: int = 5
@@ -177,8 +177,6 @@ class Operations:
 
     def claim(self, queues: Sequence[str], count: int = 1, wait: float = 0.0, woken: bool = False) -> Flow[Claimed]:
         """Ask the queues in their order until `count` jobs are leased; wait up to `wait` seconds for the first."""
-        if isinstance(queues, str) or not queues:
-            queues = (queues,) if queues else ()
         if not queues:
             raise InvalidArgument("claim needs at least one queue")
         whole("count", count, least=1, most=MAX_BATCH)

@@ -6,6 +6,7 @@ module starts the server and the workers, as an operator would, and checks the l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -67,7 +68,7 @@ def examples() -> Path:
     """The folder of the demo's tasks in the source tree. Raises InvalidArgument where there is none."""
     folder = Path(__file__).resolve().parents[2] / "examples" / "demo"
     if not folder.is_dir():
-        raise InvalidArgument(f"the demo's tasks are not at {folder}; run it from a checkout of relay, with `make demo`")
+        raise InvalidArgument(f"the demo's tasks are not at {folder}; run `make demo` in a checkout of relay")
     return folder
 
 
@@ -172,10 +173,8 @@ class Demo:
         deadline = time.monotonic() + 8
         for face in self.faces:
             if face.process is not None:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     face.process.wait(max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    pass
                 _signal_group(face.process, signal.SIGKILL)
                 face.process.wait()
 
@@ -276,13 +275,16 @@ class Demo:
     def problems(self, face: Face, ledger: Ledger, expected: dict[str, str]) -> list[str]:
         found = [f"{face.name}: {path} was not indexed" for path in expected.keys() - ledger.indexed.keys()]
         found += [
-            f"{face.name}: {path} has another digest" for path, digest in ledger.indexed.items() if expected[path] != digest
+            f"{face.name}: {path} has another digest"
+            for path, digest in ledger.indexed.items()
+            if expected[path] != digest
         ]
         if len(ledger.flaky) < OTHERS:
             found.append(f"{face.name}: {OTHERS - len(ledger.flaky)} tasks that fail twice never worked")
         if len(ledger.postponed) < OTHERS:
             found.append(f"{face.name}: {OTHERS - len(ledger.postponed)} postponed tasks never ran")
-        found += [f"{face.name}: {key} ran {late:.2f} s after it was sent" for key, late in ledger.postponed.items() if late < 2]
+        early = {key: late for key, late in ledger.postponed.items() if late < 2}
+        found += [f"{face.name}: {key} ran {late:.2f} s after it was sent" for key, late in early.items()]
         stats = self.broker.stats(face.queue)
         if stats.pending:
             found.append(f"{face.name}: {stats.pending} jobs are still in queue {face.queue!r}")
@@ -302,10 +304,8 @@ class Demo:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _digest(path: Path) -> str:

@@ -140,7 +140,8 @@ def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
 
 def enqueue(q: QueueKeys, jobs: Sequence[NewJob]) -> Command[list[Enqueued]]:
     """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate."""
-    args: list[Arg] = [LAYOUT, 0]
+    levels = {job.record[:1] for job in jobs}
+    args: list[Arg] = [LAYOUT, 0, b"".join(levels)]
     for job in jobs:
         args += job
 
@@ -152,7 +153,8 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob]) -> Command[list[Enqueued]]:
             for job, answer in zip(jobs, reply[1:], strict=True)
         ]
 
-    keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, *q.ready)
+    lists = [q.ready[int(level)] for level in levels]
+    keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, *lists)
     return Command(scripts.load("enqueue"), keys, tuple(args), parse, resent_at=1, durable=True)
 
 
@@ -218,13 +220,13 @@ def nack(q: QueueKeys, nacks: Sequence[Nack]) -> Command[list[Verdict]]:
 
 def extend(q: QueueKeys, receipts: Sequence[tuple[str, str]], lease_ms: int) -> Command[list[Verdict]]:
     """Heartbeat: the leases of these (id, token) pairs end `lease_ms` from now."""
-    args = (lease_ms, *(arg for pair in receipts for arg in pair))
+    args: tuple[Arg, ...] = (lease_ms, *(arg for pair in receipts for arg in pair))
     return Command(scripts.load("extend"), (q.owners, q.leases, q.config), args, _nacked)
 
 
 def release(q: QueueKeys, receipts: Sequence[tuple[str, str]]) -> Command[list[Verdict]]:
     """Hand back jobs, by (id, token), that were not started; the delivery does not count."""
-    args = tuple(arg for pair in receipts for arg in pair)
+    args: tuple[Arg, ...] = tuple(arg for pair in receipts for arg in pair)
     keys = (q.owners, q.jobs, q.leases, q.counters, q.marker, *q.ready)
     return Command(scripts.load("release"), keys, args, _acked)
 

@@ -14,7 +14,7 @@ from relay_core.connection.aiobell import AsyncBell
 from relay_core.connection.aiopool import AsyncLink, AsyncPool
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
 from relay_core.connection.topology import Router
-from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from relay_core.errors import RelayError, Unavailable
 from relay_core.settings import StoreSettings, StoreUrl
 
 T = TypeVar("T")
@@ -29,10 +29,9 @@ class AsyncStore:
     """
 
     def __init__(self, url: StoreUrl, settings: StoreSettings | None = None) -> None:
-        if url.topology == "embedded":
-            raise InvalidArgument(f"{url.safe()}: start the embedded server, then use the URL of its socket")
         self.url = url
         self.settings = settings or StoreSettings()
+        clients.check(url, self.settings)
         self._policy = attempts.Policy(self.settings)
         self._router = Router(url)
         self._pools: dict[Address, AsyncPool] = {}
@@ -42,7 +41,7 @@ class AsyncStore:
     async def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""
         started = time.monotonic()
-        address = self._router.ready(command.keys[0])
+        address = self._router.ready(command.keys[0], started)
         first = None
         if address is not None and not (command.durable and self._policy.confirm):
             outcome = await self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)

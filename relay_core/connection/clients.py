@@ -12,7 +12,7 @@ from redis import connection as blocking
 from redis.asyncio.retry import Retry as AioRetry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
-from redis.exceptions import AuthenticationError
+from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
 from relay_core.commands.command import Arg
@@ -94,6 +94,14 @@ class _Credentials(CredentialProvider):
         return self.get_credentials()
 
 
+def check(url: StoreUrl, settings: StoreSettings) -> None:
+    """Raise InvalidArgument for a store that cannot be opened, before anything is done."""
+    if url.topology == "embedded":
+        raise InvalidArgument(f"{url.safe()}: start the embedded server, then use the URL of its socket")
+    if url.tls:
+        connection(url, settings, Address(*url.hosts[0]), "store")
+
+
 def connection(url: StoreUrl, settings: StoreSettings, address: Address, role: Role) -> Any:
     """A blocking connection, not yet open. Those of a bell read without limit once they are armed."""
     return _make(url, settings, address, role, blocking, Retry(NoBackoff(), 0))
@@ -128,4 +136,8 @@ def _make(url: StoreUrl, settings: StoreSettings, address: Address, role: Role, 
     options |= {"host": address.host, "port": address.port}
     if not url.tls:
         return module.Connection(**options)
-    return module.SSLConnection(**options, **dict(url.ssl), **dict(settings.ssl))
+    tls = dict(url.ssl) | dict(settings.ssl)
+    try:
+        return module.SSLConnection(**options, **tls)
+    except (TypeError, RedisError) as error:
+        raise InvalidArgument(f"the ssl_ options {', '.join(tls)} cannot be used: {error}") from error

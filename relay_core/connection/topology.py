@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +16,9 @@ from relay_core.errors import AuthError, PermissionDenied, RelayError
 from relay_core.settings import StoreUrl
 
 SLOTS = 16384
+ASK_AGAIN = 1.0
+"""Seconds after which the next command asks a sentinel whether the primary is still the same. In a planned
+failover the old one takes writes for seconds more, all of which are lost when it becomes a replica."""
 
 
 class Router:
@@ -35,10 +40,11 @@ class Router:
         self.checked: frozenset[Address] = frozenset()
         self.doubtful = not fixed
         self.why = "not asked yet"
+        self._ask_at = math.inf
 
-    def ready(self, key: bytes) -> Address | None:
+    def ready(self, key: bytes, now: float) -> Address | None:
         """The server for a key if it may be used at once, else None. On the path of every command."""
-        if self.doubtful:
+        if self.doubtful or now > self._ask_at:
             return None
         address = self._primary if self._primary is not None else self._slots[key_slot(key)]
         return address if address in self.checked else None
@@ -83,10 +89,14 @@ class Router:
 
     def discover(self) -> Flow[RelayError | None]:
         """Ask for the topology if it is in doubt. Returns an error that repeating cannot help, else None."""
-        if not self.doubtful:
+        again = time.monotonic() > self._ask_at
+        if not self.doubtful and not again:
             return None
         before = set(self.primaries())
-        if self.kind == "sentinel":
+        error = None
+        if not self.doubtful:
+            yield from self._ask_one_sentinel()
+        elif self.kind == "sentinel":
             error = yield from self._ask_sentinels()
         else:
             error = yield from self._ask_nodes()
@@ -97,17 +107,32 @@ class Router:
                 yield Drop(gone)
         return error
 
+    def _ask_one_sentinel(self) -> Flow[None]:
+        """Only one, the last that answered: others may be behind it. If it fails, all stays as it is."""
+        self._ask_at = time.monotonic() + ASK_AGAIN
+        seed = self._seeds[0]
+        outcome: Outcome = yield self._sentinel_question(seed)
+        reply, _note, _error = _answer(outcome, seed)
+        if isinstance(reply, list) and len(reply) == 2:
+            self._primary = Address(reply[0].decode(), int(reply[1]))
+        else:
+            self._seeds = [*self._seeds[1:], seed]
+
+    def _sentinel_question(self, seed: Address) -> Exchange:
+        return Exchange(seed, [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.url.service)], sentinel=True)
+
     def _ask_sentinels(self) -> Flow[RelayError | None]:
         notes: list[str] = []
         refused: RelayError | None = None
         service = self.url.service
         for seed in list(self._seeds):
-            outcome: Outcome = yield Exchange(seed, [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)], sentinel=True)
+            outcome: Outcome = yield self._sentinel_question(seed)
             reply, note, error = _answer(outcome, seed)
             if isinstance(error, (AuthError, PermissionDenied)):
                 refused = error
             if isinstance(reply, list) and len(reply) == 2:
                 self._primary = Address(reply[0].decode(), int(reply[1]))
+                self._ask_at = time.monotonic() + ASK_AGAIN
                 self._seeds = [seed, *(other for other in self._seeds if other != seed)]
                 self.doubtful, self.why = False, ""
                 return None

@@ -8,16 +8,17 @@
 -- KEYS[6] u HASH dedup key -> id
 -- KEYS[7] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[8] f LIST ids finished lately
--- KEYS[9..18] r0..r9 LIST id, one per priority level
+-- KEYS[9..18] LIST id, the ready lists of the levels that ARGV[3] names, in its order
 -- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run
--- ARGV[3..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
+-- ARGV[3] the levels of these jobs, a digit each
+-- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
 --   dedup: '' or '<ms, 0 until done>:<key>' | record without its creation time; its first byte is the level
 -- returns {now, answer per job}: 1 stored, 0 that id is stored (re-sent: or finished), else id that holds the dedup key
 -- moves: none -> ready | none -> delayed | cost O(jobs log delayed)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, dedup, dedup_expiry, finished = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
-local READY = 9 -- the ready list of level n is KEYS[READY + n]
-local layout, resent, args = ARGV[1], ARGV[2] == '1', ARGV
+local FIRST_LIST = 8 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
+local layout, resent, named, args = ARGV[1], ARGV[2] == '1', ARGV[3], ARGV
 --@include clock
 
 local set = redis.call('HMGET', config, 'v', 'levels')
@@ -25,14 +26,14 @@ local found, levels = set[1], set[2] or ''
 --@include layout
 
 local ids, known = {}, {}
-for at = 3, #args, 4 do ids[#ids + 1] = args[at] end
+for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 -- a lone job is checked by its own write below
 if #ids > 1 or resent then known = redis.call('HMGET', jobs, unpack(ids)) end
 
 local answers, puts, pushes, stored, duplicates = {now}, {}, {}, {}, 0
 local born, waits, earliest = now .. ' ', nil, nil
 for i, id in ipairs(ids) do
-  local when, key, record = args[4 * i], args[4 * i + 1], args[4 * i + 2]
+  local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
   local taken, holder, keep = known[i] or stored[id], nil, nil
   if key ~= '' and not taken then
     keep, key = string.match(key, '^(%d+):(.*)$')
@@ -99,7 +100,7 @@ end
 local wake = false
 if #puts > 0 then redis.call('HSET', jobs, unpack(puts)) end
 for level, list in pairs(pushes) do
-  redis.call('RPUSH', KEYS[READY + level], unpack(list))
+  redis.call('RPUSH', KEYS[FIRST_LIST + string.find(named, level, 1, true)], unpack(list))
   wake = true
 end
 if waits then

@@ -1,0 +1,1 @@
+"""Benchmarks of relay. Figures, not tests: `python -m benchmarks`. See README.md beside this file."""

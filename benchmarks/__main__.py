@@ -1,0 +1,38 @@
+"""`python -m benchmarks [processor] [memory] [depth] [wake-up] [idle] ...`: all of them without a name."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import engine, idle
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks and print their tables."""
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
+        known: dict[str, Callable[[], Table]] = {
+            "processor": engine.processor,
+            "memory": engine.memory,
+            "depth": engine.depth,
+            "wake-up": idle.wake_up,
+            "idle": lambda: idle.idle_commands(Path(folder)),
+        }
+        if unknown := set(names) - known.keys():
+            console.print(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+            return 2
+        console.print(f"Python {platform.python_version()} on {platform.machine()}, {platform.system()}")
+        for name in names or known:
+            console.print(known[name]())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

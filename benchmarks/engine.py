@@ -1,0 +1,123 @@
+"""What a job costs the server: processor time, memory, and whether the depth of a queue matters.
+
+Calls go out in pipelines of 100, so that what is measured are the scripts and not the system calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.servers import FLAVOURS, cpu_seconds, private
+from relay_core import Broker, commands
+from relay_core.commands import Ack, Command, NewJob
+from relay_core.job import NO_OPTIONS, Record, new_id
+from relay_core.keys import QueueKeys
+
+PAYLOAD = b"x" * 200
+PIPELINE = 100
+LEASE_MS = 60_000
+
+
+def new_job() -> NewJob:
+    return NewJob(new_id(), "", "", Record.pack(0, NO_OPTIONS, PAYLOAD))
+
+
+def sent(broker: Broker, built: Sequence[Command[Any]]) -> list[Any]:
+    """Send in pipelines; any error ends the benchmark."""
+    results: list[Any] = []
+    for at in range(0, len(built), PIPELINE):
+        for result in broker.store.run_many(built[at : at + PIPELINE]):
+            if isinstance(result, Exception):
+                raise result
+            results.append(result)
+    return results
+
+
+class Costs:
+    """Processor time of the server per job, move by move; the least of several rounds is quoted as well as the median,
+    since other programs on the machine can only add to it."""
+
+    def __init__(self, broker: Broker, server: Any, batch: int, jobs: int) -> None:
+        self.broker = broker
+        self.client = server.client()
+        self.q: QueueKeys = broker.settings.keys("bench")
+        self.batch = batch
+        self.jobs = jobs
+
+    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        before = cpu_seconds(self.client)
+        result = work()
+        return (cpu_seconds(self.client) - before) / self.jobs * 1e6, result
+
+    def round(self) -> tuple[float, float, float]:
+        calls = self.jobs // self.batch
+        enqueues = [commands.enqueue(self.q, [new_job() for _ in range(self.batch)]) for _ in range(calls)]
+        enqueue, _ = self.timed(lambda: sent(self.broker, enqueues))
+        claims = [commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", max_deliveries=5) for i in range(calls)]
+        claim, replies = self.timed(lambda: sent(self.broker, claims))
+        acks = [commands.ack(self.q, [Ack(g.id, g.token) for g in reply.grants]) for reply in replies]
+        ack, verdicts = self.timed(lambda: sent(self.broker, acks))
+        assert sum(len(v) for v in verdicts) == self.jobs and all(all(v) for v in verdicts), "jobs went missing"
+        return enqueue, claim, ack
+
+
+def processor(rounds: int = 7, jobs: int = 10_000) -> Table:
+    """Server processor time per job for enqueue + claim + ack."""
+    table = Table(title="Server processor time per job, µs (200 B payload, pipelines of 100 calls)")
+    for column in ("server", "batch", "enqueue", "claim", "ack", "total: median", "total: least", "target"):
+        table.add_column(column, justify="right")
+    for flavour in FLAVOURS:
+        with private(flavour) as server, Broker(server.url) as broker:
+            for batch, target in ((1, "25"), (10, "12"), (50, "-")):
+                costs = Costs(broker, server, batch, jobs)
+                costs.round()
+                found = [costs.round() for _ in range(rounds)]
+                moves = [f"{statistics.median(move):.1f}" for move in zip(*found, strict=True)]
+                totals = [sum(one) for one in found]
+                cells = (f"{statistics.median(totals):.1f}", f"{min(totals):.1f}")
+                table.add_row(flavour, str(batch), *moves, *cells, target)
+    return table
+
+
+def memory(jobs: int = 100_000) -> Table:
+    """Bytes of the server per waiting job."""
+    table = Table(title=f"Memory per waiting job, bytes ({jobs} jobs of 200 B)")
+    for column in ("server", "bytes per job", "target"):
+        table.add_column(column, justify="right")
+    for flavour in FLAVOURS:
+        with private(flavour) as server, Broker(server.url) as broker:
+            client = server.client()
+            broker.enqueue("bench", PAYLOAD)
+            before = client.info("memory")["used_memory"]
+            broker.enqueue_many("bench", [PAYLOAD] * jobs)
+            used = client.info("memory")["used_memory"] - before
+            table.add_row(flavour, f"{used / jobs:.0f}", "450")
+    return table
+
+
+def depth(rounds: int = 7, jobs: int = 5_000, deep: int = 1_000_000) -> Table:
+    """Server time per job with few and with many jobs waiting, measured in turn in one run."""
+    table = Table(title=f"Speed with {deep} jobs waiting against 1,000 (ratio of medians, 1.0 is as fast)")
+    for column in ("server", "enqueue", "claim + ack", "target"):
+        table.add_column(column, justify="right")
+    for flavour in FLAVOURS:
+        with private(flavour) as server, Broker(server.url) as broker:
+            shallow = Costs(broker, server, 10, jobs)
+            full = Costs(broker, server, 10, jobs)
+            full.q = broker.settings.keys("deep")
+            broker.enqueue_many("bench", [PAYLOAD] * 1_000)
+            for _ in range(deep // 50_000):
+                broker.enqueue_many("deep", [PAYLOAD] * 50_000)
+            found: dict[str, list[tuple[float, float, float]]] = {"few": [], "many": []}
+            for _ in range(rounds):
+                found["few"].append(shallow.round())
+                found["many"].append(full.round())
+            few = [statistics.median(move) for move in zip(*found["few"], strict=True)]
+            many = [statistics.median(move) for move in zip(*found["many"], strict=True)]
+            ratios = (few[0] / many[0], (few[1] + few[2]) / (many[1] + many[2]))
+            table.add_row(flavour, *(f"{ratio:.2f}" for ratio in ratios), "0.90")
+    return table
