@@ -15,7 +15,7 @@ from dramatiq.worker import ConsumerThread
 
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered
-from relay_core import Broker, Verdict
+from relay_core import Broker
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import Unavailable
@@ -32,7 +32,7 @@ def dramatiq_errors() -> Iterator[None]:
     try:
         yield
     except Unavailable as error:
-        raise ConnectionClosed(error) from error
+        raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
 
 
 class RelayConsumer(Consumer):
@@ -47,7 +47,7 @@ class RelayConsumer(Consumer):
         self.timeout = timeout
         self._line = line
         self._core: Broker = line.core
-        self._holding: Holding = {}
+        self._holding: Holding = Holding()
         self._buffer: deque[Lease] = deque()
         # Dramatiq's own consumer threads come back for more or close; whoever else iterates may do neither.
         self._steady = isinstance(threading.current_thread(), ConsumerThread)
@@ -77,7 +77,9 @@ class RelayConsumer(Consumer):
             return RelayMessage(delivered(lease.job), lease, self._holding)
         except Exception as error:  # an encoder may fail in any way, and only this message is spoiled
             cause = error.error if isinstance(error, DecodeError) else error
-            logger.error("job %s of queue %r does not decode, and goes to dead: %r", lease.job.id, self.queue_name, cause)
+            logger.error(
+                "job %s of queue %r does not decode, and goes to dead: %r", lease.job.id, self.queue_name, cause
+            )
             self._bury(lease, f"message does not decode: {cause!r}")
             return None
 
@@ -89,7 +91,115 @@ class RelayConsumer(Consumer):
             # if the store is away, the lease ends and the message is looked at once more
             self._holding.pop(lease.job.id, None)
 
+    def _fill(self, deadline: float) -> bool:
+        """Claim into the buffer; False when there was nothing until the deadline."""
+        while True:
+            self._attend(self._steady)
+            acks = self._line.gather(self._full, deadline - time.monotonic(), max(1, self.prefetch // 2))
+            if acks:
+                claimed = self._line.claim(acks, max(0, self._free()))
+            elif self._full():
+                return False
+            else:
+                self._attend(False)
+                acks = self._line.take()
+                wait = max(0.0, deadline - time.monotonic())
+                free = max(1, self._free())
+                claimed = self._line.claim(acks, free) if acks else self._core.claim(self.queue_name, free, wait)
+            for job in claimed:
+                lease = Lease(job)
+                self._holding[job.id] = lease
+                self._buffer.append(lease)
+            if claimed:
+                self._attend(self._steady)
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def _attend(self, attend: bool) -> None:
+        if attend != self._attending:
+            self._attending = attend
+            if attend:
+                self._line.attend()
+            else:
+                self._line.leave()
+
     def _free(self) -> int:
-        """Slots; what consumers that closed have left running on this queue takes some."""
-        left = sum(len(holding) for holding in self._line.holdings if holding is not self._holding and holding.closed)
-        return min(self.prefetch - len(self._holding) - left, MAX_BATCH)
+        return min(self.prefetch - len(self._holding) - self._line.left_running(), MAX_BATCH)
+
+    def _full(self) -> bool:
+        return self._free() <= 0
+
+    # how a message ends
+
+    def ack(self, message: MessageProxy) -> None:
+        if not isinstance(message, RelayMessage):
+            return self._strange(message)
+        with dramatiq_errors():
+            if message.pending is not None:
+                self._end(message, message.pending)
+            elif message.settle() and not message.lease.lost:
+                self._line.ack(message.lease.job)
+            else:
+                self._line.flush()  # this may be the second try of an ack that could not be sent
+        return None
+
+    def nack(self, message: MessageProxy) -> None:
+        if not isinstance(message, RelayMessage):
+            return self._strange(message)
+        if not message.settled:
+            with dramatiq_errors():
+                self._end(message, message.pending or self._dead(message))
+        return None
+
+    def _end(self, message: RelayMessage, item: Nack) -> None:
+        if not message.lease.lost:
+            self._line.nack(message.lease.job, item)
+        message.pending = None
+        message.settle()
+        self._line.freed()
+
+    def _dead(self, message: RelayMessage) -> Nack:
+        """The dead letter: the message as it is now, with its retries and traceback, and what it failed of."""
+        trace = message.options.get("traceback")
+        error = "" if message.exception is None else repr(message.exception)
+        if isinstance(trace, str):
+            error = f"{error}\n{trace[-3000:]}"
+        try:
+            payload = message.encode()
+        except Exception:  # options that some middleware set, and that the encoder cannot take: keep the old body
+            payload = None
+        return self._core.operations.nack_of(
+            message.lease.job, error, dead=True, reason="failed" if error else "rejected", payload=payload
+        )
+
+    def _strange(self, message: MessageProxy) -> None:
+        logger.warning("message %r did not come from a relay consumer, and is left alone", message)
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        """Hand back what was not started; the delivery does not count."""
+        mine = [message for message in messages if isinstance(message, RelayMessage) and message.settle()]
+        self._release([message.lease for message in mine])
+
+    def close(self) -> None:
+        """Send the acks that wait, and hand back what is buffered. What runs keeps its lease."""
+        if self._closed:
+            return
+        self._closed = self._holding.closed = True
+        self._attend(False)
+        leases = list(self._buffer)
+        self._buffer.clear()
+        for lease in leases:
+            self._holding.pop(lease.job.id, None)
+        try:
+            self._release(leases)
+        finally:
+            with dramatiq_errors():
+                self._line.flush()
+
+    def _release(self, leases: Iterable[Lease]) -> None:
+        jobs = [lease.job for lease in leases if not lease.lost]
+        if jobs:
+            with dramatiq_errors():
+                self._core.release(jobs)
+        self._line.freed()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from relay_adapters.dramatiq.message import Holding, Lease
 from relay_core import Broker, Claimed, Job, Verdict
+from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
 
 logger = logging.getLogger("relay.dramatiq")
@@ -38,23 +39,33 @@ class Line:
         self._flushing = False
 
     def leases(self) -> list[Lease]:
-        """All unsettled leases of the queue in this process; forgets consumers that closed and hold none."""
-        return [lease for holding in list(self.holdings) for lease in holding.copy().values()]
+        """All unsettled leases of the queue in this process."""
+        return [lease for holding in self.holdings for lease in holding.copy().values()]
+
+    def left_running(self) -> int:
+        """How many messages of closed consumers are unsettled."""
+        return sum(len(holding) for holding in self.holdings if holding.closed)
 
     def join(self, holding: Holding) -> None:
-        """A consumer opens."""
+        """A consumer opens. Those that closed and hold nothing are forgotten."""
         with self._changed:
-            self.holdings = [*(kept for kept in self.holdings if kept), holding]
+            self.holdings = [*(kept for kept in self.holdings if kept or not kept.closed), holding]
 
     def ack(self, job: Job) -> None:
         """The job is done. Raises Unavailable when it was for this thread to send it and that failed."""
         with self._changed:
             self._acks.append(job)
+            if self._waiting and (not self._attending or len(self._acks) in (1, self._enough)):
+                self._changed.notify_all()
             if self._attending:
-                if self._waiting and len(self._acks) in (1, self._enough):
-                    self._changed.notify_all()
                 return
         self.flush()
+
+    def nack(self, job: Job, item: Nack) -> Verdict:
+        """The job failed. Raises Unavailable."""
+        _acked, (verdict,), _claimed = self.core.finish(self.queue, (), ((job, item),))
+        self._report((job,), (verdict,))
+        return verdict
 
     def freed(self) -> None:
         """A slot came free in another way than by an ack."""
@@ -68,9 +79,9 @@ class Line:
                 if self._flushing:
                     return
                 acks = self._take()
-                if not acks:
-                    return
-                self._flushing = True
+                self._flushing = bool(acks)
+            if not acks:
+                return
             try:
                 self._report(acks, self.core.ack_many(acks))
             except BaseException:
@@ -81,18 +92,22 @@ class Line:
                     self._flushing = False
 
     def attend(self) -> None:
-        """From now on, acks are left to the caller, who will claim or stop attending."""
+        """From now on acks are left to the caller, until it leaves."""
         with self._changed:
             self._attending += 1
 
-    def leave(self) -> list[Job]:
-        """The caller attends no more; it must send these acks."""
+    def leave(self) -> None:
+        """From now on acks are no longer left to the caller, who has to look once more for those that were."""
         with self._changed:
             self._attending -= 1
+
+    def take(self) -> list[Job]:
+        """The acks that wait; the caller sends them."""
+        with self._changed:
             return self._take()
 
     def gather(self, full: Callable[[], bool], timeout: float, enough: int) -> list[Job]:
-        """While there is no free slot, wait for acks, and a moment more for up to `enough` of them."""
+        """Wait until there are acks or a free slot; where there was none, a moment more for up to `enough` acks."""
         deadline = time.monotonic() + timeout
         with self._changed:
             self._enough = enough
@@ -101,8 +116,8 @@ class Line:
                 while full() and not self._acks:
                     if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                         break
-                if 0 < len(self._acks) < enough:
-                    self._changed.wait(GATHER)
+                    if 0 < len(self._acks) < enough:
+                        self._changed.wait(GATHER)
             finally:
                 self._waiting -= 1
             return self._take()
@@ -125,11 +140,11 @@ class Line:
             self._acks.extendleft(reversed(acks))
 
     @staticmethod
-    def _report(acks: Sequence[Job], verdicts: Sequence[Verdict]) -> None:
-        for job, verdict in zip(acks, verdicts, strict=True):
+    def _report(jobs: Sequence[Job], verdicts: Sequence[Verdict]) -> None:
+        for job, verdict in zip(jobs, verdicts, strict=True):
             if verdict is Verdict.LOST:
                 logger.warning(
-                    "job %s of queue %r finished after its lease was lost: it runs again, or did so elsewhere",
+                    "job %s of queue %r ended after its lease was lost: it runs again, or did so elsewhere",
                     job.id,
                     job.queue,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
@@ -32,8 +33,13 @@ class Lease:
         return not self.lost and time.monotonic() < self.until
 
 
-Holding = dict[str, Lease]
-"""The unsettled leases of one consumer, by job id. Its size is what prefetch limits."""
+class Holding(dict[str, Lease]):
+    """The unsettled leases of one consumer, by job id. Its size is what prefetch limits.
+
+    :ivar closed: True once the consumer is: what is left runs on, and takes slots of its successors
+    """
+
+    closed = False
 
 
 class RelayMessage(MessageProxy):
@@ -43,7 +49,7 @@ class RelayMessage(MessageProxy):
     :ivar exception: what the worker reported of the run, or None
     """
 
-    def __init__(self, message: Message, lease: Lease, holding: Holding) -> None:
+    def __init__(self, message: Message[Any], lease: Lease, holding: Holding) -> None:
         super().__init__(message)
         self.lease = lease
         self.pending: Nack | None = None
@@ -72,12 +78,12 @@ class RelayMessage(MessageProxy):
         self.settle()
 
 
-def delivered(job: Job) -> Message:
+def delivered(job: Job) -> Message[Any]:
     """The message in a job, as a worker is to run it now. Raises dramatiq's DecodeError.
 
     The store has kept it until it was due, so it carries no `eta`, which would park it in the worker's memory;
     and the queue is the one it came from, by which the worker finds its consumer.
     """
-    message: Message = Message.decode(job.payload)
+    message: Message[Any] = Message.decode(job.payload)
     message.options.pop("eta", None)
     return message if message.queue_name == job.queue else message.copy(queue_name=job.queue)

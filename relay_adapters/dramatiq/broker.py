@@ -1,0 +1,266 @@
+"""`RelayBroker`: Dramatiq's broker, on relay."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dramatiq.broker import Broker
+from dramatiq.common import current_millis
+from dramatiq.errors import QueueJoinTimeout, QueueNotFound
+from dramatiq.message import Message
+from dramatiq.middleware import Middleware, SkipMessage
+
+import relay_core
+from relay_adapters.dramatiq.burial import Burial
+from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer, dramatiq_errors
+from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
+from relay_adapters.dramatiq.line import Line
+from relay_adapters.dramatiq.message import JOB_ID, RelayMessage
+from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
+from relay_core.errors import RelayError, Unavailable
+from relay_core.job import new_id
+from relay_core.keys import LEVELS
+
+PRIORITY = "broker_priority"
+"""Actor and message option: 0 to 9, 9 is claimed first. Default 0. What is over 9 counts as 9."""
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    alive = method()
+    if alive is not None:
+        alive()
+
+
+class _Current(threading.local):
+    """The message whose `after_process_message` signal this thread is emitting, and whether its run failed."""
+
+    message: RelayMessage | None = None
+    failed = False
+
+    def failing(self, message: object) -> RelayMessage | None:
+        """This very message, when its run failed and nothing was decided about it yet."""
+        mine = self.message if self.message is message else None
+        return mine if mine is not None and self.failed and not mine.settled else None
+
+
+class RelayBroker(Broker):
+    """Dramatiq's messages as relay's jobs. Building one does no I/O.
+
+    :param url: where the store is, see relay_core.Broker. Default: the embedded server in `./.relay`
+    :param middleware: as Dramatiq's Broker takes it
+    :param plugins: objects with hook implementations, see relay_core/hooks.py
+    :param options: those of relay_core.Broker: `prefix`, `lease` (seconds after which the messages of a dead
+        worker run again, default 15), `max_deliveries` (default 5), `keep_dead`, `durability`, ...
+
+    `core` is the relay_core.Broker underneath: its stats, dead letters, limits and pauses are at hand.
+    """
+
+    def __init__(
+        self,
+        url: str = "relay://",
+        *,
+        middleware: list[Middleware] | None = None,
+        plugins: Iterable[object] = (),
+        **options: Any,
+    ) -> None:
+        self.core = relay_core.Broker(url, plugins=[*plugins, Burial(self)], **options)
+        self._current = _Current()
+        self._forget_threads()
+        super().__init__(middleware=middleware)
+        self.queues: set[str] = set()
+        self.actor_options.add(PRIORITY)
+        if hasattr(os, "register_at_fork"):
+            method = weakref.WeakMethod(self._forget_threads)
+            os.register_at_fork(after_in_child=lambda: _call(method))
+
+    def _forget_threads(self) -> None:
+        """A new process has no consumers yet: what a parent claimed stays the parent's."""
+        self._lines: dict[str, Line] = {}
+        self._heartbeat: Heartbeat | None = None
+        self._opening = threading.Lock()
+
+    # queues
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Make a queue known in this process. No I/O, and no delay queue: delayed messages wait in the store."""
+        if queue_name in self.queues:
+            return
+        self.core.settings.keys(queue_name)
+        self.emit_before("declare_queue", queue_name)
+        self.queues.add(queue_name)
+        self.emit_after("declare_queue", queue_name)
+
+    def get_declared_queues(self) -> set[str]:
+        return self.queues.copy()
+
+    def get_declared_delay_queues(self) -> set[str]:
+        return set()
+
+    def get_queue_message_counts(self, queue_name: str) -> tuple[int, int, int]:
+        """How many messages are ready, delayed and dead, at one instant."""
+        with dramatiq_errors():
+            stats = self.core.stats(queue_name)
+        return stats.ready, stats.delayed, stats.dead
+
+    def flush(self, queue_name: str) -> None:
+        """Drop all messages of a queue but those that are running."""
+        with dramatiq_errors():
+            self.core.purge(queue_name, ("ready", "delayed", "dead"))
+
+    def flush_all(self) -> None:
+        """Drop all messages of all declared queues but those that are running."""
+        for queue_name in self.get_declared_queues():
+            self.flush(queue_name)
+
+    def join(self, queue_name: str, *, interval: int = 100, timeout: int | None = None) -> None:
+        """Wait until no message of the queue is ready, delayed or running, looking every `interval` ms.
+
+        Raises QueueJoinTimeout after `timeout` ms, and QueueNotFound.
+        """
+        self._known(queue_name)
+        deadline = None if timeout is None else time.monotonic() + timeout / 1000
+        pause = 0.005
+        while True:
+            with dramatiq_errors():
+                stats = self.core.stats(queue_name)
+            if not stats.ready and not stats.delayed and not stats.inflight:
+                return
+            left = interval / 1000 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise QueueJoinTimeout(queue_name)  # type: ignore[no-untyped-call]
+            time.sleep(min(pause, interval / 1000, left))
+            pause *= 2
+
+    def _known(self, queue_name: str) -> None:
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)  # type: ignore[no-untyped-call]
+
+    # sending
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        """Store a message, which is ready after `delay` ms, or at its `eta` option (unix ms), or at once.
+
+        Enqueuing the message that just failed, as Retries does, is one atomic retry of the same job. Raises
+        ConnectionClosed; then nothing is lost: a message whose follow-up could not be stored is not acked, but
+        runs again.
+        """
+        retried = self._current.failing(message)
+        job_id = retried.lease.job.id if retried else new_id()
+        changes: dict[str, Any] = {JOB_ID: job_id}
+        if delay is not None:
+            changes["eta"] = current_millis() + delay
+        message = message.copy(options=changes)
+        self.logger.debug("Enqueueing message %r on queue %r.", message.message_id, message.queue_name)
+        self.emit_before("enqueue", message, delay)
+        if retried:
+            self._retry(retried, message, delay or 0)
+        else:
+            self._store(job_id, message, delay)
+        self.emit_after("enqueue", message, delay)
+        return message
+
+    def _store(self, job_id: str, message: Message[Any], delay: int | None) -> None:
+        due: dict[str, float] = {}
+        eta = message.options.get("eta")
+        if delay is not None:
+            due["delay"] = max(0, delay) / 1000
+        elif isinstance(eta, (int, float)) and eta > current_millis():
+            due["at"] = eta / 1000
+        payload, priority = message.encode(), self._priority(message)
+        with dramatiq_errors():
+            try:
+                self.core.enqueue(
+                    message.queue_name, payload, id=job_id, priority=priority, headers={HEADER: ADAPTER}, **due
+                )
+            except Unavailable as error:
+                current = self._current.message
+                if current is not None and current.pending is None:
+                    # Dramatiq logs what its middleware raises and acks all the same: see RelayConsumer.ack.
+                    item = self.core.operations.nack_of(current.lease.job, error, 1.0)
+                    current.pending = item._replace(max_retries=MAX_RETRIES)
+                raise
+
+    def _retry(self, message: RelayMessage, changed: Message[Any], delay: int) -> None:
+        job, nack_of = message.lease.job, self.core.operations.nack_of
+        error = changed.options.get("traceback") or message.exception
+        try:
+            item = nack_of(job, error, max(0, delay) / 1000, payload=changed.encode())
+        except Exception as cause:
+            # It cannot be retried as it is now, and Dramatiq would log that and ack it: keep it among the dead.
+            message.pending = nack_of(job, f"cannot be retried: {cause!r}\n{error}", dead=True, reason="failed")
+            raise
+        message.pending = item = item._replace(max_retries=MAX_RETRIES)
+        with dramatiq_errors():
+            self._line(job.queue).nack(job, item)
+        message.pending = None
+        message.settle()
+
+    def _priority(self, message: Message[Any]) -> int:
+        value = message.options.get(PRIORITY)
+        if value is None:
+            actor = self.actors.get(message.actor_name)
+            value = actor.options.get(PRIORITY) if actor else None
+        return 0 if value is None else min(value, LEVELS - 1)
+
+    # receiving
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> RelayConsumer:
+        """A consumer that keeps at most `prefetch` messages unsettled, and waits for up to `timeout` ms.
+
+        Raises QueueNotFound.
+        """
+        self._known(queue_name)
+        with self._opening:
+            if self._heartbeat is None:
+                self._heartbeat = Heartbeat(self.core, lambda: list(self._lines.values()))
+                self._heartbeat.start()
+        return RelayConsumer(self._line(queue_name), prefetch, timeout)
+
+    def _line(self, queue_name: str) -> Line:
+        with self._opening:
+            if queue_name not in self._lines:
+                self._lines[queue_name] = Line(self.core, queue_name)
+            return self._lines[queue_name]
+
+    def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if signal == "process_message" and isinstance(args[0], RelayMessage) and not args[0].lease.holds():
+            self._renew(args[0])
+        super().emit_before(signal, *args, **kwargs)
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if signal == "process_message" and isinstance(args[0], RelayMessage):
+            current = self._current
+            current.message, current.failed = args[0], kwargs.get("exception") is not None
+            try:
+                super().emit_after(signal, *args, **kwargs)
+            finally:
+                current.message = None
+        elif signal != "skip_message" or not isinstance(args[0], RelayMessage) or not args[0].lease.lost:
+            super().emit_after(signal, *args, **kwargs)
+
+    def _renew(self, message: RelayMessage) -> None:
+        """A process that slept past its lease starts nothing that may run elsewhere."""
+        try:
+            extend(self.core, message.lease.job.queue, [message.lease])
+        except RelayError:
+            message.lease.lost = True  # not so in the store, perhaps: then the lease ends there by itself
+        if message.lease.lost:
+            raise SkipMessage(f"the lease of job {message.lease.job.id} was lost before it started")
+
+    def close(self) -> None:
+        """Send the acks that wait, end the heartbeat and give back the connections."""
+        with self._opening:
+            heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            heartbeat.stop()
+        with dramatiq_errors():
+            try:
+                for line in list(self._lines.values()):
+                    line.flush()
+            finally:
+                self.core.close()
