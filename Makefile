@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One stamp per Python, so that another PYTHON makes the environment anew.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 INSTALLED := $(VENV)/.installed-$(VERSION)
-TYPED := relay_core relay_adapters tests $(if $(wildcard benchmarks/*.py),benchmarks)
+TYPED := relay_core relay_adapters benchmarks
 
 PYTEST ?=
 DEMO ?=
