@@ -61,7 +61,8 @@ class Costs:
         claim, replies = self.timed(lambda: sent(self.broker, claims))
         acks = [commands.ack(self.q, [Ack(g.id, g.token) for g in reply.grants]) for reply in replies]
         ack, verdicts = self.timed(lambda: sent(self.broker, acks))
-        assert sum(len(v) for v in verdicts) == self.jobs and all(all(v) for v in verdicts), "jobs went missing"
+        assert sum(map(len, verdicts)) == self.jobs, "jobs went missing"
+        assert all(map(all, verdicts)), "leases were lost"
         return enqueue, claim, ack
 
 

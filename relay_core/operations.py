@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from relay_core import commands, keys
 from relay_core.commands import Ack, ClaimReply, Command, Grant, Nack, NewJob, Verdict
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import InvalidArgument, InvalidRecord, LayoutError, LeaseLost, RelayError
+from relay_core.errors import InvalidArgument, InvalidRecord, LeaseLost, RelayError
 from relay_core.job import NO_OPTIONS, Claimed, Enqueued, Job, Record
 from relay_core.plugins import Plugins
 from relay_core.retry import RetryPolicy
@@ -73,6 +73,9 @@ class Settings:
         seconds("keep_dead", self.keep_dead, least=1)
         whole("max_deliveries", self.max_deliveries, least=1, most=10**6)
         whole("max_payload", self.max_payload, least=1, most=512 * 2**20)
+        for name, policy in (("retry", self.retry), *((f"queue_retry[{q!r}]", p) for q, p in self.queue_retry.items())):
+            if not isinstance(policy, RetryPolicy):
+                raise InvalidArgument(f"{name} must be a RetryPolicy, got {policy!r}")
         if (
             not isinstance(self.prefix, str)
             or not self.prefix
@@ -95,7 +98,11 @@ class Settings:
         return min(_MAX_BLOCK, self.lease / 3)
 
     def keys(self, queue: str) -> keys.QueueKeys:
-        return keys.queue_keys(self.prefix, queue)
+        try:
+            return keys.queue_keys(self.prefix, queue)
+        except TypeError:  # a list or dict cannot even be looked up: say what is wrong with it
+            keys.encode_queue(queue)
+            raise
 
     def policy(self, job: Job) -> RetryPolicy:
         if job.options.retry:
@@ -308,7 +315,7 @@ class Operations:
             body = self.plugins.encode(payload_bytes(payload), job.queue)
             payload_size(body, self.settings.max_payload)
             record = Record.pack(job.priority, job.options, body)
-        why = (reason or ("rejected" if dead else "max_retries")).replace(" ", "_").replace("\n", "_")
+        why = "_".join(error_text(reason).split()) or ("rejected" if dead else "max_retries")
         return Nack(job.id, job.token, ms, limit, why, error_text(error), record)
 
     def nack(
@@ -359,8 +366,6 @@ class Operations:
             self._tell_acked(job, verdict)
         for (job, item), verdict in zip(nacks, done.nacked, strict=True):
             self._tell_nacked(job, item, verdict)
-        if done.claim is None:
-            raise LayoutError(done.refused)
         jobs = yield from self._received(queue, done.claim, sent)
         return list(done.acked), list(done.nacked), jobs
 
@@ -408,6 +413,7 @@ class Operations:
     # time
 
     def promote(self, queue: str, limit: int = MAX_BATCH) -> Flow[int]:
+        whole("limit", limit, least=1, most=MAX_BATCH)
         promoted, _next = yield commands.promote(self.settings.keys(queue), limit)
         if promoted:
             self.plugins.notify("relay_jobs_promoted", queue=queue, count=promoted)
@@ -415,6 +421,7 @@ class Operations:
 
     def reap(self, queue: str, limit: int = MAX_BATCH) -> Flow[int]:
         s = self.settings
+        whole("limit", limit, least=1, most=MAX_BATCH)
         sent = time.monotonic()
         reaped, buried, _dropped = yield commands.reap(
             s.keys(queue), limit, max_deliveries=s.max_deliveries, keep_ms=s.keep_ms

@@ -93,12 +93,11 @@ class ClaimReply:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """What one finish did: a verdict per ack and per nack, and the claim (None: refused, see `refused`)."""
+    """What one finish did: a verdict per ack and per nack, and what the claim found."""
 
     acked: Sequence[Verdict]
     nacked: Sequence[Verdict]
-    claim: ClaimReply | None
-    refused: str = ""
+    claim: ClaimReply
 
 
 _LIMITS = (None, "paused", "rate", "max_inflight")
@@ -193,8 +192,6 @@ def finish(
 
     def parse(reply: Sequence[Any], _resent: bool) -> Finish:
         acked, nacked, claimed = reply
-        if isinstance(claimed, bytes):
-            return Finish(_acked(acked), _nacked(nacked), None, claimed.decode())
         return Finish(_acked(acked), _nacked(nacked), _claim_reply(claimed))
 
     return Command(scripts.load("finish"), (*_sweep_keys(q), q.finished), tuple(args), parse, resent_at=1)

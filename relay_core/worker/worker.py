@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,6 @@ class Worker:
                 )
                 if self._metrics:
                     self._metrics.stop()
-                self._bell.close()
         return self.processed
 
     def stop(self) -> None:
@@ -174,21 +173,24 @@ class Worker:
         return self.concurrency + min(_MOST_PREFETCHED, int(self.concurrency * _HOLD / self._mean))
 
     def _rest(self, wait: float | None) -> bool:
-        """Wait for news: an ended job, or where there is room for more jobs a wake-up. True after the latter."""
+        """Wait for an ended job or a wake-up. True when the marker may have been taken, and must be put back."""
         longest = self.broker.settings.max_block
-        if len(self._held) >= self._capacity():
+        full = len(self._held) >= self._capacity()
+        assert self._bell is not None
+        if full and not self._bell.armed:
             self._news.wait(longest)
             return False
+        # a full worker does not begin to wait for a wake-up, but one that it still waits for is passed on
         self._idle = True
         try:
-            if self._ended or self._stops or self._bell is None:
+            if self._ended or self._stops:
                 return False
-            self._bell.wait(max(0.001, min(longest, longest if wait is None else wait)))
+            return self._bell.wait(max(0.001, min(longest, longest if wait is None else wait))) or not full
         except Unavailable:
             time.sleep(0.05)
+            return True
         finally:
             self._idle = False
-        return True
 
     def _sort_ended(self) -> None:
         while self._ended:
@@ -205,17 +207,23 @@ class Worker:
 
     def _nack_of(self, job: Job, error: BaseException) -> Nack:
         build = self.broker.operations.nack_of
-        if isinstance(error, Reject):
-            return build(job, error, dead=True, reason=error.reason)
-        if isinstance(error, Retry):
-            return build(job, error, error.delay)
-        logger.error("job %s of queue %r failed", job.id, job.queue, exc_info=error)
-        return build(job, error)
+        try:
+            if isinstance(error, Reject):
+                return build(job, error, dead=True, reason=error.reason)
+            if isinstance(error, Retry):
+                return build(job, error, error.delay)
+            logger.error("job %s of queue %r failed", job.id, job.queue, exc_info=error)
+            return build(job, error)
+        except Exception as problem:  # a delay of -1, an error whose repr raises: this job's trouble, not the worker's
+            logger.error("job %s of queue %r failed, and how cannot be told: %r", job.id, job.queue, problem)
+            return build(
+                job, f"{type(error).__name__}, of which cannot be told: {problem!r}", dead=isinstance(error, Reject)
+            )
 
     def _exchange(self, queue: str, room: int, woken: bool) -> tuple[list[Job], float | None]:
         """Tell what ended and get more, in one round trip. What cannot be told now is told the next time."""
         acks, nacks = self._unsent[queue]
-        if not acks and not nacks and not room:
+        if not acks and not nacks and not room and not woken:
             return [], None
         now_acks, now_nacks = acks[:200], nacks[:200]
         acked, _nacked, jobs = self.broker.finish(queue, now_acks, now_nacks, min(200, room), woken)
@@ -225,7 +233,12 @@ class Worker:
 
     def _drain(self) -> None:
         """Hand back what was not started, and give what runs its grace."""
+        assert self._bell is not None
+        self._bell.close()
         self._release(started=False)
+        with suppress(RelayError):
+            for queue in self.queues:
+                self._exchange(queue, 0, woken=True)  # a wake-up that came too late is for another worker
         deadline = time.monotonic() + self.grace
         while len(self._held) and self._stops < 2 and time.monotonic() < deadline:
             self._news.wait(max(0.0, min(0.5, deadline - time.monotonic())))
