@@ -19,6 +19,7 @@ from relay_core.connection.replies import (
     judge_connect,
     judge_cut,
     judge_reply,
+    was_closed,
 )
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause
 from relay_core.connection.topology import Router
@@ -279,6 +280,10 @@ def _look_at(address: Address, router: Router, policy: Policy) -> Flow[Judgement
     outcome: Outcome = yield Exchange(address, [fitness.QUESTION])
     if outcome.failure is not None:
         yield from _lost(address, router)
+        if outcome.sent and was_closed(outcome.failure):
+            # It was an idle connection that the server had closed, most likely: a new one tells.
+            outcome = yield Exchange(address, [fitness.QUESTION])
+    if outcome.failure is not None:
         judged = (judge_cut if outcome.sent else judge_connect)(outcome.failure, str(address))
         # The question changes nothing, whether it was executed or not.
         return judged if judged.verdict is Verdict.PERMANENT else judged._replace(verdict=Verdict.NOT_EXECUTED)

@@ -155,6 +155,9 @@ class Bell:
         """
         self._renew()
         self._drain()
+        return self._look()
+
+    def _look(self) -> bool:
         self.popped = ()
         for channel in self._channels:
             if channel.armed:
@@ -187,7 +190,8 @@ class Bell:
         """
         deadline = time.monotonic() + timeout
         while True:
-            if self.rung():
+            self._renew()
+            if self._look():
                 return True
             left = deadline - time.monotonic()
             if left <= 0:
@@ -197,7 +201,7 @@ class Bell:
                 continue
             if self._wake_in.fileno() in _readable(self.filenos(), left):
                 self._drain()
-                return False
+                return self._look()
 
     def wake(self) -> None:
         """End a `wait` of another thread, or the next one. May be called from any thread, at any time."""

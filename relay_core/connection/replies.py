@@ -86,6 +86,11 @@ def is_reply(error: BaseException) -> TypeGuard[Exception]:
     return isinstance(error, _REPLIES)
 
 
+def was_closed(error: BaseException) -> bool:
+    """Whether the connection was closed, as opposed to a reply that did not come in time."""
+    return isinstance(error, (redis_errors.ConnectionError, OSError)) and not isinstance(error, TimeoutError)
+
+
 def judge_reply(error: Exception, at: str) -> Judgement:
     """Judge an error that the server at `at` gave as the reply to a command."""
     code, text = _code_and_text(error)
