@@ -107,8 +107,11 @@ class _AwaitedBell:
         self._loop.run_until_complete(self._bell.arm(timeout))
 
     def rung(self) -> bool:
-        self._loop.run_until_complete(asyncio.sleep(0.001))  # lets the loop read what has come
-        return self._bell.rung()
+        async def look() -> bool:
+            await asyncio.sleep(0.001)  # lets the loop read what has come
+            return self._bell.rung()
+
+        return self._loop.run_until_complete(look())
 
     def wait(self, timeout: float) -> bool:
         return self._loop.run_until_complete(self._bell.wait(timeout))

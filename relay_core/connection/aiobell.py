@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay_core.connection import clients
+from relay_core.connection import clients, forks
 from relay_core.connection.bell import block_seconds, cut_error, group_markers, refused_error
 from relay_core.connection.replies import Verdict, is_reply, judge_reply
 from relay_core.connection.steps import Address
@@ -26,6 +26,10 @@ class AsyncChannel:
         self.connection: Any = None
         self.reading: asyncio.Task[Any] | None = None
         self.broken = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        clients.let_go(self.connection)
 
     async def close(self) -> None:
         connection, self.connection = self.connection, None

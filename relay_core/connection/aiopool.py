@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from relay_core.connection import clients, forks
 from relay_core.connection.pool import LOOK_AFTER
 from relay_core.connection.replies import is_reply
 from relay_core.connection.steps import Outcome
@@ -23,12 +24,16 @@ SMALL = 1 << 15
 class AsyncLink:
     """One connection, opened when needed. Used by one task at a time."""
 
-    __slots__ = ("_connection", "_open", "_used")
+    __slots__ = ("__weakref__", "_connection", "_open", "_used")
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._open = False
         self._used = 0.0
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        clients.let_go(self._connection)
 
     async def exchange(self, blocks: list[bytes], count: int) -> Outcome:
         """Send packed commands and read `count` replies. Never raises for a server or a network."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay_core.connection import clients
+from relay_core.connection import clients, forks
 from relay_core.connection.replies import Judgement, Verdict, is_reply, judge_connect, judge_cut, judge_reply
 from relay_core.connection.steps import Address
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
@@ -67,6 +67,10 @@ class Channel:
         self.address: Address | None = None
         self.armed = False
         self.connection: Any = None
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self.close()  # redis-py closes the child's copy only
 
     def fileno(self) -> int:
         # redis-py has no public name for the socket; kombu reads the same attribute.

@@ -16,6 +16,7 @@ from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
 from relay_core.commands.command import Arg
+from relay_core.connection import forks
 from relay_core.connection.steps import Address
 from relay_core.errors import InvalidArgument
 from relay_core.settings import Credentials, StoreSettings, StoreUrl
@@ -110,6 +111,14 @@ def connection(url: StoreUrl, settings: StoreSettings, address: Address, role: R
 def aio_connection(url: StoreUrl, settings: StoreSettings, address: Address, role: Role) -> Any:
     """The same for asyncio."""
     return _make(url, settings, address, role, aio, AioRetry(NoBackoff(), 0))
+
+
+def let_go(connection: Any) -> None:
+    """In a child of fork: release the child's copy of an asyncio connection's socket."""
+    writer = getattr(connection, "_writer", None)  # redis-py has no public name for the socket
+    descriptor = -1 if writer is None else writer.get_extra_info("socket").fileno()
+    if descriptor >= 0:
+        forks.let_go(descriptor)
 
 
 def _make(url: StoreUrl, settings: StoreSettings, address: Address, role: Role, module: Any, retry: Any) -> Any:

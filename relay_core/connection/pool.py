@@ -10,6 +10,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from relay_core.connection import forks
 from relay_core.connection.replies import is_reply
 from relay_core.connection.steps import Outcome
 from relay_core.errors import Unavailable
@@ -21,12 +22,16 @@ LOOK_AFTER = 1.0
 class Link:
     """One connection, opened when needed. Used by one thread at a time."""
 
-    __slots__ = ("_connection", "_open", "_used")
+    __slots__ = ("__weakref__", "_connection", "_open", "_used")
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._open = False
         self._used = 0.0
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self.close()  # redis-py closes the child's copy only
 
     def exchange(self, blocks: list[bytes], count: int) -> Outcome:
         """Send packed commands and read `count` replies. Never raises for a server or a network."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from relay_core.commands.command import Arg, Command
-from relay_core.connection import attempts, clients
+from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
 from relay_core.connection.pool import Link, Pool
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
@@ -36,7 +34,7 @@ class SyncStore:
         self._router = Router(url)
         self._pools: dict[Address, Pool] = {}
         self._closed = False
-        _stores.add(self)
+        forks.watch(self)
 
     def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""
@@ -141,17 +139,5 @@ class SyncStore:
         return self._pools.setdefault(address, made)
 
     def after_fork(self) -> None:
-        """In the child: forget the parent's connections, which stay open for the parent."""
+        """In the child: forget the parent's pools, whose locks a thread of the parent may have held."""
         self._pools = {}
-
-
-_stores: weakref.WeakSet[SyncStore] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for store in list(_stores):
-        store.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
