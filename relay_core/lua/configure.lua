@@ -4,7 +4,7 @@
 -- KEYS[2] m ZSET wake marker
 -- ARGV[1] layout version | ARGV[2..] two per setting: name (paused, rate, burst, max_inflight) | value, '' to unset
 -- returns 1
--- moves: none
+-- moves: none | cost O(settings)
 local config, marker = KEYS[1], KEYS[2]
 local layout, args = ARGV[1], ARGV
 local found = redis.call('HGET', config, 'v')

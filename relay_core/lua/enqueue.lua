@@ -8,7 +8,7 @@
 -- KEYS[6] u HASH dedup key -> id
 -- KEYS[7] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[8] f LIST ids finished lately
--- KEYS[9..18] LIST id, the ready lists of the levels that ARGV[3] names, in its order
+-- KEYS[9..18] LIST id, the ready lists of the levels that the third argument names, in its order
 -- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run
 -- ARGV[3] the levels of these jobs, a digit each
 -- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |

@@ -21,6 +21,7 @@
 --   then seven per nack: id | token | delay ms, -1 dead now | max retries | reason | error | new record or ''
 -- returns {answers of the acks, answers of the nacks, reply as of claim}; see parts/ack, parts/nack, parts/claim
 -- moves: inflight -> done | inflight -> delayed, ready, dead | and those of claim
+--   cost O((acks + nacks + count) log inflight)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local dedup, dedup_expiry = KEYS[10], KEYS[11]

@@ -1,6 +1,6 @@
 -- bury: move a job to dead; the caller has taken it out of its old state
 -- uses: now, dead, owners, errors, counters, free_dedup_of
--- bury(id, owner, retries, record, reason, message)
+-- bury(id, token, retries, record, flag, reason, message): `flag` is that of parts/owner
 local function bury(id, token, retries, record, flag, reason, message)
   redis.call('ZADD', dead, now, id)
   redis.call('HSET', owners, id, token .. ' ' .. retries .. ' ' .. flag)

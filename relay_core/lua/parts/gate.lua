@@ -1,6 +1,6 @@
 -- gate: what the queue's settings allow now; included only where `gate` says that there are any
--- uses: now, config, leases, want, status, hint (the last three are set)
--- defines: tokens, rate (nil without a rate): the bucket before this claim
+-- uses: now, config, leases, want, status, hint, tokens, rate (the last five are set)
+-- tokens, rate: the bucket before this claim; nil without a rate
 local limits = redis.call('HMGET', config, 'paused', 'rate', 'burst', 'max_inflight', 'tokens', 'stamp')
 if limits[1] then
   want, status = 0, 1

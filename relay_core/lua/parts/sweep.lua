@@ -1,6 +1,6 @@
 -- sweep: promote due jobs, reap expired leases, forget what was kept long enough; at most `limit` of each
 -- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
---       parse_owner, parse_record, free_dedup_of, bury
+--       parse_owner, parse_record, bury
 -- moves: delayed -> ready | inflight -> ready (at the head: it waited longest), or dead past max deliveries
 -- set_due(): writes the exact next due time, returns it or nil
 -- promote(limit): number promoted
