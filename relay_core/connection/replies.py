@@ -96,10 +96,11 @@ def judge_reply(error: Exception, at: str) -> Judgement:
     code, text = _code_and_text(error)
     if code == "NOSCRIPT":
         return Judgement(Verdict.NO_SCRIPT, text, code, error=_permanent(code, text, at))
-    if isinstance(error, redis_errors.AskError):
+    if code in ("MOVED", "ASK"):
         verdict = Verdict.MOVED if code == "MOVED" else Verdict.ASK
-        slot = (error.slot_id, error.host, error.port)
-        return Judgement(verdict, text, code, error=_permanent(code, text, at), slot=slot)
+        _code, slot, owner = text.split(" ")
+        host, _colon, port = owner.rpartition(":")
+        return Judgement(verdict, text, code, error=_permanent(code, text, at), slot=(int(slot), host, int(port)))
     if code in _NOT_EXECUTED:
         # A call inside a script that was refused may come after others that were not.
         began = " script: " in text and "@user_script" in text
