@@ -294,6 +294,7 @@ def test_commands_follow_a_slot_that_moves(cluster: Cluster, store_at: Open) -> 
     try:
         assert store.run(count(key)) == (2, False)
         source.cli("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+        target.cli("SCRIPT", "FLUSH")
         assert store.run(count(key)) == (3, False), "asked at the new owner"
         assert store.run_many([count(key), count(key)]) == [(4, False), (5, False)]
     finally:

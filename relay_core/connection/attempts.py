@@ -349,10 +349,12 @@ def _take_in(
     unanswered = dict.fromkeys(group)
     for call, reply in pairs:
         del unanswered[call]
-        call.load, call.ask_at = False, None
+        asked, call.load, call.ask_at = call.ask_at, False, None
         if isinstance(reply, Exception):
             judged = judge_reply(reply, str(address))
             lost |= judged.code in ELSEWHERE
+            if judged.verdict is Verdict.NO_SCRIPT:
+                call.ask_at = asked  # the script is missing there, so it must be loaded there
             _judge(call, judged, address, router)
         elif unconfirmed is not None and call.durable:
             call.fail(unconfirmed)
