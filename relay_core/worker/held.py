@@ -58,10 +58,13 @@ class Held:
         with self._lock:
             return self._holds.pop(job.token + job.id, None) is not None
 
-    def take_all(self, *, started: bool) -> list[Job]:
-        """Let go of the jobs that were not started (`started` True: of all), to release them."""
+    def holds(self, job: Job) -> bool:
+        return job.token + job.id in self._holds
+
+    def take_all(self, *, started: bool, but: Job | None = None) -> list[Job]:
+        """Let go of the jobs that were not started (`started` True: of all), to release them; keep `but`."""
         with self._lock:
-            gone = [hold.job for hold in self._holds.values() if started or not hold.started]
+            gone = [h.job for h in self._holds.values() if (started or not h.started) and h.job is not but]
             for job in gone:
                 del self._holds[job.token + job.id]
             return gone

@@ -85,6 +85,7 @@ class Worker:
         self._metrics = _metrics_server(metrics_addr, broker, self.queues) if metrics_addr else None
         self._held = Held()
         self._ended: deque[Outcome] = deque()
+        self._alone: deque[Job] = deque()
         self._unsent: dict[str, tuple[list[Job], list[tuple[Job, Nack]]]] = {q: ([], []) for q in self.queues}
         self._news = threading.Event()
         self._stops = 0
@@ -157,13 +158,46 @@ class Worker:
                     got, retry_after = [], 1.0
                 for job in got:
                     self._held.add(job)
-                    pool.submit(job)
+                    if self._last_chance(job):
+                        self._alone.append(job)
+                    else:
+                        pool.submit(job)
                 busy = busy or bool(got)
                 if retry_after is not None:
                     wait = retry_after if wait is None else min(wait, retry_after)
             woken = False
             if not busy and not self._ended:
                 woken = self._rest(wait)
+
+            if self._alone:
+                self._run_alone(pool)
+
+    def _last_chance(self, job: Job) -> bool:
+        """True for a job whose deliveries mostly ended with their worker, so that it may be what ended them."""
+        most = job.options.max_deliveries or self.broker.settings.max_deliveries
+        return job.deliveries - 1 - job.retries >= max(1, most - 2)
+
+    def _run_alone(self, pool: Pool) -> None:
+        """Run suspects one at a time with nothing else held, so that a poison job takes no neighbour to dead.
+
+        What was not started is handed back, uncounted; what runs has a lease's time to end first.
+        """
+        self._release(started=False, but=self._alone[0])
+        job = self._alone.popleft()
+        self._alone.clear()
+        self._wait_until(lambda: len(self._held) <= 1, time.monotonic() + self.broker.settings.lease)
+        if not self._stops:
+            pool.submit(job)
+            self._wait_until(lambda: not self._held.holds(job), float("inf"))
+
+    def _wait_until(self, reached: Callable[[], bool], deadline: float) -> None:
+        """Go on telling what ended until something is reached, the deadline has passed or a stop is asked for."""
+        while True:
+            self._news.clear()
+            self._settle()
+            if reached() or self._stops or (left := deadline - time.monotonic()) <= 0:
+                return
+            self._news.wait(min(left, 0.5))
 
     def _capacity(self) -> int:
         if self.prefetch is not None:
@@ -256,8 +290,8 @@ class Worker:
                     logger.error("%d ended jobs of %r could not be told: %s", len(acks) + len(nacks), queue, error)
                     break
 
-    def _release(self, *, started: bool) -> None:
-        jobs = self._held.take_all(started=started)
+    def _release(self, *, started: bool, but: Job | None = None) -> None:
+        jobs = self._held.take_all(started=started, but=but)
         if jobs:
             try:
                 self.broker.release(jobs)
