@@ -119,4 +119,8 @@ if next(stored) then
   redis.call('HINCRBY', counters, 'enqueued', count)
 end
 if duplicates > 0 then redis.call('HINCRBY', counters, 'deduplicated', duplicates) end
+if duplicates == 0 and not next(stored) then
+  -- WAIT and WAITAOF confirm the last write of their connection: a repeated enqueue needs one to wait for
+  redis.call('HSET', config, 'v', layout)
+end
 return answers

@@ -1,0 +1,37 @@
+"""A repeated enqueue counts as durable only when the job itself was confirmed, not because nothing was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from relay_core import Broker
+from relay_core.errors import NotDurable
+from tests.servers import Flavour, Server, eventually
+
+
+@pytest.fixture
+def replicated(flavour: Flavour) -> Iterator[tuple[Server, Server]]:
+    """A primary and its replica, in step."""
+    quick = {"repl-diskless-sync-delay": "0"}
+    with Server(flavour, tcp=True, options=quick) as primary:
+        following = quick | {"replicaof": f"127.0.0.1 {primary.port}"}
+        with Server(flavour, tcp=True, options=following) as replica:
+            eventually(lambda: "state=online" in primary.info("replication")["slave0"], "replica is in step")
+            yield primary, replica
+
+
+def test_a_repeated_enqueue_waits_for_the_replica_as_the_first_one_did(replicated: tuple[Server, Server]) -> None:
+    primary, replica = replicated
+    replica.pause()
+    for _ in range(2):
+        # Each broker has a connection of its own, on which the second one has written nothing yet.
+        broker = Broker(primary.url, durability="replica:1", durability_timeout=0.2)
+        with pytest.raises(NotDurable):
+            broker.enqueue("mail", b"x", id="one")
+        broker.close()
+    replica.resume()
+    with Broker(primary.url, durability="replica:1", durability_timeout=30.0) as broker:
+        assert broker.enqueue("mail", b"x", id="one").duplicate
+    assert replica.cli("HLEN", "relay:{mail:0}:j") == 1
