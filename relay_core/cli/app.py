@@ -1,0 +1,115 @@
+"""The root of the command line: loads commands when they are asked for, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+import click
+
+from relay_core.cli.output import emit
+from relay_core.cli.session import Group, Session, shared_options
+from relay_core.errors import EmbeddedError, InvalidArgument, PluginError, RelayError, Unavailable
+
+FAILED, BAD_INPUT, UNREACHABLE = 1, 2, 3
+
+COMMANDS = {
+    "demo": ("relay_core.cli.running:demo", "Three frameworks index real files while a worker is killed."),
+    "worker": ("relay_core.cli.running:worker", "Run a handler on the jobs of some queues."),
+    "stats": ("relay_core.cli.stats:stats", "Depths, ages, limits and lifetime counters of queues."),
+    "queue": ("relay_core.cli.queues:queue", "List, pause, resume, purge and limit queues."),
+    "job": ("relay_core.cli.jobs:job", "List, show, enqueue and cancel jobs."),
+    "dlq": ("relay_core.cli.dlq:dlq", "List, show, requeue and purge dead jobs."),
+    "audit": ("relay_core.cli.audit:audit", "Find jobs that are in no state or in two, and mend them."),
+    "doctor": ("relay_core.cli.doctor:doctor", "Is the server fit to keep jobs?"),
+    "server": ("relay_core.cli.server:server", "Start, stop and look at the embedded server."),
+    "version": ("relay_core.cli.version:version", "Versions of relay and what it runs on."),
+}
+
+
+def exit_code(error: RelayError) -> int:
+    """3 when there is no server to ask, 2 for what the caller got wrong, else 1."""
+    if isinstance(error, (Unavailable, EmbeddedError)):
+        return UNREACHABLE
+    return BAD_INPUT if isinstance(error, InvalidArgument) else FAILED
+
+
+class Relay(click.Group):
+    """Built-in commands by name, then those that plugins add."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += shared_options(environment=True)
+        self._extras: Group | None = None
+
+    def _added(self) -> dict[str, click.Command]:
+        """Commands of plugins. Looking for them reads the metadata of all distributions, so it is done late."""
+        if self._extras is None:
+            from relay_core.plugins import Plugins
+
+            self._extras = Group("plugins")
+            Plugins().register_commands(self._extras)
+        return dict(self._extras.commands)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        try:
+            added = self._added()
+        except PluginError as error:
+            click.echo(f"Warning: {error}", err=True)
+            added = {}
+        return [*COMMANDS, *sorted(added.keys() - COMMANDS.keys())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return self._added().get(cmd_name)
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = get_close_matches(args[0], self.list_commands(ctx), n=1) if args else []
+            if near and "Did you mean" not in error.message:
+                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
+            raise
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table above: printing it imports none of them."""
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in COMMANDS:
+                rows.append((name, COMMANDS[name][1]))
+            elif (command := self.get_command(ctx, name)) is not None and not command.hidden:
+                rows.append((name, command.get_short_help_str()))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        session = ctx.ensure_object(Session)
+        ctx.call_on_close(session.close)
+        try:
+            return super().invoke(ctx)
+        except RelayError as error:
+            _report(session, error)
+            ctx.exit(exit_code(error))
+
+
+def _report(session: Session, error: RelayError) -> None:
+    """One message on stderr; with --json also a document on stdout, unless the answer is out already."""
+    click.echo(f"Error: {error}", err=True)
+    if session.json and not session.answered:
+        emit(session, {"error": {"type": type(error).__name__, "message": str(error)}})
+
+
+@click.command(cls=Relay, context_settings={"help_option_names": ["-h", "--help"]})
+def relay() -> None:
+    """A job queue on Redis and Valkey: run workers, look at queues, mend what went wrong.
+
+    Exit codes: 0 fine; 1 what was asked for failed, was not found or is unhealthy; 2 bad input; 3 the server
+    cannot be reached.
+    """

@@ -1,0 +1,206 @@
+"""What `relay doctor` looks at. Each check says what it found, and what to do when that is not well."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from relay_core import commands, keys
+from relay_core.broker import Broker
+from relay_core.cli.output import age, plural
+from relay_core.cli.version import server_version
+from relay_core.errors import (
+    EmbeddedError,
+    PermissionDenied,
+    RelayError,
+    ServerTooOld,
+    StoreError,
+    Unavailable,
+    UnsafeStore,
+)
+from relay_core.job import NO_OPTIONS, Record, new_id
+from relay_core.operations import new_nonce
+
+Level = Literal["ok", "info", "warn", "error"]
+
+_FULL = 0.9
+"""Part of maxmemory in use from which on it is worth a warning."""
+
+_CLOCK_OFF = 1.0
+"""Seconds of difference between the clocks that are worth a mention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """:ivar name: what was checked
+    :ivar detail: what was found; for a warning or an error also what to do
+    """
+
+    name: str
+    level: Level
+    detail: str
+
+
+def examine(broker: Broker) -> Iterator[Finding]:
+    """All checks, the ones that others need first. Raises Unavailable or EmbeddedError when there is no server."""
+    began = time.monotonic()
+    try:
+        broker.store.raw("PING")
+    except (Unavailable, EmbeddedError):
+        raise
+    except RelayError as error:
+        yield from _refused(error)
+        return
+    yield Finding("reachable", "ok", f"{broker.address().safe()} answered in {age(time.monotonic() - began)}")
+    infos = {node: _facts(reply) for node, reply in broker.store.raw_all("INFO").items()}
+    for node, info in infos.items():
+        at = f"{node}: " if len(infos) > 1 else ""
+        yield Finding("version", "ok", f"{at}{server_version(_text(info))}, mode {info.get('redis_mode', 'unknown')}")
+        yield _eviction(at, info)
+        yield _memory(at, info)
+        yield from _persistence(broker, at, node, info)
+    yield from _clocks(broker)
+    names = broker.queues()
+    yield from _layouts(broker, names)
+    yield _round_trip(broker)
+
+
+def _refused(error: RelayError) -> Iterator[Finding]:
+    """The store itself refuses servers that are not fit, before any other command."""
+    names: tuple[tuple[type[RelayError], str], ...] = (
+        (UnsafeStore, "eviction"),
+        (ServerTooOld, "version"),
+        (PermissionDenied, "permission"),
+    )
+    name = next((name for kind, name in names if isinstance(error, kind)), "reachable")
+    if name != "reachable":
+        yield Finding("reachable", "ok", "the server answers")
+    yield Finding(name, "error", str(error))
+    yield Finding("other checks", "info", "not made: mend the error above and ask again")
+
+
+def _facts(reply: Any) -> dict[str, str]:
+    text = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
+    return dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.MULTILINE))
+
+
+def _text(info: Mapping[str, str]) -> bytes:
+    return "\n".join(f"{name}:{value}" for name, value in info.items() if name.endswith("_version")).encode()
+
+
+def _eviction(at: str, info: Mapping[str, str]) -> Finding:
+    policy = info.get("maxmemory_policy")
+    if policy is None:
+        return Finding("eviction", "warn", f"{at}the server does not tell its maxmemory-policy; it must be noeviction")
+    if policy != "noeviction":
+        advice = "the server may evict jobs; set maxmemory-policy to noeviction"
+        return Finding("eviction", "error", f"{at}maxmemory-policy is {policy}: {advice}")
+    return Finding("eviction", "ok", f"{at}maxmemory-policy is noeviction")
+
+
+def _memory(at: str, info: Mapping[str, str]) -> Finding:
+    used, most = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    told = f"{at}{used / 2**20:.1f} MiB in use"
+    if not most:
+        return Finding("memory", "ok", f"{told}, no maxmemory")
+    told += f" of maxmemory {most / 2**20:.1f} MiB"
+    if used > _FULL * most:
+        advice = "soon enqueue will be refused; raise maxmemory, or work the queues off"
+        return Finding("memory", "warn", f"{told}: {advice}")
+    return Finding("memory", "ok", told)
+
+
+def _persistence(broker: Broker, at: str, node: str, info: Mapping[str, str]) -> Iterator[Finding]:
+    failed = [name for name in ("aof_last_write_status", "rdb_last_bgsave_status") if info.get(name, "ok") != "ok"]
+    if failed:
+        detail = f"{at}{' and '.join(failed)}: {info[failed[0]]}; look at the server's log and its disk"
+        yield Finding("persistence", "error", detail)
+        return
+    if info.get("aof_enabled") == "1":
+        yield Finding("persistence", "ok", f"{at}appendonly is on")
+        return
+    try:
+        saves = _saves(broker.store.raw_all("CONFIG", "GET", "save").get(node))
+    except StoreError:  # managed servers and narrow users may not read the configuration
+        saves = None
+    if saves:
+        advice = "a crash loses what came since the last save; set appendonly yes"
+        yield Finding("persistence", "warn", f"{at}appendonly is off, save is {saves!r}: {advice}")
+    elif saves is None:
+        yield Finding("persistence", "warn", f"{at}appendonly is off, save cannot be read; set appendonly yes")
+    else:
+        advice = "a restart of the server loses all jobs; set appendonly yes"
+        yield Finding("persistence", "warn", f"{at}appendonly and save are off: {advice}")
+
+
+def _saves(reply: Any) -> str:
+    """The value of CONFIG GET save, in whichever shape the client library gives it."""
+    if isinstance(reply, Mapping):
+        value = next(iter(reply.values()), b"")
+    else:
+        value = reply[1] if reply and len(reply) > 1 else b""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _clocks(broker: Broker) -> Iterator[Finding]:
+    before = time.time()
+    replies = broker.store.raw_all("TIME")
+    half = (time.time() - before) / 2
+    for node, reply in replies.items():
+        at = f"{node}: " if len(replies) > 1 else ""
+        server = float(reply[0]) + float(reply[1]) / 1e6
+        off = server - (before + half)
+        told = f"{at}the server's clock is {age(abs(off))} {'ahead of' if off > 0 else 'behind'} this machine's"
+        if abs(off) > _CLOCK_OFF + half:
+            told += "; relay goes by the server's, only --at and logs are affected"
+        yield Finding("clock", "info", told)
+
+
+def _layouts(broker: Broker, names: list[str]) -> Iterator[Finding]:
+    newer = []
+    for name in names:
+        found = broker.store.raw("HGET", broker.settings.keys(name).config, "v")
+        version = int(found or keys.LAYOUT)
+        if version > keys.LAYOUT:
+            newer.append(f"{name!r} has layout {version}")
+    if newer:
+        advice = "it was written by a newer relay; upgrade this one"
+        yield Finding("layout", "error", f"{', '.join(newer)}, this relay knows {keys.LAYOUT}: {advice}")
+    else:
+        yield Finding("layout", "ok", f"{plural(len(names), 'queue')}, none of a layout newer than {keys.LAYOUT}")
+
+
+def _round_trip(broker: Broker) -> Finding:
+    """One job through a queue of its own, which is removed again: shows that the user may do what workers do."""
+    q = broker.settings.keys(f"relay-doctor-{new_id()}")
+    s = broker.settings
+    id, nonce = new_id(), new_nonce()
+    began = time.monotonic()
+    try:
+        job = commands.NewJob(id, "", "", Record.pack(0, NO_OPTIONS, b"doctor"))
+        broker.store.run(commands.enqueue(q, [job]))
+        reply = broker.store.run(
+            commands.claim(q, 1, s.lease_ms, nonce, max_deliveries=s.max_deliveries, keep_ms=s.keep_ms)
+        )
+        verdicts = [broker.store.run(commands.ack(q, [commands.Ack(grant.id, grant.token)])) for grant in reply.grants]
+        took = time.monotonic() - began
+    except Unavailable as error:
+        return Finding("write", "error", str(error))
+    except StoreError as error:
+        return Finding("write", "error", f"a job could not be stored, claimed and acked: {error}")
+    finally:
+        _remove(broker, q)
+    if [one for batch in verdicts for one in batch] != [commands.Verdict.DONE]:
+        return Finding("write", "error", f"a job was stored, but not claimed and acked: {reply.limited or 'no answer'}")
+    return Finding("write", "ok", f"a job was stored, claimed and acked in {age(took)}")
+
+
+def _remove(broker: Broker, q: keys.QueueKeys) -> None:
+    left = (q.config, q.counters, q.finished, q.marker, q.jobs, q.leases, q.owners, q.errors, q.delayed, *q.ready)
+    try:
+        broker.store.raw("DEL", *left)
+    except RelayError:
+        return  # what refused the job has been told; a few empty-queue settings may stay behind

@@ -1,0 +1,163 @@
+"""`relay worker` and `relay demo`: the commands that run jobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay_core.cli import values
+from relay_core.cli.output import emit
+from relay_core.cli.session import Command, Session, pass_session
+from relay_core.errors import InvalidArgument, RelayError
+
+_RETRY_FOR = 10.0
+
+
+def load_handler(name: str) -> Callable[..., Any]:
+    """The function that `module:handler` names. Raises InvalidArgument that says what is wrong with it.
+
+    The current directory is put on sys.path.
+    """
+    module_name, colon, path = name.partition(":")
+    if not colon or not module_name or not path:
+        raise InvalidArgument(f"handler {name!r}: write it as module:function, e.g. tasks:handle")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _broken(name, module_name, error) from error
+        raise InvalidArgument(
+            f"handler {name!r}: there is no module {error.name!r} in {here} or on sys.path; run relay where it lies, "
+            "or set PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise _broken(name, module_name, error) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise InvalidArgument(f"handler {name!r}: module {module_name!r} has no {path!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise InvalidArgument(f"handler {name!r} is a {type(found).__name__}, not a function that takes a Job")
+    handler: Callable[..., Any] = found
+    return handler
+
+
+def _broken(name: str, module: str, error: Exception) -> InvalidArgument:
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        at = f" at {error.filename}:{error.lineno}"
+    return InvalidArgument(f"handler {name!r}: importing {module!r} failed with {type(error).__name__}: {error}{at}")
+
+
+@click.command("worker", cls=Command)
+@click.argument("handler", metavar="MODULE:HANDLER")
+@click.option(
+    "--queue", "-q", "queues", multiple=True, required=True, help="A queue to serve; repeatable, first first."
+)
+@click.option("--concurrency", "-c", type=int, default=1, show_default=True, help="Handlers at a time.")
+@click.option(
+    "--grace",
+    type=values.duration,
+    metavar="DURATION",
+    default=30.0,
+    show_default=True,
+    help="Time for running jobs at a stop.",
+)
+@click.option(
+    "--lease",
+    type=values.duration,
+    metavar="DURATION",
+    default=15.0,
+    show_default=True,
+    help="Time after which a silent worker's jobs go on.",
+)
+@click.option(
+    "--max-deliveries", type=int, default=5, show_default=True, help="Of a job that names none, until it is dead."
+)
+@click.option("--prefetch", type=int, help="Jobs held beyond those that run. Default: 50 ms of work.")
+@click.option(
+    "--metrics-addr", metavar="HOST:PORT", help="Serve Prometheus metrics there at /metrics. Default: nowhere."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(("debug", "info", "warning", "error"), case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="What is logged to stderr.",
+)
+@pass_session
+def worker(
+    session: Session,
+    handler: str,
+    queues: tuple[str, ...],
+    concurrency: int,
+    grace: float,
+    lease: float,
+    max_deliveries: int,
+    prefetch: int | None,
+    metrics_addr: str | None,
+    log_level: str,
+) -> None:
+    """Run a handler on the jobs of some queues until SIGTERM or Ctrl-C.
+
+    The handler is a function that takes a relay_core.Job. Returning acks the job; raising retries it. The first
+    signal waits for running jobs up to --grace, the second hands them back at once.
+    """
+    from relay_core.worker import Worker
+
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    function = load_handler(handler)
+    broker = session.open(retry_for=_RETRY_FOR, lease=lease, max_deliveries=max_deliveries, client_name="relay-worker")
+    processed = Worker(
+        broker,
+        function,
+        queues,
+        concurrency=concurrency,
+        grace=grace,
+        prefetch=prefetch,
+        metrics_addr=metrics_addr,
+    ).run()
+    if session.json:
+        emit(session, {"queues": list(queues), "processed": processed})
+
+
+class JobsLost(RelayError):
+    """The demo found that a file was not indexed."""
+
+
+@click.command("demo", cls=Command)
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--keep", is_flag=True, help="Leave the demo's folder, with logs and data.")
+@pass_session
+def demo(session: Session, folder: Path | None, keep: bool) -> None:
+    """Let Celery, Dramatiq and relay workers index the files of FOLDER while one of them is killed.
+
+    Default: the standard library of the running Python. It uses an embedded server of its own. Exit code 1 when
+    anything was lost.
+    """
+    from rich.console import Console
+
+    from relay_core.cli.demo import run
+
+    try:
+        fine = run(folder, keep=keep, console=Console(stderr=session.json))
+    except ImportError as error:
+        raise InvalidArgument(f"the demo needs {error.name}: pip install 'relay-queue[all]'") from error
+    if session.json:
+        emit(session, {"lost": not fine})
+    if not fine:
+        raise JobsLost("the demo lost work or found something wrong, see above")

@@ -1,0 +1,113 @@
+"""`relay stats`: how queues stand."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+from relay_core.broker import Broker
+from relay_core.cli.output import age, emit, table
+from relay_core.cli.session import Command, Session, pass_session
+from relay_core.commands import QueueStats
+from relay_core.errors import RelayError
+
+_LIMITS = ("rate", "burst", "max_inflight")
+_COUNTERS = ("enqueued", "claimed", "processed", "retried", "dead", "reaped", "promoted")
+
+
+class QueueNotFound(RelayError):
+    """Nothing was ever enqueued to a queue of this name."""
+
+
+def known(broker: Broker, name: str) -> QueueStats:
+    """The stats of a queue that exists. Raises QueueNotFound, with the name that was meant if it can be guessed."""
+    stats = broker.stats(name)
+    if stats.counters or stats.settings or stats.paused or stats.pending or stats.dead:
+        return stats
+    names = broker.queues()
+    if name in names:
+        return stats
+    near = get_close_matches(name, names, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else "`relay queue ls` lists the queues"
+    raise QueueNotFound(f"queue {name!r}: nothing was ever enqueued to it; {advice}")
+
+
+def document(stats: QueueStats) -> dict[str, Any]:
+    """One queue for `--json`; `ready_by_level` has a count for each priority, 0 first."""
+    return {
+        "queue": stats.queue,
+        "at": stats.now,
+        "ready": stats.ready,
+        "ready_by_level": list(stats.ready_by_level),
+        "delayed": stats.delayed,
+        "inflight": stats.inflight,
+        "dead": stats.dead,
+        "oldest_age": None if stats.oldest_at is None else max(0.0, round(stats.now - stats.oldest_at, 3)),
+        "next_due_in": None if stats.next_due_at is None else max(0.0, round(stats.next_due_at - stats.now, 3)),
+        "paused": stats.paused,
+        "limits": limits_of(stats),
+        "counters": dict(sorted(stats.counters.items())),
+    }
+
+
+def limits_of(stats: QueueStats) -> dict[str, float | None]:
+    """Every limit by name, None when it is not set."""
+    return {name: stats.settings.get(name) for name in _LIMITS}
+
+
+def held_back(stats: QueueStats, *, pause: bool = True) -> str:
+    """The pause and the limits of a queue in words."""
+    told = ["paused"] if pause and stats.paused else []
+    if "rate" in stats.settings:
+        burst = f", burst {stats.settings['burst']:g}" if "burst" in stats.settings else ""
+        told.append(f"rate {stats.settings['rate']:g}/s{burst}")
+    if "max_inflight" in stats.settings:
+        told.append(f"max inflight {stats.settings['max_inflight']:g}")
+    return "; ".join(told) or ("-" if pause else "none")
+
+
+def _ready(stats: QueueStats) -> str:
+    """`12`, or `12 (9:2 0:10)` when other priorities than 0 are in use."""
+    levels = [f"{level}:{count}" for level, count in enumerate(stats.ready_by_level) if count]
+    plain = not levels or levels == [f"0:{stats.ready}"]
+    return str(stats.ready) if plain else f"{stats.ready} ({' '.join(reversed(levels))})"
+
+
+@click.command("stats", cls=Command)
+@click.argument("queues", nargs=-1, metavar="[QUEUE...]")
+@pass_session
+def stats(session: Session, queues: tuple[str, ...]) -> None:
+    """Show depths, ages, limits and lifetime counters of these queues, or of all.
+
+    Ready jobs are also counted by priority. Next is when the next delayed job is due.
+    """
+    broker = session.broker
+    names = queues or tuple(broker.queues())
+    found = [known(broker, name) if queues else broker.stats(name) for name in names]
+    if session.json:
+        emit(session, {"queues": [document(one) for one in found]})
+        return
+    if not found:
+        click.echo("No queues yet: nothing was ever enqueued here.")
+        return
+    columns = ("queue", "ready", "delayed", "inflight", "dead", "oldest", "next", "held back by")
+    rows = (
+        [
+            one.queue, _ready(one), str(one.delayed), str(one.inflight), str(one.dead),
+            age(None if one.oldest_at is None else one.now - one.oldest_at),
+            age(None if one.next_due_at is None else one.next_due_at - one.now),
+            held_back(one),
+        ]
+        for one in found
+    )  # fmt: skip
+    table(columns, rows, right=columns[1:7])
+    click.echo("\nSince the queue began:")
+    extra = sorted({name for one in found for name in one.counters} - set(_COUNTERS))
+    names_shown = (*_COUNTERS, *extra)
+    table(
+        ("queue", *names_shown),
+        ([one.queue, *(str(one.counters.get(name, 0)) for name in names_shown)] for one in found),
+        right=names_shown,
+    )
