@@ -1,0 +1,369 @@
+"""The scripts against the model: random histories with lost replies, expired leases and stale tokens.
+
+Time does not really pass. `pass_time` takes whole hours off every time in the store, which is the same to the
+scripts as a clock that moved on; a history takes seconds, so no hour is ever reached by accident.
+
+RELAY_MODEL_EXAMPLES sets how many histories run per server (default 50).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from relay_core import commands, scripts
+from relay_core.broker import Broker
+from relay_core.commands import Ack, ClaimReply, Command, Nack, NewJob
+from relay_core.job import Enqueued, Options, Record, State
+from relay_core.keys import QueueKeys
+from relay_core.maintenance import limits
+from tests.model import Model, ModelClaim, ModelJob
+from tests.servers import Server
+
+T = TypeVar("T")
+
+UNIT = 3_600_000
+"""Milliseconds of one unit of the model's time."""
+
+FOREVER = 100_000
+EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "50"))
+
+# Everything in the store that is a time, moved into the past by ARGV[1] ms.
+PASS_TIME = """
+for i = 1, 4 do
+  local rows = redis.call('ZRANGE', KEYS[i], 0, -1, 'WITHSCORES')
+  for at = 1, #rows, 2 do redis.call('ZADD', KEYS[i], rows[at + 1] - ARGV[1], rows[at]) end
+end
+for _, name in ipairs({'due', 'stamp'}) do
+  local value = redis.call('HGET', KEYS[5], name)
+  if value then redis.call('HSET', KEYS[5], name, string.format('%.0f', value - ARGV[1])) end
+end
+"""
+
+times = st.integers(1, 4)
+picks = st.lists(st.integers(0, 12), min_size=1, max_size=3)
+lost = st.sampled_from([False, False, True])
+
+
+class Queue(RuleBasedStateMachine):
+    """One queue. Each rule runs a command against the server and the same move on the model."""
+
+    server: Server
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.server.cli("FLUSHALL")
+        self.q = QueueKeys("relay", "q")
+        self.model = Model()
+        self.receipts: list[tuple[str, str, str]] = []
+        self.sent: list[tuple[Command[list[Enqueued]], list[tuple[ModelJob, int]]]] = []
+        self.made = self.claims = 0
+        # a wake-up is owed to waiting workers while there is work, unless a limit took it
+        self.marker_taken = False
+        self.excused = False
+
+    # how a command is run
+
+    def send(self, command: Command[T], resent: bool = False) -> T:
+        time.sleep(0.001)  # so that no two steps share a millisecond
+        self.model.step += 1
+        return command.parse(self.server.cli("EVALSHA", *command.wire(resent)), resent)
+
+    def both(self, command: Command[T], move: Callable[[bool], Any], twice: bool) -> tuple[T, Any]:
+        """Run it here and there; `twice`: the first reply is lost, and the command is sent again."""
+        got, want = self.send(command), move(False)
+        if twice:
+            got, want = self.send(command, True), move(True)
+        return got, want
+
+    def receipts_at(self, pick: list[int]) -> list[tuple[str, str, str]]:
+        """Receipts of claims, the latest first: many are stale."""
+        return [self.receipts[-1 - n % len(self.receipts)] for n in pick] if self.receipts else []
+
+    def ids_at(self, pick: list[int]) -> list[str]:
+        return [f"id{max(0, self.made - 1 - n):04}" for n in pick]
+
+    @initialize()
+    def begin(self) -> None:
+        for name in scripts.names():
+            self.server.cli("SCRIPT", "LOAD", scripts.load(name).text)
+
+    # moves
+
+    @rule(
+        jobs=st.lists(
+            st.tuples(
+                st.integers(0, 2).map(lambda n: (0, 5, 9)[n]),
+                st.sampled_from([0, 0, 0, 1, 3]),
+                st.sampled_from(["", "", "a", "b"]),
+                st.sampled_from([0, 2]),
+                st.sampled_from([0, 0, 1]),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        again=st.sampled_from([0, 0, 0, 1, 3]),
+        twice=lost,
+    )
+    def enqueue(self, jobs: list[tuple[int, int, str, int, int]], again: int, twice: bool) -> None:
+        """Fresh ids, but for `again`: that far back, an id of before."""
+        self.made = max(0, self.made - again)
+        rows: list[tuple[ModelJob, int]] = []
+        new: list[NewJob] = []
+        for level, delay, key, keep, own_max in jobs:
+            id = f"id{self.made:04}"
+            self.made += 1
+            keep = keep if key else 0
+            rows.append((ModelJob(id, level, own_max, key, keep), delay))
+            options = Options(
+                max_deliveries=own_max or None, dedup_key=key or None, dedup_ms=keep * UNIT if keep else None
+            )
+            dedup = f"{keep * UNIT}:{key}" if key else ""
+            new.append(NewJob(id, f"+{delay * UNIT}" if delay else "", dedup, Record.pack(level, options, b"x")))
+        command = commands.enqueue(self.q, new)
+        answers: list[int | str] = []
+
+        def move(resent: bool) -> list[int | str]:
+            # a copy each time: the model keeps what it is given
+            fresh = [(ModelJob(j.id, j.level, j.own_max, j.dedup_key, j.dedup_units), d) for j, d in rows]
+            answers.append([self.model.enqueue(job, delay, resent) for job, delay in fresh])
+            return answers[-1]
+
+        got, want = self.both(command, move, twice)
+        assert got == self.enqueued(rows, want, twice)
+        if all(answer == 1 for answer in answers[0]):
+            self.sent.append((command, rows))
+
+    @staticmethod
+    def enqueued(rows: list[tuple[ModelJob, int]], answers: list[int | str], resent: bool) -> list[Enqueued]:
+        return [
+            Enqueued(job.id, duplicate=answer == 0 and not resent)
+            if answer in (0, 1)
+            else Enqueued(str(answer), duplicate=True)
+            for (job, _delay), answer in zip(rows, answers, strict=True)
+        ]
+
+    @rule(back=st.integers(0, 5))
+    def send_an_old_enqueue_again(self, back: int) -> None:
+        """Its jobs may be claimed, retried, dead or done by now; nothing is stored twice."""
+        for command, rows in self.sent[-1 - back :][:1]:
+            gone = {job.id for job, _ in rows} - self.model.jobs.keys() - {id for id, _ in self.model.finished}
+            if not gone:  # cancelled and purged ones are stored anew: nobody remembers them
+                assert self.send(command, True) == [Enqueued(job.id) for job, _ in rows]
+
+    @rule(count=st.integers(1, 4), lease=times, most=st.integers(1, 3), woken=st.booleans(), twice=lost)
+    def claim(self, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
+        woken = self.take_marker() if woken else False
+        nonce = self.nonce()
+        command = commands.claim(
+            self.q, count, lease * UNIT, nonce, max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken
+        )
+        got, want = self.both(command, lambda resent: self.model.claim(count, lease, nonce, most, resent), twice)
+        self.check_claim(got, want, woken, ordered=not twice)
+
+    def nonce(self) -> str:
+        self.claims += 1
+        return f"n{self.claims}"
+
+    def take_marker(self) -> bool:
+        """What BZPOPMIN does for a waiting worker."""
+        self.marker_taken = bool(self.server.cli("ZPOPMIN", self.q.marker))
+        return self.marker_taken
+
+    def check_claim(self, got: ClaimReply, want: ModelClaim, woken: bool, ordered: bool) -> None:
+        grants = [(grant.id, grant.token, grant.retries) for grant in got.grants]
+        assert (grants if ordered else sorted(grants)) == (want.grants if ordered else sorted(want.grants))
+        assert (got.limited, got.promoted, got.reaped) == (want.limited, want.promoted, want.reaped)
+        assert {grant.id for grant in got.buried} == want.buried
+        self.receipts += [(grant.id, grant.token, self.model.jobs[grant.id].dedup_key) for grant in got.grants]
+        self.marker_taken = False
+        if woken and got.limited:
+            self.excused = True
+
+    def acks(self, pick: list[int]) -> list[Ack]:
+        items = []
+        for id, token, key in self.receipts_at(pick):
+            job = self.model.jobs.get(id)
+            items.append(Ack(id, token, key if job and not job.dedup_units else ""))
+        return items
+
+    def nacks(self, pick: list[int], delay: int, retries: int) -> list[Nack]:
+        ms = delay * UNIT if delay > 0 else delay
+        return [Nack(id, token, ms, retries, "why", "error") for id, token, _key in self.receipts_at(pick)]
+
+    @rule(pick=picks, twice=lost)
+    def ack(self, pick: list[int], twice: bool) -> None:
+        if items := self.acks(pick):
+            got, want = self.both(commands.ack(self.q, items), lambda _resent: self.model.ack(items), twice)
+            assert got == want
+
+    @rule(pick=picks, delay=st.integers(-1, 3), retries=st.integers(0, 3), twice=lost)
+    def nack(self, pick: list[int], delay: int, retries: int, twice: bool) -> None:
+        if items := self.nacks(pick, delay, retries):
+            got, want = self.both(commands.nack(self.q, items), lambda _: self.model.nack(items, UNIT), twice)
+            assert got == want
+
+    @rule(pick=picks, nacked=picks, delay=st.integers(-1, 2), count=st.integers(0, 3), lease=times, twice=lost)
+    def finish(self, pick: list[int], nacked: list[int], delay: int, count: int, lease: int, twice: bool) -> None:
+        acks, nacks, nonce = self.acks(pick), self.nacks(nacked, delay, 2), self.nonce()
+        command = commands.finish(
+            self.q, acks, nacks, count, lease * UNIT, nonce, max_deliveries=3, keep_ms=FOREVER * UNIT
+        )
+
+        def move(resent: bool) -> Any:
+            acked = self.model.ack(acks)
+            return acked, self.model.nack(nacks, UNIT), self.model.claim(count, lease, nonce, 3, resent)
+
+        got, want = self.both(command, move, twice)
+        assert (got.acked, got.nacked) == want[:2]
+        assert got.claim is not None
+        self.check_claim(got.claim, want[2], woken=False, ordered=not twice)
+
+    @rule(pick=picks, lease=times, twice=lost)
+    def extend(self, pick: list[int], lease: int, twice: bool) -> None:
+        if pairs := [(id, token) for id, token, _ in self.receipts_at(pick)]:
+            command = commands.extend(self.q, pairs, lease * UNIT)
+            got, want = self.both(command, lambda _: self.model.extend(pairs, lease), twice)
+            assert got == want
+
+    @rule(pick=picks, twice=lost)
+    def release(self, pick: list[int], twice: bool) -> None:
+        if pairs := [(id, token) for id, token, _ in self.receipts_at(pick)]:
+            got, want = self.both(commands.release(self.q, pairs), lambda _: self.model.release(pairs), twice)
+            assert got == want
+
+    @rule(units=st.integers(1, 3))
+    def pass_time(self, units: int) -> None:
+        q = self.q
+        keys = (q.delayed, q.leases, q.dead, q.dedup_expiry, q.config)
+        self.server.cli("EVAL", PASS_TIME, 5, *keys, units * UNIT)
+        self.model.clock += units
+
+    @rule(limit=st.integers(1, 4), most=st.integers(1, 3), keep=st.sampled_from([2, FOREVER]), twice=lost)
+    def reap(self, limit: int, most: int, keep: int, twice: bool) -> None:
+        command = commands.reap(self.q, limit, max_deliveries=most, keep_ms=keep * UNIT)
+        got, want = self.both(command, lambda _: (*self.model.reap(limit, most), self.model.forget(limit, keep)), twice)
+        assert (got[0], {grant.id for grant in got[1]}, got[2]) == want
+
+    @rule(limit=st.integers(1, 4), twice=lost)
+    def promote(self, limit: int, twice: bool) -> None:
+        got, want = self.both(commands.promote(self.q, limit), lambda _: self.model.promote(limit), twice)
+        assert got[0] == want
+
+    # upkeep
+
+    @rule(pick=picks, twice=lost)
+    def requeue(self, pick: list[int], twice: bool) -> None:
+        ids = self.ids_at(pick)
+        got, want = self.both(commands.requeue(self.q, ids), lambda _: self.model.requeue(ids), twice)
+        assert got == want
+
+    @rule(pick=picks, twice=lost)
+    def cancel(self, pick: list[int], twice: bool) -> None:
+        ids = self.ids_at(pick)
+        got, want = self.both(commands.cancel(self.q, ids), lambda _: self.model.cancel(ids), twice)
+        assert got == want
+
+    @rule(state=st.sampled_from(["ready", "delayed", "dead"]), limit=st.integers(1, 3), twice=lost)
+    def purge(self, state: State, limit: int, twice: bool) -> None:
+        got, want = self.both(commands.purge(self.q, state, limit), lambda _: self.model.purge(state, limit), twice)
+        assert got == want
+
+    @rule(paused=st.sampled_from([False, False, True]), twice=lost)
+    def pause_or_resume(self, paused: bool, twice: bool) -> None:
+        def move(_resent: bool) -> None:
+            self.model.paused = paused
+
+        self.both(commands.configure(self.q, {"paused": "1" if paused else ""}), move, twice)
+        self.excused = False
+
+    @rule(rate=st.booleans(), burst=st.integers(1, 3), max_inflight=st.sampled_from([None, None, 1, 3]), twice=lost)
+    def limit(self, rate: bool, burst: int, max_inflight: int | None, twice: bool) -> None:
+        def move(_resent: bool) -> None:
+            self.model.rate, self.model.burst = rate, burst
+            self.model.max_inflight, self.model.tokens = max_inflight, None
+
+        per_second = 1000 / UNIT if rate else None
+        changes = limits(per_second, burst if rate else None, max_inflight)
+        self.both(commands.configure(self.q, changes), move, twice)
+        self.excused = False
+
+    # what holds after every step
+
+    @invariant()
+    def the_store_is_as_the_model_says(self) -> None:
+        q, model = self.q, self.model
+        with self.server.client(protocol=2).pipeline(transaction=False) as pipe:
+            for level in range(10):
+                pipe.lrange(q.ready[level].decode(), 0, -1)
+            for key in (q.delayed, q.leases, q.dead):
+                pipe.zrange(key.decode(), 0, -1)
+            pipe.hkeys(q.jobs.decode())
+            pipe.hgetall(q.owners.decode())
+            rows = pipe.execute()
+        found = [[id.decode() for id in row] for row in rows[:14]]
+        assert found[:10] == model.ready
+        assert found[10:13] == [model.in_order(t) for t in (model.delayed, model.leases, model.dead)]
+        assert sorted(found[13]) == sorted(model.jobs)
+        owners = {id.decode(): owner.decode() for id, owner in rows[14].items()}
+        assert owners == {
+            job.id: f"{job.token} {job.retries} {job.flag}" for job in model.jobs.values() if job.fence_and_nonce
+        }
+
+    @invariant()
+    def depths_and_counters_are_those_of_the_model(self) -> None:
+        stats = self.send(commands.stats(self.q))
+        assert (stats.ready_by_level, stats.delayed, stats.inflight, stats.dead) == self.model.depths()
+        assert dict(stats.counters) == {name: n for name, n in self.model.counters.items() if n}
+        assert stats.paused == self.model.paused
+
+    @invariant()
+    def every_job_ever_stored_is_in_one_state_or_over(self) -> None:
+        counts, model = self.model.counters, self.model
+        over = sum(counts[name] for name in ("processed", "cancelled", "purged", "forgotten"))
+        assert counts["enqueued"] == over + len(model.jobs)
+        assert sum(model.depths()[0]) + sum(model.depths()[1:]) == len(model.jobs)
+
+    @invariant()
+    def claims_look_no_later_than_the_next_due_time(self) -> None:
+        first = [
+            float(row[1])
+            for key in (self.q.delayed, self.q.leases)
+            if (row := self.server.cli("ZRANGE", key, 0, 0, "WITHSCORES"))
+        ]
+        due = self.server.cli("HGET", self.q.config, "due")
+        assert not first or (due is not None and float(due) <= min(first))
+
+    @invariant()
+    def a_wake_up_waits_while_there_is_work(self) -> None:
+        if any(self.model.ready) and not (self.marker_taken or self.excused):
+            assert self.server.cli("ZCARD", self.q.marker) == 1
+
+    def teardown(self) -> None:
+        """The auditor, which knows nothing of the model, agrees."""
+        with Broker(self.server.url) as broker:
+            assert broker.audit("q", repair=False).findings == {}
+        super().teardown()
+
+
+def test_the_scripts_do_what_the_model_does(server: Server) -> None:
+    """Histories of 40 steps. A failure prints the shortest one that was found."""
+    machine = type("QueueOnServer", (Queue,), {"server": server})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize="RELAY_MODEL_EXAMPLES" not in os.environ,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
