@@ -95,15 +95,22 @@ class Relay(click.Group):
         try:
             return super().invoke(ctx)
         except RelayError as error:
-            _report(session, error)
+            advice = "; check --url (RELAY_URL) and that the server runs" if isinstance(error, Unavailable) else ""
+            click.echo(f"Error: {error}{advice}", err=True)
+            _answer(session, error, str(error))
             ctx.exit(exit_code(error))
+        except click.ClickException as error:
+            _answer(session, error, error.format_message())
+            raise
+        except click.Abort as error:
+            _answer(session, error, "nothing was done: the answer was no")
+            raise
 
 
-def _report(session: Session, error: RelayError) -> None:
-    """One message on stderr; with --json also a document on stdout, unless the answer is out already."""
-    click.echo(f"Error: {error}", err=True)
+def _answer(session: Session, error: Exception, message: str) -> None:
+    """With --json an error is a document too, unless the answer is out already."""
     if session.json and not session.answered:
-        emit(session, {"error": {"type": type(error).__name__, "message": str(error)}})
+        emit(session, {"error": {"type": type(error).__name__, "message": message}})
 
 
 @click.command(cls=Relay, context_settings={"help_option_names": ["-h", "--help"]})

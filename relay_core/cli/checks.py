@@ -55,17 +55,18 @@ def examine(broker: Broker) -> Iterator[Finding]:
         yield from _refused(error)
         return
     yield Finding("reachable", "ok", f"{broker.address().safe()} answered in {age(time.monotonic() - began)}")
-    infos = {node: _facts(reply) for node, reply in broker.store.raw_all("INFO").items()}
-    for node, info in infos.items():
-        at = f"{node}: " if len(infos) > 1 else ""
-        yield Finding("version", "ok", f"{at}{server_version(_text(info))}, mode {info.get('redis_mode', 'unknown')}")
-        yield _eviction(at, info)
-        yield _memory(at, info)
-        yield from _persistence(broker, at, node, info)
-    yield from _clocks(broker)
-    names = broker.queues()
-    yield from _layouts(broker, names)
-    yield _round_trip(broker)
+    yield from _attempt("server", _servers(broker))
+    yield from _attempt("clock", _clocks(broker))
+    yield from _attempt("layout", _layouts(broker))
+    yield from _attempt("write", _round_trip(broker))
+
+
+def _attempt(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
+    """A check that the server refuses is an error of its own; the next ones are made all the same."""
+    try:
+        yield from check
+    except StoreError as error:
+        yield Finding(name, "error", str(error))
 
 
 def _refused(error: RelayError) -> Iterator[Finding]:
@@ -80,6 +81,16 @@ def _refused(error: RelayError) -> Iterator[Finding]:
         yield Finding("reachable", "ok", "the server answers")
     yield Finding(name, "error", str(error))
     yield Finding("other checks", "info", "not made: mend the error above and ask again")
+
+
+def _servers(broker: Broker) -> Iterator[Finding]:
+    infos = {node: _facts(reply) for node, reply in broker.store.raw_all("INFO").items()}
+    for node, info in infos.items():
+        at = f"{node}: " if len(infos) > 1 else ""
+        yield Finding("version", "ok", f"{at}{server_version(_text(info))}, mode {info.get('redis_mode', 'unknown')}")
+        yield _eviction(at, info)
+        yield _memory(at, info)
+        yield from _persistence(broker, at, node, info)
 
 
 def _facts(reply: Any) -> dict[str, str]:
@@ -159,7 +170,8 @@ def _clocks(broker: Broker) -> Iterator[Finding]:
         yield Finding("clock", "info", told)
 
 
-def _layouts(broker: Broker, names: list[str]) -> Iterator[Finding]:
+def _layouts(broker: Broker) -> Iterator[Finding]:
+    names = broker.queues()
     newer = []
     for name in names:
         found = broker.store.raw("HGET", broker.settings.keys(name).config, "v")
@@ -173,29 +185,25 @@ def _layouts(broker: Broker, names: list[str]) -> Iterator[Finding]:
         yield Finding("layout", "ok", f"{plural(len(names), 'queue')}, none of a layout newer than {keys.LAYOUT}")
 
 
-def _round_trip(broker: Broker) -> Finding:
+def _round_trip(broker: Broker) -> Iterator[Finding]:
     """One job through a queue of its own, which is removed again: shows that the user may do what workers do."""
     q = broker.settings.keys(f"relay-doctor-{new_id()}")
     s = broker.settings
     id, nonce = new_id(), new_nonce()
     began = time.monotonic()
     try:
-        job = commands.NewJob(id, "", "", Record.pack(0, NO_OPTIONS, b"doctor"))
-        broker.store.run(commands.enqueue(q, [job]))
+        broker.store.run(commands.enqueue(q, [commands.NewJob(id, "", "", Record.pack(0, NO_OPTIONS, b"doctor"))]))
         reply = broker.store.run(
             commands.claim(q, 1, s.lease_ms, nonce, max_deliveries=s.max_deliveries, keep_ms=s.keep_ms)
         )
-        verdicts = [broker.store.run(commands.ack(q, [commands.Ack(grant.id, grant.token)])) for grant in reply.grants]
-        took = time.monotonic() - began
-    except Unavailable as error:
-        return Finding("write", "error", str(error))
-    except StoreError as error:
-        return Finding("write", "error", f"a job could not be stored, claimed and acked: {error}")
+        acks = [commands.Ack(grant.id, grant.token) for grant in reply.grants]
+        verdicts = broker.store.run(commands.ack(q, acks)) if acks else []
     finally:
         _remove(broker, q)
-    if [one for batch in verdicts for one in batch] != [commands.Verdict.DONE]:
-        return Finding("write", "error", f"a job was stored, but not claimed and acked: {reply.limited or 'no answer'}")
-    return Finding("write", "ok", f"a job was stored, claimed and acked in {age(took)}")
+    if verdicts != [commands.Verdict.DONE]:
+        yield Finding("write", "error", f"a job was stored, but not claimed and acked: {reply.limited or verdicts}")
+    else:
+        yield Finding("write", "ok", f"a job was stored, claimed and acked in {age(time.monotonic() - began)}")
 
 
 def _remove(broker: Broker, q: keys.QueueKeys) -> None:

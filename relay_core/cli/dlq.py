@@ -18,7 +18,7 @@ _BATCH = 200
 _QUEUE = click.option("--queue", "-q", required=True, help="The queue's name.")
 _TASK = click.option("--task", metavar="NAME", help="Only jobs of this task, as their framework names it.")
 _ERROR = click.option("--error", metavar="TEXT", help="Only jobs whose reason or error holds this text.")
-_ALL = click.option("--all", "every", is_flag=True, help="All dead jobs of the queue.")
+_ALL = click.option("--all", "every", is_flag=True, help="All dead jobs, or all that the filters pick.")
 
 
 @click.group(cls=Group)
@@ -134,11 +134,11 @@ def _choose(
 ) -> list[str] | None:
     """The ids to work on, None for all dead ones. Raises InvalidArgument when it is not clear which are meant."""
     filtered = task is not None or error is not None
-    if bool(ids) + every + filtered != 1:
-        raise InvalidArgument("which dead jobs? give either their IDs, or a filter (--task, --error), or --all")
+    if bool(ids) == (every or filtered):
+        raise InvalidArgument("which dead jobs? give either their IDs, or --all, or a filter (--task, --error)")
     if ids:
         return list(dict.fromkeys(ids))[:limit]
-    if every:
+    if not filtered:
         return None
     found = find(session.broker, queue, "dead", task=task, error=error)
     return [job.id for job, _summary in islice(found, limit)]

@@ -18,6 +18,8 @@ from relay_core.cli.output import emit
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.errors import InvalidArgument, RelayError
 
+logger = logging.getLogger("relay.cli")
+
 _RETRY_FOR = 10.0
 
 
@@ -122,6 +124,7 @@ def worker(
     )
     function = load_handler(handler)
     broker = session.open(retry_for=_RETRY_FOR, lease=lease, max_deliveries=max_deliveries, client_name="relay-worker")
+    logger.info("serving %s, %d at a time, on %s", ", ".join(queues), concurrency, broker.url.safe())
     processed = Worker(
         broker,
         function,
@@ -131,6 +134,7 @@ def worker(
         prefetch=prefetch,
         metrics_addr=metrics_addr,
     ).run()
+    logger.info("stopped; %d jobs done", processed)
     if session.json:
         emit(session, {"queues": list(queues), "processed": processed})
 
