@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from relay_core import commands, keys
+from relay_core import keys
 from relay_core.broker import Broker
 from relay_core.cli.output import age, plural
 from relay_core.cli.version import server_version
+from relay_core.commands import Verdict
 from relay_core.errors import (
     EmbeddedError,
     PermissionDenied,
@@ -21,8 +22,10 @@ from relay_core.errors import (
     Unavailable,
     UnsafeStore,
 )
-from relay_core.job import NO_OPTIONS, Record, new_id
-from relay_core.operations import new_nonce
+from relay_core.job import new_id
+from relay_core.operations import Operations
+from relay_core.plugins import Plugins
+from relay_core.validation import JobSpec
 
 Level = Literal["ok", "info", "warn", "error"]
 
@@ -186,29 +189,32 @@ def _layouts(broker: Broker) -> Iterator[Finding]:
 
 
 def _round_trip(broker: Broker) -> Iterator[Finding]:
-    """One job through a queue of its own, which is removed again: shows that the user may do what workers do."""
-    q = broker.settings.keys(f"relay-doctor-{new_id()}")
-    s = broker.settings
-    id, nonce = new_id(), new_nonce()
+    """One job through a queue of its own, which is removed again: shows that the user may do what workers do.
+
+    Without plugins: one that routes jobs elsewhere would put this one among real ones.
+    """
+    plain = Operations(broker.settings, Plugins(installed=False))
+    queue = f"relay-doctor-{new_id()}"
     began = time.monotonic()
     try:
-        broker.store.run(commands.enqueue(q, [commands.NewJob(id, "", "", Record.pack(0, NO_OPTIONS, b"doctor"))]))
-        reply = broker.store.run(
-            commands.claim(q, 1, s.lease_ms, nonce, max_deliveries=s.max_deliveries, keep_ms=s.keep_ms)
-        )
-        acks = [commands.Ack(grant.id, grant.token) for grant in reply.grants]
-        verdicts = broker.store.run(commands.ack(q, acks)) if acks else []
+        broker.drive(plain.enqueue(queue, JobSpec(b"doctor")))
+        jobs = broker.drive(plain.claim([queue]))
+        verdicts = broker.drive(plain.ack_many(jobs))
     finally:
-        _remove(broker, q)
-    if verdicts != [commands.Verdict.DONE]:
-        yield Finding("write", "error", f"a job was stored, but not claimed and acked: {reply.limited or verdicts}")
+        _remove(broker, queue)
+    if verdicts != [Verdict.DONE]:
+        yield Finding("write", "error", f"a job was stored, but not claimed and acked: {jobs.limited or verdicts}")
     else:
         yield Finding("write", "ok", f"a job was stored, claimed and acked in {age(time.monotonic() - began)}")
 
 
-def _remove(broker: Broker, q: keys.QueueKeys) -> None:
-    left = (q.config, q.counters, q.finished, q.marker, q.jobs, q.leases, q.owners, q.errors, q.delayed, *q.ready)
+def _remove(broker: Broker, queue: str) -> None:
+    q = broker.settings.keys(queue)
+    left = (
+        q.config, q.counters, q.finished, q.marker, q.jobs, q.leases, q.owners, q.errors, q.delayed, q.dead, *q.ready,
+    )  # fmt: skip
     try:
+        broker.store.raw("SREM", keys.registry(q.prefix), keys.encode_queue(queue))
         broker.store.raw("DEL", *left)
     except RelayError:
-        return  # what refused the job has been told; a few empty-queue settings may stay behind
+        return  # what refused the job is told; the settings of an empty queue may stay behind

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from relay_core.broker import Broker
-from relay_core.cli.output import shortened
+from relay_core.cli.output import plural, shortened
 from relay_core.job import JobSummary, State, StoredJob
 
 PAGE = 100
@@ -75,7 +75,7 @@ def what(job: StoredJob, summary: JobSummary | None, length: int = 48) -> str:
         inside = ", ".join(part for part in (summary.args, summary.kwargs) if part)
         return shortened(f"{summary.name} {inside}".strip(), length)
     text = text_of(job.payload[: 4 * length])
-    return f"{len(job.payload)} bytes" if text is None else shortened(text, length)
+    return plural(len(job.payload), "byte") if text is None else shortened(text, length)
 
 
 def matches(job: StoredJob, summary: JobSummary | None, task: str | None, error: str | None) -> bool:

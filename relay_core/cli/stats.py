@@ -24,7 +24,7 @@ class QueueNotFound(RelayError):
 def known(broker: Broker, name: str) -> QueueStats:
     """The stats of a queue that exists. Raises QueueNotFound, with the name that was meant if it can be guessed."""
     stats = broker.stats(name)
-    if stats.counters or stats.settings or stats.paused or stats.pending or stats.dead:
+    if any(stats.counters.values()) or stats.settings or stats.paused or stats.pending or stats.dead:
         return stats
     names = broker.queues()
     if name in names:

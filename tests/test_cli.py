@@ -1,0 +1,235 @@
+"""The command line as a whole: exit codes, JSON everywhere, errors in one line, options in either place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from relay_core import Broker, hookimpl
+from relay_core.cli.app import COMMANDS, relay
+from relay_core.keys import LAYOUT
+from relay_core.plugins import Plugins
+from tests.command_line import Cli
+from tests.servers import AclServer, Server, free_port
+
+
+@pytest.fixture
+def cli(server: Server) -> Cli:
+    return Cli(server.url)
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url, retry_for=2.0) as broker:
+        yield broker
+
+
+def bury(broker: Broker, queue: str, *payloads: bytes, error: str = "no luck") -> list[str]:
+    """Dead jobs: their ids."""
+    broker.enqueue_many(queue, payloads)
+    jobs = broker.claim(queue, count=len(payloads))
+    for job in jobs:
+        broker.nack(job, error, dead=True)
+    return [job.id for job in jobs]
+
+
+# --- JSON everywhere
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_every_command_that_answers_has_json_of_one_document(cli: Cli, broker: Broker, tmp_path: Path) -> None:
+    broker.enqueue("mail", b"hello", id="one")
+    dead, again, gone = bury(broker, "bad", b"x", b"y", b"z")
+    folder = str(tmp_path / "data")
+    answers: dict[str, Any] = {}
+    for line in (
+        "version", "stats", "stats mail", "audit", "audit mail --no-repair", "doctor",
+        "queue ls", "queue pause mail", "queue resume mail", "queue limit mail --rate 5", "queue purge mail --dry-run",
+        "job ls -q mail", "job show one -q mail", "job enqueue hi -q mail", "job cancel one -q mail --yes",
+        "dlq ls -q bad", f"dlq show {dead} -q bad", f"dlq requeue {again} -q bad", f"dlq purge {gone} -q bad --yes",
+        f"server start --dir {folder}", f"server status --dir {folder}", f"server stop --dir {folder}",
+    ):  # fmt: skip
+        answers[line] = cli.json(*line.split())
+    assert all(isinstance(answer, dict) for answer in answers.values())
+    assert answers["stats mail"]["queues"][0]["ready"] == 1
+    assert answers["audit"]["clean"] is True
+    assert answers["job show one -q mail"]["payload"] == "hello"
+    assert answers["queue limit mail --rate 5"]["limits"] == {"rate": 5.0, "burst": 5.0, "max_inflight": None}
+    named = {line.split()[0] for line in answers}
+    assert named == COMMANDS.keys() - {"worker", "demo"}, "worker and demo are tested in processes of their own"
+
+
+def test_json_is_taken_before_and_after_the_command(cli: Cli, broker: Broker) -> None:
+    broker.enqueue("mail", b"hello")
+    assert json.loads(cli.run("--json", "queue", "ls").stdout) == cli.json("queue", "ls")
+
+
+def test_an_error_is_a_json_document_too_and_a_line_on_stderr(cli: Cli) -> None:
+    result = cli.run("job", "show", "nope", "-q", "mail", "--json", code=1)
+    told = json.loads(result.stdout)["error"]
+    assert told["type"] == "JobNotFound"
+    assert result.stderr == f"Error: {told['message']}\n"
+
+
+def test_a_misused_option_is_a_json_document_too(cli: Cli) -> None:
+    assert "--limit" in cli.json("job", "ls", "-q", "mail", "--limit", "0", code=2)["error"]["message"]
+
+
+# --- exit codes
+
+
+def test_without_a_command_the_help_lists_all(cli: Cli) -> None:
+    shown = cli.run("--help").stdout
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_what_is_not_there_exits_1_and_says_which(cli: Cli) -> None:
+    assert "job nope in queue 'mail'" in cli.run("job", "show", "nope", "-q", "mail", code=1).stderr
+    assert "queue 'mail'" in cli.run("stats", "mail", code=1).stderr
+
+
+def test_a_slip_in_a_queue_name_is_guessed(cli: Cli, broker: Broker) -> None:
+    broker.enqueue("newsletters", b"x")
+    assert "did you mean 'newsletters'?" in cli.run("stats", "newsleters", code=1).stderr
+    assert "did you mean 'newsletters'?" in cli.run("queue", "purge", "newsleters", "--yes", code=1).stderr
+
+
+def test_a_slip_in_a_command_is_guessed(cli: Cli) -> None:
+    assert "'stats'" in cli.run("stat", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "stats --url foo://bar",
+        "--prefix a{b stats",
+        "job enqueue x -q q --priority 11",
+        "job enqueue x -q q --delay -1",
+        "job enqueue x -q q --delay nan",
+        "job enqueue x -q q --delay soon",
+        "job enqueue x -q q --at yesterday",
+        "job enqueue x -q q --at 2030-01-01 --delay 5",
+        "job enqueue x -q q --header novalue",
+        "job enqueue x -q q --dedup-for 5",
+        "job enqueue @/no/such/file -q q",
+        "job enqueue x",
+        "job ls -q q --state lost",
+        "queue limit q --rate 0",
+        "queue limit q --rate fast",
+        "queue limit q --burst 5",
+        "queue limit q --none --rate 5",
+        "dlq requeue -q q",
+        "dlq requeue 1 --all -q q",
+        "dlq purge -q q",
+        "worker nowhere -q q",
+        "frobnicate",
+    ],
+)
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_bad_input_exits_2_and_stores_nothing(cli: Cli, server: Server, line: str) -> None:
+    assert "Error: " in cli.run(*line.split(), code=2).stderr
+    assert server.cli("KEYS", "*") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["stats", "queue ls", "job enqueue x -q q", "dlq ls -q q", "audit", "doctor", "queue pause q"]
+)
+def test_a_server_that_cannot_be_reached_exits_3_and_names_it(line: str) -> None:
+    port = free_port()
+    result = Cli(f"relay://127.0.0.1:{port}").run(*line.split(), "--timeout", "0", code=3)
+    assert f"127.0.0.1:{port}" in result.stdout + result.stderr
+
+
+def test_version_does_not_need_a_server() -> None:
+    assert Cli(f"relay://127.0.0.1:{free_port()}").json("version")["server"] is None
+
+
+def test_version_names_the_server_that_answers(cli: Cli, server: Server) -> None:
+    told = cli.json("version")
+    assert told["server"].startswith(server.flavour)
+    assert {"celery", "dramatiq"} <= told["adapters"].keys()
+
+
+def test_version_does_not_start_the_embedded_server(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    assert Cli(f"relay://?dir={folder}").json("version")["server"] is None
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_wrong_password_exits_1_and_is_not_shown(acl_server: AclServer) -> None:
+    url = f"relay://{acl_server.user}:sesame@127.0.0.1:{acl_server.port}/0"
+    result = Cli(url).run("stats", code=1)
+    assert "password" in result.stderr
+    assert "sesame" not in result.stdout + result.stderr
+
+
+# --- which store
+
+
+def test_the_innermost_url_and_prefix_win(cli: Cli, server: Server) -> None:
+    Cli("relay://127.0.0.1:1").run("--prefix", "outer", "job", "enqueue", "x", "-q", "q", "--url", server.url)
+    Cli("relay://127.0.0.1:1").run("job", "enqueue", "x", "-q", "q", "--url", server.url, "--prefix", "inner")
+    assert cli.json("queue", "ls", "--prefix", "outer")["queues"][0]["queue"] == "q"
+    assert cli.json("--prefix", "outer", "queue", "ls", "--prefix", "inner")["queues"][0]["queue"] == "q"
+    assert cli.json("queue", "ls")["queues"] == []
+
+
+def test_the_prefix_may_come_from_the_environment(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_PREFIX", "mine")
+    cli.run("job", "enqueue", "x", "-q", "q")
+    assert cli.json("queue", "ls", "--prefix", "mine")["queues"]
+    monkeypatch.delenv("RELAY_PREFIX")
+    assert cli.json("queue", "ls")["queues"] == []
+
+
+# --- plugins
+
+
+class Greeter:
+    """A plugin with a command of its own, and one that would take a built-in's name."""
+
+    @hookimpl
+    def relay_register_commands(self, group: click.Group) -> None:
+        @group.command("greet")
+        def greet() -> None:
+            """Say hello."""
+            click.echo("hello from a plugin")
+
+        group.add_command(greet, "stats")
+
+
+def test_plugins_add_commands_and_cannot_replace_built_in_ones(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay_core.plugins._entry_points", lambda: ())
+    monkeypatch.setattr("relay_core.plugins.Plugins", lambda: Plugins([Greeter()], installed=False))
+    monkeypatch.setattr(relay, "_extras", None)
+    assert cli.run("greet").stdout == "hello from a plugin\n"
+    assert "Say hello." in cli.run("--help").stdout
+    assert "hello" not in cli.run("stats").stdout
+
+
+# --- what lies in the store
+
+
+def test_a_queue_of_a_newer_layout_is_refused_by_name(cli: Cli, broker: Broker, server: Server) -> None:
+    broker.enqueue("mail", b"x")
+    server.cli("HSET", broker.settings.keys("mail").config, "v", LAYOUT + 1)
+    assert "layout" in cli.run("stats", "mail", code=1).stderr
+
+
+def test_audit_exits_1_when_it_found_something_and_0_once_it_is_mended(
+    cli: Cli, broker: Broker, server: Server
+) -> None:
+    lost = broker.enqueue("mail", b"x").id
+    server.cli("DEL", *broker.settings.keys("mail").ready)
+    only_looked = cli.json("audit", "--no-repair", code=1)
+    assert only_looked["queues"][0]["findings"].keys() == {lost}
+    assert only_looked["queues"][0]["repaired"] is False
+    assert lost in cli.run("audit", code=1).stdout
+    assert "clean" in cli.run("audit").stdout
+    assert [job.id for job in broker.claim("mail")] == [lost]

@@ -1,0 +1,108 @@
+"""`relay doctor`: each thing that can be wrong with a server is named, with what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from relay_core import Broker
+from relay_core.keys import LAYOUT
+from tests.command_line import Cli
+from tests.servers import AclServer, Server, free_port
+from tests.topologies import Cluster
+
+
+def findings(cli: Cli, code: int) -> dict[str, tuple[str, str]]:
+    """Check -> (level, detail); of several servers the last."""
+    told: Any = cli.json("doctor", code=code)
+    assert told["ok"] is (code == 0)
+    return {row["check"]: (row["level"], row["detail"]) for row in told["checks"]}
+
+
+def test_a_fit_server_passes_all_checks_and_nothing_is_left_behind(server: Server) -> None:
+    found = findings(Cli(server.url), 0)
+    assert {"reachable", "version", "eviction", "memory", "persistence", "clock", "layout", "write"} == found.keys()
+    assert {name for name, (level, _detail) in found.items() if level == "ok"} >= {"version", "eviction", "write"}
+    assert server.flavour in found["version"][1]
+    assert server.cli("KEYS", "*") == []
+
+
+def test_a_server_that_may_evict_is_an_error_that_names_the_setting(server: Server) -> None:
+    server.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    level, detail = findings(Cli(server.url), 1)["eviction"]
+    assert level == "error"
+    assert "maxmemory-policy" in detail
+    assert "noeviction" in detail
+    shown = Cli(server.url).run("doctor", code=1).stdout
+    assert "maxmemory-policy" in shown, "people get a table too"
+    assert "reachable" in shown
+
+
+def test_a_server_without_persistence_is_a_warning(server: Server) -> None:
+    server.cli("CONFIG", "SET", "save", "")
+    level, detail = findings(Cli(server.url), 0)["persistence"]
+    assert level == "warn"
+    assert "appendonly" in detail
+
+
+def test_snapshots_alone_are_a_warning_that_shows_them(server: Server) -> None:
+    server.cli("CONFIG", "SET", "save", "900 1")
+    try:
+        level, detail = findings(Cli(server.url), 0)["persistence"]
+    finally:
+        server.cli("CONFIG", "SET", "save", "")
+    assert level == "warn"
+    assert "900 1" in detail
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_memory_that_is_nearly_full_is_a_warning(server: Server) -> None:
+    used = int(server.info("memory")["used_memory"])
+    server.cli("CONFIG", "SET", "maxmemory", used + 200_000)
+    level, detail = findings(Cli(server.url), 0)["memory"]
+    assert level == "warn"
+    assert "maxmemory" in detail
+
+
+def test_a_queue_of_a_newer_layout_is_an_error_that_names_it(server: Server) -> None:
+    with Broker(server.url) as broker:
+        broker.enqueue("mail", b"x")
+        broker.enqueue("other", b"x")
+        server.cli("HSET", broker.settings.keys("mail").config, "v", LAYOUT + 1)
+    level, detail = findings(Cli(server.url), 1)["layout"]
+    assert level == "error"
+    assert "'mail'" in detail
+    assert "'other'" not in detail
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_user_who_may_not_run_scripts_is_an_error_and_the_other_checks_are_made(acl_server: AclServer) -> None:
+    acl_server.cli("ACL", "SETUSER", acl_server.user, "-evalsha")
+    try:
+        found = findings(Cli(acl_server.url), 1)
+    finally:
+        acl_server.cli("ACL", "SETUSER", acl_server.user, "+evalsha")
+    assert found["write"][0] == "error"
+    assert "evalsha" in found["write"][1].lower()
+    assert found["layout"][0] == "ok"
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_user_who_may_not_read_the_configuration_is_told_only_of_persistence(acl_server: AclServer) -> None:
+    found = findings(Cli(acl_server.url), 0)
+    assert found["persistence"][0] == "warn"
+    assert found["write"][0] == "ok"
+
+
+def test_a_server_that_is_not_there_still_gets_a_table() -> None:
+    cli = Cli(f"relay://127.0.0.1:{free_port()}")
+    assert "reachable" in cli.run("doctor", "--timeout", "0", code=3).stdout
+
+
+@pytest.mark.slow
+def test_every_primary_of_a_cluster_is_looked_at(cluster: Cluster) -> None:
+    told: Any = Cli(cluster.url).json("doctor")
+    assert sum(row["check"] == "eviction" for row in told["checks"]) == 3
+    assert told["checks"][-1]["check"] == "write"
+    assert told["checks"][-1]["level"] == "ok"
