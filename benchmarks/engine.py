@@ -57,7 +57,10 @@ class Costs:
         calls = self.jobs // self.batch
         enqueues = [commands.enqueue(self.q, [new_job() for _ in range(self.batch)]) for _ in range(calls)]
         enqueue, _ = self.timed(lambda: sent(self.broker, enqueues))
-        claims = [commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", max_deliveries=5) for i in range(calls)]
+        claims = [
+            commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", levels="0", max_deliveries=5)
+            for i in range(calls)
+        ]
         claim, replies = self.timed(lambda: sent(self.broker, claims))
         acks = [commands.ack(self.q, [Ack(g.id, g.token) for g in reply.grants]) for reply in replies]
         ack, verdicts = self.timed(lambda: sent(self.broker, acks))

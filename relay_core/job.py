@@ -69,8 +69,20 @@ class Options:
         if not text:
             return NO_OPTIONS
         known = {k: v for k, v in json.loads(text).items() if k in cls.__slots__}
+        for name, value in known.items():
+            if type(value) not in _OPTION_KINDS[name]:
+                raise ValueError(f"option {name} is a {type(value).__name__}")
         return cls(**known)
 
+
+_OPTION_KINDS: Mapping[str, tuple[type, ...]] = {
+    "max_retries": (int,),
+    "max_deliveries": (int,),
+    "dedup_key": (str,),
+    "dedup_ms": (int,),
+    "headers": (dict,),
+    "retry": (dict,),
+}
 
 NO_OPTIONS = Options()
 
@@ -99,7 +111,7 @@ class Record:
             if not newline:
                 raise ValueError("no line break after the header")
             return cls(int(created), int(priority), Options.from_json(options), payload)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InvalidRecord(f"record of {len(raw)} bytes does not decode: {error}") from error
 
 

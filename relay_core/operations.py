@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from relay_core import commands, keys
-from relay_core.commands import Ack, ClaimReply, Command, Grant, Nack, NewJob, Verdict
+from relay_core.commands import Ack, ClaimReply, Command, Grant, LongWay, Nack, NewJob, Verdict
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument, InvalidRecord, LeaseLost, RelayError
 from relay_core.job import NO_OPTIONS, Claimed, Enqueued, Job, Record
@@ -117,6 +117,7 @@ class Operations:
         self.settings = settings
         self.plugins = plugins
         self._registered: set[str] = set()
+        self._levels: dict[str, str] = {}
 
     # enqueue
 
@@ -212,10 +213,23 @@ class Operations:
     def _claim_one(self, queue: str, count: int, woken: bool) -> Flow[Claimed]:
         s = self.settings
         sent = time.monotonic()
+        q, nonce = s.keys(queue), new_nonce()
         reply = yield commands.claim(
-            s.keys(queue), count, s.lease_ms, new_nonce(),
-            max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken,
-        )  # fmt: skip
+            q,
+            count,
+            s.lease_ms,
+            nonce,
+            levels=self._levels.get(queue, ""),
+            max_deliveries=s.max_deliveries,
+            woken=woken,
+        )
+        self._levels[queue] = reply.levels
+        if isinstance(reply, LongWay):
+            done = yield commands.finish(
+                q, (), (), count, s.lease_ms, nonce,
+                max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=reply.resent,
+            )  # fmt: skip
+            reply = done.claim
         return (yield from self._received(queue, reply, sent))
 
     def _received(self, queue: str, reply: ClaimReply, sent: float) -> Flow[Claimed]:

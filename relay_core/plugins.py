@@ -13,8 +13,9 @@ import pluggy
 from pluggy import HookImpl
 
 from relay_core import hooks
-from relay_core.errors import PluginError
+from relay_core.errors import InvalidArgument, PluginError
 from relay_core.job import Job, JobSummary, StoredJob
+from relay_core.validation import seconds
 
 logger = logging.getLogger("relay.plugins")
 
@@ -120,16 +121,23 @@ class Plugins:
             self._call_each(name, **arguments)
 
     def retry_delay(self, job: Job, error: BaseException | str | None, delay: float) -> float:
-        """The seconds that the first plugin to answer says, else `delay`."""
-        answers = self._first("relay_retry_delay", job=job, error=error, delay=delay)
-        return delay if answers is None else float(answers)
+        """The seconds that the first plugin to answer says, else `delay`; nonsense is logged and passed over."""
+        for impl, answer in self._answers("relay_retry_delay", job=job, error=error, delay=delay):
+            try:
+                return seconds("delay", answer)
+            except InvalidArgument as problem:
+                logger.error("plugin %s: relay_retry_delay: %s; the next one is asked", impl.plugin_name, problem)
+        return delay
 
     def describe(self, job: Job | StoredJob) -> JobSummary | None:
         """What the first plugin that knows this job says of it."""
-        summary: JobSummary | None = self._first("relay_describe_job", job=job)
-        return summary
+        for _impl, summary in self._answers("relay_describe_job", job=job):
+            found: JobSummary = summary
+            return found
+        return None
 
-    def _first(self, name: str, **arguments: Any) -> Any:
+    def _answers(self, name: str, **arguments: Any) -> Iterator[tuple[HookImpl, Any]]:
+        """Who answered what, one after the other, so that no more are asked than needed."""
         for impl in self._in_order(name):
             try:
                 answer = self._call(impl, arguments)
@@ -137,8 +145,7 @@ class Plugins:
                 logger.exception("plugin %s: %s raised; the next one is asked", impl.plugin_name, name)
                 continue
             if answer is not None:
-                return answer
-        return None
+                yield impl, answer
 
     def route(self, queue: str, payload: bytes, headers: Mapping[str, str]) -> str:
         """The queue to use. What a plugin raises goes to the caller."""

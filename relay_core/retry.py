@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -36,8 +35,13 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         for name, least in (("base", 0.0), ("factor", 1.0), ("ceiling", 0.0), ("max_retries", 0)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-                raise InvalidArgument(f"retry {name} must be a number of at least {least}, got {value!r}")
+            kinds = int if name == "max_retries" else (int, float)
+            # compared, not converted: an int of any size is told apart from infinity without an overflow
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < 2**53:
+                wanted = "a whole number" if kinds is int else "a number"
+                raise InvalidArgument(f"retry {name} must be {wanted} of at least {least}, got {str(value)[:40]!r}")
+        if not isinstance(self.jitter, bool):
+            raise InvalidArgument(f"retry jitter must be True or False, got {self.jitter!r}")
         if self.ceiling > MAX_DELAY:
             raise InvalidArgument(f"retry ceiling must be at most {MAX_DELAY:.0f} seconds, got {self.ceiling!r}")
 

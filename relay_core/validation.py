@@ -19,22 +19,44 @@ MAX_PAYLOAD = 16 * 2**20
 
 _ID = re.compile(r"[!-~]{1,128}")
 _MAX_DEDUP_KEY = 512
+_MAX_AT = 2**33 * 30
+
+
+def _shown(value: Any) -> str:
+    """The start of its repr; an int of thousands of digits, or a broken repr, is named by its type."""
+    try:
+        return repr(value)[:80]
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+def _finite(value: Any) -> bool:
+    """True for an int or float, no bool, that is neither NaN nor infinite; ints of any size are compared exactly."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def seconds(name: str, value: Any, *, least: float = 0.0, most: float = MAX_DELAY) -> float:
     """A finite number of seconds within bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidArgument(f"{name} must be a finite number of seconds, got {value!r}")
+    if not _finite(value):
+        raise InvalidArgument(f"{name} must be a finite number of seconds, got {_shown(value)}")
     if not least <= value <= most:
-        raise InvalidArgument(f"{name} must be between {least:g} and {most:g} seconds, got {value!r}")
+        raise InvalidArgument(f"{name} must be between {least:g} and {most:g} seconds, got {_shown(value)}")
     return float(value)
 
 
 def whole(name: str, value: Any, *, least: int, most: int) -> int:
     """An int within bounds; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InvalidArgument(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        raise InvalidArgument(f"{name} must be a whole number from {least} to {most}, got {_shown(value)}")
     return value
+
+
+def _storable(text: Any, most: int) -> bool:
+    """True for a str of 1 to `most` bytes of UTF-8; one with half a surrogate pair has none."""
+    try:
+        return isinstance(text, str) and 0 < len(text.encode()) <= most
+    except UnicodeEncodeError:
+        return False
 
 
 def payload_bytes(payload: Any) -> bytes:
@@ -44,7 +66,7 @@ def payload_bytes(payload: Any) -> bytes:
     if isinstance(payload, (bytearray, memoryview)):
         return bytes(payload)
     raise InvalidArgument(
-        f"payload must be bytes, got {type(payload).__name__}: {repr(payload)[:80]}; "
+        f"payload must be bytes, got {type(payload).__name__}: {_shown(payload)}; "
         "encode it first, e.g. json.dumps(x).encode()"
     )
 
@@ -92,8 +114,8 @@ class JobSpec:
         if self.delay is not None and self.at is not None:
             raise InvalidArgument(f"give delay ({self.delay!r}) or at ({self.at!r}), not both")
         if self.at is not None:
-            if not isinstance(self.at, (int, float)) or not math.isfinite(self.at) or not 0 <= self.at < 2**33 * 30:
-                raise InvalidArgument(f"at must be unix seconds, got {self.at!r}")
+            if not _finite(self.at) or not 0 <= self.at < _MAX_AT:
+                raise InvalidArgument(f"at must be unix seconds from 0 to {_MAX_AT}, got {_shown(self.at)}")
             return f"@{round(self.at * 1000)}"
         ms = round(seconds("delay", self.delay) * 1000) if self.delay is not None else 0
         return f"+{ms}" if ms else ""
@@ -104,20 +126,22 @@ class JobSpec:
             whole("max_retries", self.max_retries, least=0, most=10**6)
         if self.max_deliveries is not None:
             whole("max_deliveries", self.max_deliveries, least=1, most=10**6)
-        if self.dedup_key is not None and (
-            not isinstance(self.dedup_key, str) or not 0 < len(self.dedup_key.encode()) <= _MAX_DEDUP_KEY
-        ):
+        if self.dedup_key is not None and not _storable(self.dedup_key, _MAX_DEDUP_KEY):
             raise InvalidArgument(
-                f"dedup_key must be a text of 1 to {_MAX_DEDUP_KEY} bytes, got {repr(self.dedup_key)[:80]}"
+                f"dedup_key must be a text of 1 to {_MAX_DEDUP_KEY} bytes, got {_shown(self.dedup_key)}"
             )
         dedup_ms = None
         if self.dedup_for is not None:
             if self.dedup_key is None:
                 raise InvalidArgument(f"dedup_for ({self.dedup_for!r}) needs a dedup_key")
             dedup_ms = math.ceil(seconds("dedup_for", self.dedup_for, least=0.001) * 1000)
+        if self.headers is not None and not isinstance(self.headers, Mapping):
+            raise InvalidArgument(f"headers must map str to str, got {_shown(self.headers)}")
         for name, value in (self.headers or {}).items():
             if not isinstance(name, str) or not isinstance(value, str):
-                raise InvalidArgument(f"headers must map str to str, got {name!r}: {repr(value)[:80]}")
+                raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise InvalidArgument(f"retry must be a RetryPolicy, got {_shown(self.retry)}")
         return Options(
             max_retries=self.max_retries,
             max_deliveries=self.max_deliveries,
@@ -131,7 +155,7 @@ class JobSpec:
         """The job as the enqueue script takes it, with the payload as it goes into the store."""
         id = new_id() if self.id is None else self.id
         if not isinstance(id, str) or not _ID.fullmatch(id):
-            raise InvalidArgument(f"id must be 1 to 128 printable ASCII characters without spaces, got {repr(id)[:80]}")
+            raise InvalidArgument(f"id must be 1 to 128 printable ASCII characters without spaces, got {_shown(id)}")
         whole("priority", self.priority, least=0, most=LEVELS - 1)
         options = self.options()
         record = Record.pack(self.priority, options, payload)

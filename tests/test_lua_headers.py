@@ -296,7 +296,7 @@ def nacks(n: int) -> Sequence[Nack]:
 
 BUILD: dict[str, Build] = {
     "enqueue": lambda n: commands.enqueue(Q, [NewJob(id, "", "", RECORD) for id in ids(n)]),
-    "claim": lambda n: commands.claim(Q, 1, 1000, "a", max_deliveries=5),
+    "claim": lambda n: commands.claim(Q, 1, 1000, "a", levels="90", max_deliveries=5),
     "finish": lambda n: commands.finish(Q, acks(n), (), 1, 1000, "a", max_deliveries=5),
     "ack": lambda n: commands.ack(Q, acks(n)),
     "nack": lambda n: commands.nack(Q, nacks(n)),
@@ -329,10 +329,11 @@ def test_every_script_has_a_builder() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_builder_passes_the_keys_of_the_header_in_its_order(name: str) -> None:
     command = BUILD[name](1)
-    if name == "enqueue":
-        # it names only the lists of the levels at hand, so that each is declared
-        assert command.keys[8:] == (Q.ready[3],)
-        assert command.keys[:8] == tuple(LETTERS[header(name).keys()[n][0]] for n in range(1, 9))
+    if name in ("enqueue", "claim"):
+        # they name only the lists of the levels at hand, so that each is declared
+        fixed, lists = {"enqueue": (8, (Q.ready[3],)), "claim": (6, (Q.ready[9], Q.ready[0]))}[name]
+        assert command.keys[fixed:] == lists
+        assert command.keys[:fixed] == tuple(LETTERS[header(name).keys()[n][0]] for n in range(1, fixed + 1))
         return
     assert len(command.keys) == header(name).highest("KEYS")
     assert command.keys == tuple(LETTERS[letter] for _n, (letter, _type) in sorted(header(name).keys().items()))

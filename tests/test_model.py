@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from relay_core import commands, scripts
 from relay_core.broker import Broker
-from relay_core.commands import Ack, ClaimReply, Command, Nack, NewJob
+from relay_core.commands import Ack, ClaimReply, Command, LongWay, Nack, NewJob
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
 from relay_core.maintenance import limits
@@ -64,6 +64,7 @@ class Queue(RuleBasedStateMachine):
         self.receipts: list[tuple[str, str, str]] = []
         self.sent: list[tuple[Command[list[Enqueued]], list[tuple[ModelJob, int]]]] = []
         self.made = self.claims = 0
+        self.levels = ""
         # a wake-up is owed to waiting workers while there is work, unless a limit took it
         self.marker_taken = False
         self.excused = False
@@ -161,11 +162,31 @@ class Queue(RuleBasedStateMachine):
     def claim(self, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
         woken = self.take_marker() if woken else False
         nonce = self.nonce()
-        command = commands.claim(
-            self.q, count, lease * UNIT, nonce, max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken
+        got, want = (
+            self.claim_as_brokers_do(count, lease, nonce, most, woken, False),
+            self.model.claim(count, lease, nonce, most, False),
         )
-        got, want = self.both(command, lambda resent: self.model.claim(count, lease, nonce, most, resent), twice)
+        if twice:
+            got, want = (
+                self.claim_as_brokers_do(count, lease, nonce, most, woken, True),
+                self.model.claim(count, lease, nonce, most, True),
+            )
         self.check_claim(got, want, woken, ordered=not twice)
+
+    def claim_as_brokers_do(
+        self, count: int, lease: int, nonce: str, most: int, woken: bool, resent: bool
+    ) -> ClaimReply:
+        """The short way, and the long one where that is asked for."""
+        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, max_deliveries=most, woken=woken)
+        reply = self.send(short, resent)
+        self.levels = reply.levels
+        if isinstance(reply, LongWay):
+            long = commands.finish(
+                self.q, (), (), count, lease * UNIT, nonce,
+                max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken, resent=reply.resent,
+            )  # fmt: skip
+            return self.send(long).claim
+        return reply
 
     def nonce(self) -> str:
         self.claims += 1

@@ -15,7 +15,8 @@ def test_a_poison_job_goes_to_dead_alone(server: Server) -> None:
         # in front, and fetched together with the poison each time it comes back
         broker.enqueue_many("q", [JobSpec(b"poison", max_deliveries=5)] + [JobSpec(b"innocent")] * 60)
         code = (
-            "from relay_core import Broker; from relay_core.worker import Worker; from tests.poison_handlers import handle;"
+            "from relay_core import Broker; from relay_core.worker import Worker; "
+            "from tests.poison_handlers import handle; "
             f"Worker(Broker({server.url!r}, lease=0.5), handle, ['q'], concurrency=1, prefetch=40).run()"
         )
         worker = None

@@ -80,6 +80,7 @@ class ClaimReply:
     :ivar limited: None, `paused`, `rate` or `max_inflight`
     :ivar hint_ms: milliseconds until asking again makes sense; None when only a wake-up will tell
     :ivar buried: jobs that this claim moved to dead because their deliveries were used up
+    :ivar levels: the priority levels in use, highest first, a digit each
     """
 
     grants: Sequence[Grant]
@@ -89,6 +90,19 @@ class ClaimReply:
     promoted: int
     reaped: int
     buried: Sequence[Grant]
+    levels: str
+
+
+@dataclass(frozen=True, slots=True)
+class LongWay:
+    """The answer of a claim that did nothing, because more is to be done than it can: send a finish.
+
+    :ivar levels: the priority levels in use, for the next claim
+    :ivar resent: an earlier send of the claim may have run: the finish must say so
+    """
+
+    levels: str
+    resent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +131,16 @@ def _grants(flat: Sequence[Any], start: int = 0) -> list[Grant]:
 
 
 def _claim_reply(reply: Sequence[Any], _resent: bool = False) -> ClaimReply:
-    status, hint, now, promoted, reaped, buried = reply[:6]
+    status, hint, now, promoted, reaped, buried, levels = reply[:7]
     return ClaimReply(
-        grants=_grants(reply, 6),
+        grants=_grants(reply, 7),
         limited=_LIMITS[status],
         hint_ms=None if hint < 0 else hint,
         now_ms=now,
         promoted=promoted,
         reaped=reaped,
         buried=_grants(buried) if buried else (),
+        levels=levels.decode(),
     )
 
 
@@ -158,18 +173,21 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob]) -> Command[list[Enqueued]]:
 
 
 def claim(
-    q: QueueKeys,
-    count: int,
-    lease_ms: int,
-    nonce: str,
-    *,
-    max_deliveries: int,
-    keep_ms: int = DEFAULT_KEEP_MS,
-    woken: bool = False,
-) -> Command[ClaimReply]:
-    """Lease up to `count` (1..MAX_BATCH) jobs. `nonce` is fresh per claim: a re-send finds its jobs by it."""
-    args = (LAYOUT, 0, count, lease_ms, nonce, max_deliveries, keep_ms, int(woken))
-    return Command(scripts.load("claim"), _sweep_keys(q), args, _claim_reply, resent_at=1)
+    q: QueueKeys, count: int, lease_ms: int, nonce: str, *, levels: str, max_deliveries: int, woken: bool = False
+) -> Command[ClaimReply | LongWay]:
+    """Lease up to `count` (1..MAX_BATCH) jobs, the short way.
+
+    :param nonce: fresh per claim; a re-send finds its jobs by it
+    :param levels: those in use, as the last reply told; what is out of date makes the answer a LongWay
+    """
+
+    def parse(reply: Any, resent: bool) -> ClaimReply | LongWay:
+        return LongWay(reply.decode(), resent) if isinstance(reply, bytes) else _claim_reply(reply)
+
+    lists = [q.ready[int(level)] for level in levels]
+    keys = (q.config, q.jobs, q.counters, q.marker, q.leases, q.owners, *lists)
+    args = (LAYOUT, levels, 0, count, lease_ms, nonce, max_deliveries, int(woken))
+    return Command(scripts.load("claim"), keys, args, parse, resent_at=2)
 
 
 def finish(
@@ -183,9 +201,10 @@ def finish(
     max_deliveries: int,
     keep_ms: int = DEFAULT_KEEP_MS,
     woken: bool = False,
+    resent: bool = False,
 ) -> Command[Finish]:
     """End up to MAX_BATCH jobs each way and lease up to `count` (0..MAX_BATCH) more, in one round trip."""
-    args: list[Arg] = [LAYOUT, 0, count, lease_ms, nonce, max_deliveries, keep_ms, int(woken)]
+    args: list[Arg] = [LAYOUT, int(resent), count, lease_ms, nonce, max_deliveries, keep_ms, int(woken)]
     args += (len(acks), len(nacks))
     for item in (*acks, *nacks):
         args += item

@@ -74,7 +74,7 @@ def stats(q: QueueKeys) -> Command[QueueStats]:
             counters={name: int(value) for name, value in _pairs(counters).items()},
         )
 
-    keys = (q.config, q.counters, q.delayed, q.leases, q.dead, q.jobs, *q.ready)
+    keys = (q.config, q.counters, q.delayed, q.leases, q.dead, q.jobs, q.finished, *q.ready)
     return Command(scripts.load("stats"), keys, (LAYOUT,), parse)
 
 

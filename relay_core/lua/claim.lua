@@ -1,28 +1,78 @@
 #!lua flags=allow-oom
--- claim: lease ready jobs of one queue partition, after promoting and reaping a bounded few
+-- claim: lease ready jobs of one queue partition, the short way: as long as nothing is due and no limit is set
 -- KEYS[1] c HASH settings
 -- KEYS[2] j HASH id -> record
 -- KEYS[3] s HASH counters
 -- KEYS[4] m ZSET wake marker
--- KEYS[5] d ZSET id, score = due time, unix ms
--- KEYS[6] l ZSET id, score = lease deadline, unix ms
--- KEYS[7] x ZSET id, score = time of death, unix ms
--- KEYS[8] o HASH id -> delivery state
--- KEYS[9] e HASH id -> last failure
--- KEYS[10] u HASH dedup key -> id
--- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
--- KEYS[12..21] r0..r9 LIST id, one per priority level
--- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run | ARGV[3] count, 1..200
--- ARGV[4] lease, ms | ARGV[5] nonce | ARGV[6] max deliveries of jobs that name none
--- ARGV[7] how long dead jobs are kept, ms | ARGV[8] 1 when the caller took the wake marker
--- returns {status, hint ms, now, promoted, reaped, buried rows, id, token, retries, record, ...}; see parts/claim
--- moves: ready -> inflight | delayed -> ready | inflight -> ready | inflight, ready -> dead | cost O(count log inflight)
-local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
-local dedup, dedup_expiry = KEYS[10], KEYS[11]
-local READY = 12 -- the ready list of level n is KEYS[READY + n]
-local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local max_deliveries, keep_ms, woken = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
+-- KEYS[5] l ZSET id, score = lease deadline, unix ms
+-- KEYS[6] o HASH id -> delivery state
+-- KEYS[7..16] LIST id, the ready lists of the levels that are named below, in their order
+-- ARGV[1] layout version | ARGV[2] the levels that the caller knows to be in use, highest first, a digit each
+-- ARGV[3] 1 when an earlier send may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
+-- ARGV[7] max deliveries of jobs that name none | ARGV[8] 1 when the caller took the wake marker
+-- returns {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does, or
+--   levels, a text: nothing was done, take the long way, which is finish
+-- moves: ready -> inflight | cost O(count log inflight)
+local config, jobs, counters, marker, leases, owners = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local FIRST_LIST = 6 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
+local layout, named, resent, want, lease_ms, nonce = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local max_deliveries, woken = ARGV[7], ARGV[8] == '1'
 --@include clock
---@include claim
+local set = redis.call('HMGET', config, 'v', 'levels', 'due', 'gate')
+local found, levels, due = set[1], set[2] or '', tonumber(set[3] or nil)
+--@include layout
+if levels ~= named or set[4] or (due and due <= now) or resent == '1' then return levels end
+
+local ids
+for n = 1, #named do
+  local got = redis.call('LPOP', KEYS[FIRST_LIST + n], ids and want - #ids or want)
+  if got then
+    if ids then for _, id in ipairs(got) do ids[#ids + 1] = id end else ids = got end
+    if #ids == want then break end
+  end
+end
+local reply = {0, -1, now, 0, 0, {}, levels}
+if ids then
+  local records = redis.call('HMGET', jobs, unpack(ids))
+  local states = redis.call('HMGET', owners, unpack(ids))
+  for i = #ids, 1, -1 do
+    if states[i] or not records[i] then
+      -- a job that was claimed before may be one delivery over its bound: all go back, the long way looks closer
+      for n = #ids, 1, -1 do
+        local level = records[n] and string.match(records[n], '^%d+ (%d)') or '0'
+        redis.call('LPUSH', KEYS[FIRST_LIST + (string.find(named, level, 1, true) or #named)], ids[n])
+      end
+      return levels
+    end
+  end
+  local fence = redis.call('HINCRBY', counters, 'claimed', #ids) - #ids
+  local deadline = now + lease_ms
+  -- as text once: a number is formatted anew for each job; %.0f is exact
+  local deadline_text = string.format('%.0f', deadline)
+  local tail, held, until_then, at, n = ':' .. nonce, {}, {}, #reply, 0
+  for i, id in ipairs(ids) do
+    local token = '1:' .. fence + i .. tail
+    held[n + 1], held[n + 2] = id, token .. ' 0 h'
+    until_then[n + 1], until_then[n + 2] = deadline_text, id
+    n = n + 2
+    reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] = id, token, '0', records[i]
+    at = at + 4
+  end
+  redis.call('HSET', owners, unpack(held))
+  redis.call('ZADD', leases, unpack(until_then))
+  if not due or deadline < due then
+    redis.call('HSET', config, 'due', deadline_text)
+    due = deadline
+  end
+end
+if woken then
+  -- who took the marker puts it back while work remains: wakes chain, without a herd
+  for n = 1, #named do
+    if redis.call('EXISTS', KEYS[FIRST_LIST + n]) == 1 then
+      redis.call('ZADD', marker, '0', 'w')
+      break
+    end
+  end
+end
+if due then reply[2] = math.max(0, due - now) end
 return reply

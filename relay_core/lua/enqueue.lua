@@ -25,6 +25,17 @@ local set = redis.call('HMGET', config, 'v', 'levels')
 local found, levels = set[1], set[2] or ''
 --@include layout
 
+if #args == 7 and args[5] == '' and args[6] == '' and not resent and string.find(levels, named, 1, true) then
+  -- one plain job, the commonest call, without the tables that the others need
+  if redis.call('HSETNX', jobs, args[4], now .. ' ' .. args[7]) == 0 then
+    redis.call('HSET', config, 'v', layout) -- a write to wait for, as at the end
+    return {now, 0}
+  end
+  redis.call('RPUSH', KEYS[FIRST_LIST + 1], args[4])
+  redis.call('ZADD', marker, '0', 'w')
+  return {now, 1}
+end
+
 local ids, known = {}, {}
 for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 -- a lone job is checked by its own write below
@@ -113,11 +124,6 @@ if waits then
   end
 end
 if wake then redis.call('ZADD', marker, '0', 'w') end
-if next(stored) then
-  local count = 0
-  for _ in pairs(stored) do count = count + 1 end
-  redis.call('HINCRBY', counters, 'enqueued', count)
-end
 if duplicates > 0 then redis.call('HINCRBY', counters, 'deduplicated', duplicates) end
 if duplicates == 0 and not next(stored) then
   -- WAIT and WAITAOF confirm the last write of their connection: a repeated enqueue needs one to wait for

@@ -6,13 +6,14 @@
 -- KEYS[4] l ZSET id, score = lease deadline, unix ms
 -- KEYS[5] x ZSET id, score = time of death, unix ms
 -- KEYS[6] j HASH id -> record
--- KEYS[7..16] r0..r9 LIST id, one per priority level
+-- KEYS[7] f LIST receipts of the latest acks
+-- KEYS[8..17] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version
 -- returns {now, delayed, inflight, dead, creation time of the oldest ready job or -1, next due time or -1,
 --   settings as name, value, ..., counters as name, value, ..., ready jobs of level 0, ..., of level 9}
 -- moves: none | cost O(1)
-local config, counters, delayed, leases, dead, jobs = unpack(KEYS, 1, 6)
-local ready = {unpack(KEYS, 7, 16)}
+local config, counters, delayed, leases, dead, jobs, finished = unpack(KEYS, 1, 7)
+local ready = {unpack(KEYS, 8, 17)}
 local layout = ARGV[1]
 --@include clock
 local found = redis.call('HGET', config, 'v')
@@ -25,8 +26,23 @@ for level = 1, 10 do
   local created = record and tonumber(string.match(record, '^%d+'))
   if created and (not oldest or created < oldest) then oldest = created end
 end
+-- two counters follow from the rest, so that the moves of every job need not write them: see parts/ack, and
+-- every job that was ever enqueued is still there or has left in one of the counted ways
+local count = {enqueued = redis.call('HLEN', jobs), processed = redis.call('LLEN', finished)}
+local flat = redis.call('HGETALL', counters)
+for i = 1, #flat, 2 do count[flat[i]] = (count[flat[i]] or 0) + tonumber(flat[i + 1]) end
+for _, way in ipairs({'processed', 'cancelled', 'purged', 'forgotten'}) do
+  count.enqueued = count.enqueued + (count[way] or 0)
+end
+local counted = {}
+for name, value in pairs(count) do
+  if value > 0 then
+    counted[#counted + 1] = name
+    counted[#counted + 1] = string.format('%.0f', value)
+  end
+end
 return {
   now, redis.call('ZCARD', delayed), redis.call('ZCARD', leases), redis.call('ZCARD', dead), oldest or -1,
   tonumber(redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')[2]) or -1,
-  redis.call('HGETALL', config), redis.call('HGETALL', counters), unpack(lengths),
+  redis.call('HGETALL', config), counted, unpack(lengths),
 }

@@ -36,10 +36,12 @@ local function ack(from, count)
     redis.call('HDEL', owners, unpack(done))
     redis.call('ZREM', leases, unpack(done))
     if failed then redis.call('HDEL', errors, unpack(failed)) end
-    if redis.call('RPUSH', finished, unpack(past)) > FINISHED_KEPT + 1000 then
+    local kept = redis.call('RPUSH', finished, unpack(past))
+    if kept > FINISHED_KEPT + 1000 then
+      -- `processed` is what was trimmed here and what is still in the list: no counter to write each time
+      redis.call('HINCRBY', counters, 'processed', kept - FINISHED_KEPT)
       redis.call('LTRIM', finished, -FINISHED_KEPT, -1)
     end
-    redis.call('HINCRBY', counters, 'processed', #done)
     -- a worker that max_inflight held back may go on
     if gated then redis.call('ZADD', marker, 0, 'w') end
   end

@@ -1,8 +1,8 @@
--- claim: the claim that `claim` and `finish` share; plain code, since it runs once, and what is rarely needed is
---   included where it is needed: a closure costs as much as a command
+-- claim: the long way to claim, with all that a claim may have to do. Plain code, since it runs once, and what is
+--   rarely needed is included where it is needed: a closure costs as much as a command
 -- uses: now, config, jobs, counters, marker, delayed, leases, dead, owners, errors, dedup, dedup_expiry, READY,
 --   layout, resent, want, lease_ms, nonce, max_deliveries, keep_ms, woken
--- defines: reply = {status, hint ms, now, promoted, reaped, buried rows, id, token, retries, record, ...}
+-- defines: reply = {status, hint ms, now, promoted, reaped, buried rows, levels, id, token, retries, record, ...}
 --   status 0 free, 1 paused, 2 rate, 3 max_inflight; hint: ms until asking again makes sense, -1: only a wake-up tells;
 --   buried rows: flat {id, token, retries, record, ...} of jobs that went to dead here
 local set = redis.call('HMGET', config, 'v', 'levels', 'due', 'gate')
@@ -20,10 +20,10 @@ if due and due <= now then
   forget(50, keep_ms)
   due = set_due()
 end
-local reply, status, hint, rate, tokens = {0, -1, now, promoted, reaped, gone}, 0, -1, nil, nil
+local reply, status, hint, rate, tokens = {0, -1, now, promoted, reaped, gone, levels}, 0, -1, nil, nil
 if resent then
   --@include regrant
-  if #reply > 6 then want = 0 end
+  if #reply > 7 then want = 0 end
 end
 if set[4] and want > 0 then
   --@include gate
@@ -48,7 +48,7 @@ if ids then
   local deadline_text = string.format('%.0f', deadline)
   -- a token that ends in g tells the ack that max_inflight may hold workers back
   local tail = ':' .. nonce .. (set[4] and 'g' or '')
-  local held, until_then, at = {}, {}, 6
+  local held, until_then, at = {}, {}, 7
   for i, id in ipairs(ids) do
     local record, token, retries = records[i], nil, '0'
     if record and not states[i] then
@@ -78,7 +78,7 @@ if ids then
       at = at + 4
     end
   end
-  if at > 6 then
+  if at > 7 then
     redis.call('HSET', owners, unpack(held))
     redis.call('ZADD', leases, unpack(until_then))
     if not due or deadline < due then
