@@ -14,7 +14,7 @@ local ready = {unpack(KEYS, 6, 15)}
 local args = ARGV
 --@include owner
 --@include record
-local ids, answers, released = {}, {}, 0
+local ids, answers, released, done = {}, {}, 0, {}
 for at = 1, #args, 2 do ids[#ids + 1] = args[at] end
 local states = redis.call('HMGET', owners, unpack(ids))
 local records = redis.call('HMGET', jobs, unpack(ids))
@@ -24,8 +24,11 @@ for i = #ids, 1, -1 do
   local token, deliveries, _, retries, flag = parse_owner(state)
   local fence_and_nonce = string.match(token, ':.*$') or ''
   answers[i] = 0
-  if record and flag == 'h' and token == args[2 * i] then
-    answers[i] = 1
+  if done[id] and token == args[2 * i] then
+    -- the same receipt twice in one batch goes back once
+    answers[i] = 2
+  elseif record and flag == 'h' and token == args[2 * i] then
+    answers[i], done[id] = 1, true
     released = released + 1
     redis.call('ZREM', leases, id)
     -- one delivery less, and a flag that ends the token
