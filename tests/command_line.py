@@ -39,11 +39,13 @@ class Cli:
         return json.loads(self.run(*args, "--json", code=code).stdout)
 
 
-def environment(url: str, **more: str) -> dict[str, str]:
-    return {**os.environ, "RELAY_URL": url, "PYTHONUNBUFFERED": "1", **more}
+def environment(url: str | None) -> dict[str, str]:
+    """This process's, with RELAY_URL set so, or not at all."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RELAY_URL", "RELAY_PREFIX")}
+    return {**inherited, "PYTHONUNBUFFERED": "1", **({} if url is None else {"RELAY_URL": url})}
 
 
-def spawn(*args: str, url: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def spawn(*args: str, url: str | None, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     """The real command in a process of its own, its output in pipes."""
     command = [sys.executable, "-m", "relay_core.cli", *args]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -57,7 +59,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 30.0) -> tuple[int
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        raise AssertionError(f"{process.args} did not end within {seconds:g} s:\n{out}\n{err}") from None
+        raise AssertionError(f"{process.args!r} did not end within {seconds:g} s:\n{out}\n{err}") from None
     return process.returncode, out, err
 
 

@@ -124,6 +124,7 @@ def worker(
     )
     function = load_handler(handler)
     broker = session.open(retry_for=_RETRY_FOR, lease=lease, max_deliveries=max_deliveries, client_name="relay-worker")
+    broker.store.raw("PING")  # a wrong URL ends it here; later on a worker waits for its server
     logger.info("serving %s, %d at a time, on %s", ", ".join(queues), concurrency, broker.url.safe())
     processed = Worker(
         broker,
