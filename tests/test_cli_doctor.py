@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +95,22 @@ def test_a_user_who_may_not_read_the_configuration_is_told_only_of_persistence(a
     found = findings(Cli(acl_server.url), 0)
     assert found["persistence"][0] == "warn"
     assert found["write"][0] == "ok"
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_the_narrow_user_of_the_operators_page_is_enough_and_leaves_nothing_behind(acl_server: AclServer) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    (rules,) = re.findall(r"^user relay on >secret (.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    acl_server.cli("ACL", "SETUSER", "narrow", "reset", "on", ">secret", *rules.split())
+    try:
+        cli = Cli(f"relay://narrow:secret@127.0.0.1:{acl_server.port}/0")
+        assert findings(cli, 0)["write"][0] == "ok"
+        assert acl_server.cli("KEYS", "*") == []
+        cli.run("job", "enqueue", "x", "-q", "mail", "--delay", "60")
+        for line in ("stats", "job ls -q mail", "audit", "queue pause mail", "queue purge mail --yes"):
+            cli.run(*line.split())
+    finally:
+        acl_server.cli("ACL", "DELUSER", "narrow")
 
 
 def test_a_server_that_is_not_there_still_gets_a_table() -> None:
