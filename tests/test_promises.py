@@ -1,0 +1,521 @@
+"""The promises of the design about jobs and their moves, each by a test that fails when it is broken.
+
+Waiting and waking are in test_waking.py, limits and retries in test_limits.py, the auditor in test_audit.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relay_core import hookimpl
+from relay_core.broker import Broker
+from relay_core.commands import Verdict
+from relay_core.errors import LeaseLost, RelayError, Unavailable, UnsafeStore
+from relay_core.job import Enqueued, Job
+from relay_core.validation import JobSpec
+from tests.proxy import Proxy, to_socket
+from tests.servers import Flavour, Server, eventually
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+@pytest.fixture
+def hasty(server: Server) -> Iterator[Broker]:
+    """A broker whose leases end after a tenth of a second."""
+    with Broker(server.url, lease=0.1, max_deliveries=2) as broker:
+        yield broker
+
+
+def one(broker: Broker, queue: str = "q", wait: float = 10.0) -> Job:
+    (job,) = broker.claim(queue, wait=wait)
+    return job
+
+
+def depths(broker: Broker, queue: str = "q") -> tuple[int, int, int, int]:
+    found = broker.stats(queue)
+    return found.ready, found.delayed, found.inflight, found.dead
+
+
+# 1. At least once, never silently lost
+
+
+def test_acknowledged_enqueues_survive_a_kill_of_the_server(flavour: Flavour) -> None:
+    with Server(flavour, options={"appendonly": "yes", "appendfsync": "no"}) as server:
+        stored: list[str] = []
+
+        def produce(name: str) -> None:
+            with Broker(server.url, retry_for=0.0) as broker:
+                for n in itertools.count():
+                    try:
+                        stored.append(broker.enqueue("q", b"x" * 100, id=f"{name}-{n}").id)
+                    except Unavailable:
+                        return
+
+        producers = [threading.Thread(target=produce, args=(name,)) for name in ("a", "b")]
+        for producer in producers:
+            producer.start()
+        eventually(lambda: len(stored) > 300, "enqueues")
+        server.kill()
+        for producer in producers:
+            producer.join(30)
+        server.start()
+        with Broker(server.url) as broker:
+            kept = {job.id for job in broker.jobs("q", "ready", limit=1_000_000)}
+            assert set(stored) - kept == set()
+            assert broker.audit("q").clean
+
+
+HOLDER = """
+import sys, time
+from relay_core import Broker
+broker = Broker(sys.argv[1], lease=0.5)
+print(broker.claim("q", wait=20)[0].id, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_job_of_a_killed_worker_runs_again(server: Server, broker: Broker) -> None:
+    broker.enqueue("q", b"x", id="it")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, server.url], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "it\n"
+        worker.kill()
+    job = one(broker)
+    assert (job.id, job.deliveries) == ("it", 2)
+    broker.ack(job)
+    assert depths(broker) == (0, 0, 0, 0)
+
+
+def test_no_document_promises_exactly_once() -> None:
+    texts = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("relay_*/**/*.py")]
+    assert len(texts) > 20
+    assert [str(path) for path in texts if re.search(r"exactly[- ]once", path.read_text(), re.IGNORECASE)] == []
+
+
+# 2. Every move is one script
+
+
+def test_every_move_is_one_request(server: Server) -> None:
+    with Proxy(to_socket(server.socket), unix=True) as proxy, Broker(proxy.url) as broker:
+        for _ in range(8):
+            broker.enqueue("q", b"x")
+        broker.ack(one(broker))
+        moves: list[Callable[[], object]] = [
+            lambda: broker.enqueue("q", b"x"),
+            lambda: broker.claim("q"),
+            lambda: broker.extend(held),
+            lambda: broker.nack(held, delay=5),
+            lambda: broker.release(other),
+            lambda: broker.reap("q"),
+            lambda: broker.promote("q"),
+            lambda: broker.cancel("q", held.id),
+            lambda: broker.finish("q", [third], [], 2),
+        ]
+        held, other, third = broker.claim("q", 3)
+        for move in moves:
+            move()  # the server may have to be told the script first
+            before = proxy.requests
+            with suppress(LeaseLost):
+                move()
+            assert proxy.requests == before + 1
+
+
+# 3. Fencing
+
+MOVES: dict[str, Callable[[Broker, Job], Any]] = {
+    "ack": lambda broker, job: broker.ack(job),
+    "nack": lambda broker, job: broker.nack(job, "late", delay=0.0),
+    "extend": lambda broker, job: broker.extend(job),
+    "release": lambda broker, job: broker.release(job),
+    "finish": lambda broker, job: broker.finish("q", [job]),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_worker_that_slept_past_its_lease_cannot_touch_the_job_of_the_new_holder(
+    server: Server, hasty: Broker, broker: Broker, move: str
+) -> None:
+    hasty.enqueue("q", b"x")
+    slept = one(hasty)
+    holder = one(broker)
+    assert holder.id == slept.id
+    assert holder.fence > slept.fence
+    before = broker.show("q", holder.id)
+    if move in ("ack", "nack"):
+        with pytest.raises(LeaseLost, match=f"{slept.id}.*{move}"):
+            MOVES[move](hasty, slept)
+    elif move == "finish":
+        assert MOVES[move](hasty, slept)[0] == [Verdict.LOST]
+    else:
+        assert MOVES[move](hasty, slept) == [Verdict.LOST]
+    assert broker.show("q", holder.id) == before
+    broker.ack(holder)
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_token_is_no_good_after_the_lease_was_reaped(hasty: Broker, move: str) -> None:
+    hasty.enqueue("q", b"x")
+    slept = one(hasty)
+    eventually(lambda: hasty.reap("q"), "the end of the lease")
+    before = hasty.show("q", slept.id)
+    try:
+        answer = MOVES[move](hasty, slept)
+        assert (answer[0] if move == "finish" else answer) == [Verdict.LOST]
+    except LeaseLost:
+        assert move in ("ack", "nack")
+    assert hasty.show("q", slept.id) == before
+
+
+def test_the_fence_grows_with_every_claim_of_the_queue(broker: Broker) -> None:
+    broker.enqueue_many("q", [b"x"] * 5)
+    fences = []
+    for _ in range(6):
+        jobs = broker.claim("q", 3)
+        fences += [job.fence for job in jobs]
+        broker.nack(jobs[0], delay=0.0)
+        broker.release(jobs[1:])
+    broker.nack(one(broker), dead=True)
+    assert broker.requeue("q") == 1
+    fences += [job.fence for job in broker.claim("q", 5)]
+    assert fences == sorted(set(fences))
+
+
+# 4. Poison is bounded
+
+
+def test_a_job_that_kills_its_workers_goes_to_dead_when_leases_are_reaped(hasty: Broker) -> None:
+    hasty.enqueue("q", b"x", id="poison")
+    for delivery in (1, 2):
+        assert one(hasty).deliveries == delivery
+        eventually(lambda: hasty.reap("q"), "the end of the lease")
+    assert depths(hasty) == (0, 0, 0, 1)
+    assert hasty.dead("q")[0].reason == "max_deliveries"
+
+
+def test_a_job_that_kills_its_workers_goes_to_dead_when_others_claim(hasty: Broker) -> None:
+    hasty.enqueue("q", b"x", id="poison")
+    taken: list[Job] = []
+    eventually(lambda: taken.extend(hasty.claim("q")) or hasty.stats("q").dead, "the burial")
+    assert [job.deliveries for job in taken] == [1, 2]
+
+
+def test_a_claim_buries_a_job_whose_deliveries_a_more_patient_broker_let_pass(server: Server, hasty: Broker) -> None:
+    hasty.enqueue("q", b"x")
+    with Broker(server.url, lease=0.1, max_deliveries=9) as patient:
+        for _ in range(2):
+            one(patient)
+            eventually(lambda: patient.reap("q"), "the end of the lease")
+        assert depths(patient) == (1, 0, 0, 0)
+    assert hasty.claim("q") == []
+    assert depths(hasty) == (0, 0, 0, 1)
+
+
+def test_a_job_s_own_bound_wins(broker: Broker, hasty: Broker) -> None:
+    broker.enqueue("q", b"x", max_deliveries=1)
+    one(hasty)
+    eventually(lambda: broker.reap("q"), "the end of the lease")
+    assert depths(broker) == (0, 0, 0, 1)
+
+
+def test_a_release_does_not_count_as_a_delivery_and_keeps_the_place(hasty: Broker) -> None:
+    hasty.enqueue_many("q", [JobSpec(b"x", id=id) for id in "abc"])
+    for _ in range(5):
+        jobs = hasty.claim("q", 2)
+        assert [(job.id, job.deliveries) for job in jobs] == [("a", 1), ("b", 1)]
+        assert hasty.release(jobs) == [Verdict.DONE] * 2
+
+
+def test_a_receipt_that_is_twice_in_a_batch_counts_once(broker: Broker) -> None:
+    broker.enqueue_many("q", [b"x"] * 2)
+    released, acked = broker.claim("q", 2)
+    assert sorted(broker.release([released, released])) == [Verdict.DONE, Verdict.ALREADY]
+    assert broker.ack_many([acked, acked]) == [Verdict.DONE, Verdict.ALREADY]
+    assert depths(broker) == (1, 0, 0, 0)
+    assert broker.stats("q").counters["processed"] == 1
+
+
+def test_answered_failures_do_not_count_as_unanswered_deliveries(hasty: Broker) -> None:
+    hasty.enqueue("q", b"x")
+    for _ in range(6):
+        assert hasty.nack(one(hasty), "failed", delay=0.0) is Verdict.DONE
+    assert depths(hasty) == (1, 0, 0, 0)
+
+
+# 5. Idempotent under a lost reply
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    with Proxy(to_socket(server.socket), unix=True) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def unlucky(proxy: Proxy) -> Iterator[Broker]:
+    """Connected through the proxy, and impatient."""
+    with Broker(proxy.url, socket_timeout=0.5) as broker:
+        broker.enqueue("other", b"x")
+        yield broker
+
+
+def test_an_enqueue_whose_reply_is_lost_stores_one_job(proxy: Proxy, unlucky: Broker) -> None:
+    proxy.cut_reply(b"EVALSHA")
+    assert unlucky.enqueue("q", b"x", id="it") == Enqueued("it")
+    proxy.cut_reply(b"EVALSHA")
+    assert [e.duplicate for e in unlucky.enqueue_many("q", [b"y"] * 3)] == [False] * 3
+    assert proxy.pending == 0
+    assert depths(unlucky) == (4, 0, 0, 0)
+    assert unlucky.enqueue("q", b"x", id="it") == Enqueued("it", duplicate=True)
+
+
+def test_an_enqueue_that_is_sent_again_after_its_job_is_done_stores_nothing(
+    proxy: Proxy, unlucky: Broker, broker: Broker
+) -> None:
+    proxy.swallow_reply(b"EVALSHA")
+    answers: list[Enqueued] = []
+    producer = threading.Thread(target=lambda: answers.append(unlucky.enqueue("q", b"x", id="it")))
+    producer.start()
+    broker.ack(one(broker))
+    assert not answers
+    producer.join(30)
+    assert answers == [Enqueued("it")]
+    assert depths(broker) == (0, 0, 0, 0)
+    assert broker.stats("q").counters["enqueued"] == 1
+
+
+def test_a_claim_whose_reply_is_lost_gives_the_same_jobs_once(proxy: Proxy, unlucky: Broker) -> None:
+    unlucky.enqueue_many("q", [b"x"] * 5)
+    proxy.cut_reply(b"EVALSHA")
+    jobs = unlucky.claim("q", 3)
+    assert proxy.pending == 0
+    assert [job.deliveries for job in jobs] == [1, 1, 1]
+    assert depths(unlucky) == (2, 0, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("move", "after"),
+    [("ack", (0, 0, 0, 0)), ("nack", (1, 0, 0, 0)), ("extend", (0, 0, 1, 0)), ("release", (1, 0, 0, 0))],
+)
+def test_a_move_whose_reply_is_lost_happens_once_and_is_no_lost_lease(
+    proxy: Proxy, unlucky: Broker, move: str, after: tuple[int, int, int, int]
+) -> None:
+    unlucky.enqueue("q", b"x")
+    job = one(unlucky)
+    proxy.cut_reply(b"EVALSHA")
+    answer = MOVES[move](unlucky, job)
+    assert proxy.pending == 0
+    assert answer in (None, Verdict.ALREADY, [Verdict.ALREADY], [Verdict.DONE])
+    assert depths(unlucky) == after
+    counters = unlucky.stats("q").counters
+    assert {counters.get(name, 0) for name in ("processed", "retried", "released")} <= {0, 1}
+
+
+def test_a_finish_whose_reply_is_lost_acks_and_claims_once(proxy: Proxy, unlucky: Broker) -> None:
+    unlucky.enqueue_many("q", [b"x"] * 4)
+    done = unlucky.claim("q", 2)
+    proxy.cut_reply(b"EVALSHA")
+    acked, _nacked, claimed = unlucky.finish("q", done, [], 1)
+    assert proxy.pending == 0
+    assert acked == [Verdict.ALREADY] * 2
+    assert len(claimed) == 1
+    assert depths(unlucky) == (1, 0, 1, 0)
+
+
+# 6. One clock
+
+
+@pytest.mark.parametrize("skew", [86_400.0, -86_400.0])
+def test_a_client_whose_clock_is_a_day_off_changes_nothing(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + skew)
+    broker.enqueue("q", b"later", delay=300.0)
+    broker.enqueue("q", b"now")
+    job = one(broker)
+    assert job.payload == b"now"
+    assert abs(job.created_at - right()) < 60
+    assert job.age() < 60
+    broker.nack(job, "again", delay=300.0)
+    assert broker.claim("q") == []
+    broker.enqueue("q", b"held")
+    held = one(broker)
+    assert broker.reap("q") == 0
+    assert broker.extend(held) == [Verdict.DONE]
+    for stored in (*broker.jobs("q", "delayed"), *broker.jobs("q", "inflight")):
+        assert stored.due_at is not None
+        assert 0 < stored.due_at - right() < 310
+    assert depths(broker) == (0, 2, 1, 0)
+
+
+def test_a_time_given_as_at_is_taken_by_the_server_s_clock(broker: Broker) -> None:
+    now = broker.stats("q").now
+    broker.enqueue("q", b"past", at=now - 5)
+    broker.enqueue("q", b"future", at=now + 300)
+    assert depths(broker) == (1, 1, 0, 0)
+
+
+# 10. Memory full is not work lost
+
+
+def test_when_memory_is_full_only_enqueue_is_refused(server: Server) -> None:
+    with Broker(server.url, retry_for=0.3, lease=0.2) as broker:
+        broker.enqueue_many("q", [JobSpec(b"x", delay=0.01 if n == 9 else None) for n in range(10)])
+        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        with pytest.raises(Unavailable, match="maxmemory"):
+            broker.enqueue("q", b"x" * 100_000)
+        jobs = broker.claim("q", 5)
+        assert len(jobs) == 5
+        assert broker.extend(jobs) == [Verdict.DONE] * 5
+        broker.ack(jobs[0])
+        assert broker.nack(jobs[1], "no", delay=60.0) is Verdict.DONE
+        assert broker.nack(jobs[2], "no", dead=True) is Verdict.DEAD
+        assert broker.release(jobs[3]) == [Verdict.DONE]
+        eventually(lambda: broker.reap("q"), "the end of the last lease")
+        eventually(lambda: broker.promote("q") or broker.stats("q").delayed == 1, "the due job")
+        broker.finish("q", broker.claim("q", 2), [], 1)
+        assert broker.audit("q").clean
+        assert broker.cancel("q", jobs[1].id) == "delayed"
+        assert broker.purge("q", ["dead"]) == 1
+        server.cli("CONFIG", "SET", "maxmemory", "0")
+        broker.enqueue("q", b"x")
+        counters = broker.stats("q").counters
+        assert (counters["enqueued"], counters["processed"], counters["reaped"]) == (11, 3, 1)
+
+
+def test_a_server_that_may_evict_jobs_is_refused_by_the_setting_s_name(server: Server) -> None:
+    server.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    with Broker(server.url) as broker, pytest.raises(UnsafeStore, match="maxmemory-policy"):
+        broker.enqueue("q", b"x")
+    assert server.cli("DBSIZE") == 0
+
+
+# 11. Observation changes nothing
+
+
+class Recording(Proxy):
+    """Keeps every byte that clients send."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(to_socket(server.socket), unix=True)
+        self.sent = b""
+
+    def _fault_for(self, data: bytes) -> tuple[str, int]:
+        self.sent += data
+        return super()._fault_for(data)
+
+
+class Watcher:
+    """Implements every notify hook."""
+
+    def __init__(self, error: bool = False) -> None:
+        self.seen: list[str] = []
+        self.error = error
+
+    def note(self, what: str) -> None:
+        self.seen.append(what)
+        if self.error:
+            raise RuntimeError("a plugin's own trouble")
+
+    @hookimpl
+    def relay_job_enqueued(self) -> None:
+        self.note("enqueued")
+
+    @hookimpl
+    def relay_job_deduplicated(self) -> None:
+        self.note("deduplicated")
+
+    @hookimpl
+    def relay_job_claimed(self) -> None:
+        self.note("claimed")
+
+    @hookimpl
+    def relay_job_acked(self) -> None:
+        self.note("acked")
+
+    @hookimpl
+    def relay_job_retried(self) -> None:
+        self.note("retried")
+
+    @hookimpl
+    def relay_job_dead(self, reason: str) -> None:
+        self.note(f"dead of {reason}")
+
+    @hookimpl
+    def relay_jobs_reaped(self) -> None:
+        self.note("reaped")
+
+    @hookimpl
+    def relay_lease_lost(self, move: str) -> None:
+        self.note(f"lost at {move}")
+
+
+def a_day(broker: Broker) -> list[object]:
+    """Some of everything, and what it answered."""
+    broker.enqueue_many("q", [JobSpec(b"x", dedup_key=key, priority=3) for key in (None, "k", "k")])
+    first, second = broker.claim("q", 5)
+    broker.ack(first)
+    again = [broker.nack(second, ValueError("no"), delay=0.0)]
+    jobs = broker.claim("q", 1)
+    broker.extend(jobs)
+    verdicts = broker.finish("q", [], [(jobs[0], broker.operations.nack_of(jobs[0], "no", dead=True))], 1)[1]
+    return [first.payload, second.id, again, verdicts, broker.requeue("q"), broker.purge("q")]
+
+
+@pytest.mark.parametrize("error", [False, True], ids=["quiet", "raising"])
+def test_a_plugin_that_watches_changes_no_byte_on_the_wire(
+    server: Server, monkeypatch: pytest.MonkeyPatch, error: bool
+) -> None:
+    watcher, records = Watcher(error), []
+    for plugins in ((), (watcher,)):
+        server.cli("FLUSHALL")
+        server.cli("SCRIPT", "FLUSH")
+        numbers, nonces = itertools.count(), itertools.count()
+        monkeypatch.setattr("relay_core.validation.new_id", lambda n=numbers: f"id{next(n)}")
+        monkeypatch.setattr("relay_core.operations.new_nonce", lambda n=nonces: f"n{next(n)}")
+        with Recording(server) as proxy, Broker(proxy.url, plugins=plugins) as broker:
+            records.append((a_day(broker), proxy.sent))
+    assert records[0] == records[1]
+    assert records[0][1].count(b"EVALSHA") > 8
+    assert {"enqueued", "deduplicated", "claimed", "acked", "retried", "dead of rejected"} == set(watcher.seen)
+
+
+def test_an_event_is_told_only_after_its_script_succeeded(server: Server) -> None:
+    watcher = Watcher()
+    with Broker(server.url, plugins=[watcher], retry_for=0.0, lease=0.1) as broker:
+        broker.enqueue("q", b"x")
+        (job,) = broker.claim("q")
+        eventually(lambda: broker.reap("q"), "the end of the lease")
+        for move in (broker.ack, broker.nack):
+            with pytest.raises(LeaseLost):
+                move(job)
+        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        with pytest.raises(RelayError):
+            broker.enqueue("q", b"x")
+    assert watcher.seen == ["enqueued", "claimed", "reaped", "lost at ack", "lost at nack"]
+
+
+def test_a_plugin_that_raises_is_logged_and_silences_no_other(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Watcher(error=True), Watcher(error=True)
+    with Broker(server.url, plugins=[first, second]) as broker:
+        broker.enqueue("q", b"x")
+        broker.ack(one(broker))
+    assert first.seen == second.seen == ["enqueued", "claimed", "acked"]
+    assert caplog.text.count("a plugin's own trouble") >= 6
