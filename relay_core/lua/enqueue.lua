@@ -38,8 +38,8 @@ end
 
 local ids, known = {}, {}
 for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
--- a lone job is checked by its own write below
-if #ids > 1 or resent then known = redis.call('HMGET', jobs, unpack(ids)) end
+-- a lone job without a dedup key is checked by its own write below
+if #ids > 1 or resent or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
 
 local answers, puts, pushes, stored, duplicates = {now}, {}, {}, {}, 0
 local born, waits, earliest = now .. ' ', nil, nil
