@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +185,23 @@ def test_on_a_terminal_a_purge_asks_and_does_as_it_is_told(server: Server, broke
     assert code == 0
     assert json.loads(out)["purged"] == 1
     assert broker.stats("mail").ready == 0
+
+
+def test_a_narrow_terminal_cuts_extracts_but_no_id(server: Server, broker: Broker, tmp_path: Path) -> None:
+    id = broker.enqueue("mail", b"word " * 40).id
+    here, there = pty.openpty()
+    try:
+        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
+        process = spawn("job", "ls", "-q", "mail", url=server.url, cwd=tmp_path, stdout=there)
+        os.close(there)
+        shown = b""
+        while b"\xe2\x80\xa6" not in shown:
+            shown += os.read(here, 4096)
+        assert finished(process)[0] == 0
+    finally:
+        os.close(here)
+    (line,) = [line for line in shown.decode().splitlines() if id in line]
+    assert "word" in line
 
 
 # --- start-up

@@ -38,7 +38,7 @@ def audit(ctx: click.Context, session: Session, queues: tuple[str, ...], no_repa
     else:
         findings = [(r.queue, id, finding) for r in reports for id, finding in r.findings.items()]
         if findings:
-            table(("queue", "job", "finding"), findings)
+            table(("queue", "id", "finding"), findings)
         checked = sum(report.checked for report in reports)
         state = "clean" if clean else f"{len(findings)} found" + (", none mended" if no_repair else ", all mended")
         click.echo(f"{plural(checked, 'job')} in {plural(len(reports), 'queue')} checked: {state}.")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 _WIDE = 100_000
 """Columns of an output that is no terminal: nothing is cut there."""
+
+_EXTRACTS = ("job", "error")
+"""Columns with the beginning of a longer text: cut on a narrow terminal."""
+
+_LONG = ("queue", "held back by", "found", "finding")
+"""Columns that are folded on a narrow terminal."""
 
 _REPORT_EVERY = 5.0
 """Seconds between lines of progress where there is no terminal."""
@@ -38,7 +44,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> None:
-    """Print a table; what does not fit a terminal is folded, never cut.
+    """Print a table; what does not fit a terminal is folded, and only extracts are cut.
 
     :param right: columns that hold numbers
     """
@@ -48,9 +54,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable
     numbers = set(right)
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        # short cells stay whole, and an id is for copying; long ones make room for them
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        made.add_column(column, justify=justify, overflow="fold", no_wrap=column not in (*_EXTRACTS, *_LONG))
+    cut = [column in _EXTRACTS for column in columns]
     for row in rows:
-        made.add_row(*(Text(printable(cell)) for cell in row))
+        made.add_row(
+            *(
+                Text(printable(cell), no_wrap=short, overflow="ellipsis" if short else "fold")
+                for cell, short in zip(row, cut, strict=True)
+            )
+        )
     console().print(made)
 
 

@@ -37,26 +37,34 @@ def list_jobs(
         click.echo(f"No such jobs in queue {queue!r}.")
         return
     now = broker.stats(queue).now
-    failures = any(job.error or job.reason for job, _summary in jobs)
-    columns = ["id", "state", "pri", "age", "tries", "when", "job", *(["error"] if failures else [])]
-    table(columns, (_row(job, summary, now, failures) for job, summary in jobs), right=("pri", "age", "tries"))
+    # in a list of all states there is no room for errors, which mostly are those of dead jobs
+    failures = (error is not None or len(states) == 1) and any(job.error for job, _summary in jobs)
+    columns = _columns(states, failures)
+    rows = (_cells(job, summary, now) for job, summary in jobs)
+    table(columns, ([cells[column] for column in columns] for cells in rows), right=("pri", "age", "tries"))
     if more:
         click.echo(f"There are more: raise --limit ({limit}).", err=True)
 
 
-def _row(job: StoredJob, summary: JobSummary | None, now: float, failures: bool) -> list[str]:
-    row = [
-        job.id,
-        job.state or "-",
-        "-" if job.priority is None else str(job.priority),
-        "-" if job.created_at is None else age(now - job.created_at),
-        str(job.deliveries),
-        _when(job, now),
-        what(job, summary),
-    ]
-    if failures:
-        row.append(shortened(" ".join(part for part in (job.reason, job.error) if part), 60))
-    return row
+def _columns(states: Sequence[State], failures: bool) -> list[str]:
+    """Those that tell jobs of these states apart, so that they fit a terminal."""
+    if tuple(states) == ("dead",):
+        return ["id", "tries", "when", "job", "error"]
+    head = ["id", "state"] if len(states) > 1 else ["id"]
+    return [*head, "pri", "age", "tries", "when", "job", *(["error"] if failures else [])]
+
+
+def _cells(job: StoredJob, summary: JobSummary | None, now: float) -> dict[str, str]:
+    return {
+        "id": job.id,
+        "state": job.state or "-",
+        "pri": "-" if job.priority is None else str(job.priority),
+        "age": "-" if job.created_at is None else age(now - job.created_at),
+        "tries": str(job.deliveries),
+        "when": _when(job, now),
+        "job": what(job, summary),
+        "error": shortened(" ".join(part for part in (job.reason, job.error) if part), 60),
+    }
 
 
 def _when(job: StoredJob, now: float) -> str:

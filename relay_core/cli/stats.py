@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from relay_core.broker import Broker
-from relay_core.cli.output import age, emit, table
+from relay_core.cli.output import age, emit, printable, table
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.commands import QueueStats
 from relay_core.errors import RelayError
@@ -103,11 +103,12 @@ def stats(session: Session, queues: tuple[str, ...]) -> None:
         for one in found
     )  # fmt: skip
     table(columns, rows, right=columns[1:7])
-    click.echo("\nSince the queue began:")
-    extra = sorted({name for one in found for name in one.counters} - set(_COUNTERS))
-    names_shown = (*_COUNTERS, *extra)
-    table(
-        ("queue", *names_shown),
-        ([one.queue, *(str(one.counters.get(name, 0)) for name in names_shown)] for one in found),
-        right=names_shown,
-    )
+    click.echo("\nSince each queue began:")
+    for one in found:
+        click.echo(f"  {printable(one.queue)}: {_lifetime(one)}")
+
+
+def _lifetime(stats: QueueStats) -> str:
+    """The counters that have counted something, in the order of a job's life."""
+    names = [*_COUNTERS, *sorted(stats.counters.keys() - set(_COUNTERS))]
+    return ", ".join(f"{name} {count}" for name in names if (count := stats.counters.get(name, 0))) or "nothing yet"
