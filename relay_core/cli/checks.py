@@ -89,7 +89,8 @@ def _servers(broker: Broker) -> Iterator[Finding]:
     infos = {node: _facts(reply) for node, reply in broker.store.raw_all("INFO").items()}
     for node, info in infos.items():
         at = f"{node}: " if len(infos) > 1 else ""
-        yield Finding("version", "ok", f"{at}{server_version(_text(info))}, mode {info.get('redis_mode', 'unknown')}")
+        mode = info.get("server_mode") or info.get("redis_mode", "unknown")
+        yield Finding("version", "ok", f"{at}{server_version(_text(info))}, mode {mode}")
         yield _eviction(at, info)
         yield _memory(at, info)
         yield from _persistence(broker, at, node, info)

@@ -65,7 +65,7 @@ def version(session: Session) -> None:
         emit(session, {**facts, "plugins": names, "adapters": dict(sorted(plugins.adapters.items()))})
         return
     for name, value in facts.items():
-        missing = "not reached" if name == "server" else "not installed"
+        missing = "not reached (`relay doctor` says why)" if name == "server" else "not installed"
         click.echo(f"{name:<10}{value or missing}")
     click.echo(f"{'plugins':<10}{', '.join(names) or 'none'}")
     for name, text in sorted(plugins.adapters.items()):
