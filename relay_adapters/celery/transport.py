@@ -23,6 +23,8 @@ class Watch:
         self.bell: Bell | None = None
         self.look_at = 0.0
         """Monotonic time of the next look even without a wake-up."""
+        self.hungry = True
+        """True when there may be messages that no wake-up will tell of: after a time without credit."""
 
     def deliver(self, woken: bool) -> int:
         """Claim and hand over until there is nothing more, or no more credit: how many messages."""
@@ -36,6 +38,7 @@ class Watch:
                 longest = self.channel.broker.settings.max_block
                 pause = 0.0 if messages else longest if retry_after is None else min(longest, retry_after)
                 self.look_at = time.monotonic() + pause
+                self.hungry = bool(messages)
                 return delivered
             woken = True
 
@@ -62,10 +65,11 @@ class Watch:
         channel.keep_alive()
         rung = bell is not None and bell.rung()
         if not channel.qos.room():
+            self.hungry = True
             if rung:
                 channel.pass_on()
             return 0
-        if rung or bell is None or not bell.armed or time.monotonic() >= self.look_at:
+        if rung or self.hungry or time.monotonic() >= self.look_at:
             return self.deliver(woken=True)
         return 0
 
@@ -74,6 +78,7 @@ class Watch:
             self.bell.close()
             self.bell = None
         self.queues = ()
+        self.hungry = True
 
 
 class Transport(virtual.Transport):
@@ -96,6 +101,7 @@ class Transport(virtual.Transport):
         self._loop: Any = None
         self._readers: dict[int, Watch] = {}
         self._timer: Any = None
+        self._timer_at = 0.0
 
     def driver_version(self) -> str:
         return relay_core.__version__
@@ -155,20 +161,22 @@ class Transport(virtual.Transport):
 
     def _tick(self) -> None:
         """Before each wait of the loop: look, arm what has credit, and see to the next due time."""
-        due = None
+        first: Watch | None = None
         for watch in list(self._watches.values()):
             watch.look()
             if watch.channel.closed or watch.channel not in self._watches:
                 continue
             bell = watch.arm()
             self._read(watch, bell)
-            if bell is not None and bell.armed:
-                due = watch.look_at if due is None else min(due, watch.look_at)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due is not None and self._loop is not None:
-            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), _nothing)
+            if bell is not None and bell.armed and (first is None or watch.look_at < first.look_at):
+                first = watch
+        if first is not None and first.bell is not None and first.look_at != self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = first.look_at
+            self._timer = self._loop.call_later(max(0.0, first.look_at - time.monotonic()), _nothing)
+            # the loop reckoned how long to sleep before this tick: let it turn once more
+            first.bell.wake()
 
     def _read(self, watch: Watch, bell: Bell | None) -> None:
         wanted = set(bell.filenos()) if bell is not None else set()
