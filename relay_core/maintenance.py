@@ -20,6 +20,7 @@ Progress = Callable[[int], None]
 
 _SUSPECTS = 50
 _SCAN = 1000
+_RECORDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +129,18 @@ def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) 
     seen: Counter[bytes] = Counter()
     for key in (q.leases, q.dead, q.delayed):
         seen.update((yield from _scan("ZSCAN", key)))
-    for key in q.ready:
+    listed: dict[bytes, int] = {}
+    for level, key in enumerate(q.ready):
         start = 0
         while page := (yield Raw(("LRANGE", key, start, start + _SCAN - 1))):
             seen.update(page)
+            listed.update(dict.fromkeys(page, level))
             start += _SCAN
-    stored = set((yield from _scan("HSCAN", q.jobs)))
+    stored, misplaced = yield from _stored(q, listed)
     others = set((yield from _scan("HSCAN", q.owners))) | set((yield from _scan("HSCAN", q.errors)))
     if progress:
         progress(len(stored | seen.keys()))
-    suspects = {id for id, times in seen.items() if times > 1} | (seen.keys() ^ stored) | (others - stored)
+    suspects = {id for id, times in seen.items() if times > 1} | (seen.keys() ^ stored) | (others - stored) | misplaced
     # an inflight id whose state says that nobody holds it
     states = yield from _scan_pairs(q.owners)
     leased = set((yield from _scan("ZSCAN", q.leases)))
@@ -165,6 +168,24 @@ def _heal_due(ops: Operations, queue: str, q: QueueKeys) -> Flow[None]:
     if set(levels) - set(known):
         merged = "".join(sorted(set(levels) | set(known), reverse=True))
         yield Raw(("HSET", q.config, "levels", merged))
+
+
+def _stored(q: QueueKeys, listed: Mapping[bytes, int]) -> Flow[tuple[set[bytes], set[bytes]]]:
+    """The ids that have a record, and those of them that are on the ready list of another level.
+
+    The records pass by in small pages and are not kept: all payloads of the queue are in them.
+    """
+    ids: set[bytes] = set()
+    misplaced: set[bytes] = set()
+    cursor: Any = b"0"
+    while True:
+        cursor, flat = yield Raw(("HSCAN", q.jobs, cursor, "COUNT", _RECORDS))
+        for id, record in _pairs(flat):
+            ids.add(id)
+            if id in listed and record[:40].split(b" ")[1:2] != [b"%d" % listed[id]]:
+                misplaced.add(id)
+        if int(cursor) == 0:
+            return ids, misplaced
 
 
 def _scan(command: str, key: bytes) -> Flow[list[bytes]]:

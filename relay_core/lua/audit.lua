@@ -13,7 +13,8 @@
 -- ARGV[1] layout version | ARGV[2] 1 to repair, 0 to report | ARGV[3..] at most 50 ids
 -- returns finding per id: '' sound; no_record: in a state without a record, taken out; no_state: has a record only,
 --   made ready; two_states: kept in the strongest of inflight, dead, delayed, ready; wrong_list: moved to the list of
---   its level; no_lease: has a lease but no holder, made ready; leftover: nothing but a delivery state or error, dropped
+--   its level; no_lease: a lease without a holder, made ready, or a holder without a lease, who loses the job;
+--   leftover: nothing but a delivery state or error, dropped
 -- moves: repairs | cost O(ready) per id
 local config, jobs, counters, marker, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 9)
 local ready = {unpack(KEYS, 10, 19)}
@@ -30,10 +31,14 @@ local function drop_everywhere(id, where)
   for _, list in ipairs(ready) do redis.call('LREM', list, 0, id) end
 end
 
-local function make_ready(id, record, state)
-  drop_everywhere(id)
+local function end_hold(id, state)
   local token, _, _, retries = parse_owner(state)
   if state then redis.call('HSET', owners, id, token .. ' ' .. retries .. ' r') end
+end
+
+local function make_ready(id, record, state)
+  drop_everywhere(id)
+  end_hold(id, state)
   redis.call('RPUSH', ready[parse_record(record) + 1], id)
   redis.call('ZADD', marker, 0, 'w')
 end
@@ -73,7 +78,11 @@ for i, id in ipairs(ids) do
     finding = 'two_states'
     if repair then
       if strongest then drop_everywhere(id, strongest) else make_ready(id, record, state) end
+      if strongest ~= leases and flag == 'h' then end_hold(id, state) end
     end
+  elseif strongest and strongest ~= leases and flag == 'h' then
+    finding = 'no_lease'
+    if repair then end_hold(id, state) end
   elseif level and (level ~= parse_record(record) + 1 or flag == 'h') then
     finding = level ~= parse_record(record) + 1 and 'wrong_list' or 'no_lease'
     if repair then make_ready(id, record, state) end

@@ -1,0 +1,174 @@
+"""Promises 7 and 8: a delay waits in the store, an idle worker costs almost nothing, and work starts at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from relay_core.broker import Broker
+from relay_core.job import Claimed
+from relay_core.validation import JobSpec
+from tests.servers import Server, eventually
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    """Leases of 60 s: an idle claim looks by itself every 5 s only, so whatever is sooner was woken."""
+    with Broker(server.url, lease=60.0) as broker:
+        yield broker
+
+
+class Waiter(threading.Thread):
+    """A worker that waits for one job."""
+
+    def __init__(self, broker: Broker, wait: float = 30.0) -> None:
+        super().__init__(daemon=True)
+        self.broker, self.wait = broker, wait
+        self.found: Claimed | None = None
+        self.began = self.ended = time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        self.found = self.broker.claim("q", wait=self.wait)
+        self.ended = time.monotonic()
+
+    def result(self) -> Claimed:
+        self.join(40)
+        assert self.found is not None, "still waiting"
+        return self.found
+
+
+def blocked(server: Server, count: int = 1) -> None:
+    eventually(lambda: server.info("clients")["blocked_clients"] == str(count), f"{count} blocked workers")
+
+
+def calls(server: Server, *names: str) -> int:
+    """How often clients sent these commands since the last CONFIG RESETSTAT."""
+    stats = server.info("commandstats")
+    return sum(int(stats.get(f"cmdstat_{name}", "calls=0").partition("calls=")[2].partition(",")[0]) for name in names)
+
+
+def test_a_delayed_job_waits_in_the_store_and_no_worker_holds_it(broker: Broker) -> None:
+    broker.enqueue_many("q", [JobSpec(b"x", delay=3600.0) for _ in range(500)])
+    assert broker.claim("q", 200) == []
+    broker.enqueue("q", b"now")
+    (job,) = broker.claim("q", 200)
+    broker.nack(job, "again", delay=3600.0)
+    assert broker.claim("q", 200) == []
+    stats = broker.stats("q")
+    assert (stats.delayed, stats.inflight, stats.ready) == (501, 0, 0)
+
+
+def test_an_idle_worker_sends_less_than_a_command_a_second(server: Server, broker: Broker) -> None:
+    waiter = Waiter(broker)
+    blocked(server)
+    server.cli("CONFIG", "RESETSTAT")
+    busy = time.process_time()
+    waiter.join(3.0)
+    assert waiter.is_alive()
+    busy = time.process_time() - busy
+    assert calls(server, "evalsha", "bzpopmin") <= 3
+    assert busy < 1.0
+    broker.enqueue("q", b"x")
+    assert len(waiter.result()) == 1
+
+
+def test_a_waiting_worker_starts_new_work_at_once(server: Server, broker: Broker) -> None:
+    waiter = Waiter(broker)
+    blocked(server)
+    sent = time.monotonic()
+    broker.enqueue("q", b"x")
+    assert len(waiter.result()) == 1
+    assert waiter.ended - sent < 2.5
+
+
+@pytest.mark.parametrize("known", [None, 3600.0], ids=["first due time", "earlier due time"])
+def test_a_waiting_worker_starts_a_delayed_job_when_it_is_due(
+    server: Server, broker: Broker, known: float | None
+) -> None:
+    if known:
+        broker.enqueue("q", b"much later", delay=known)
+    waiter = Waiter(broker)
+    blocked(server)
+    sent = time.monotonic()
+    broker.enqueue("q", b"x", delay=0.5)
+    assert [job.payload for job in waiter.result()] == [b"x"]
+    assert 0.49 <= waiter.ended - sent < 3.0
+
+
+@pytest.mark.parametrize("how", ["nack", "release", "requeue", "resume", "expiry"])
+def test_a_waiting_worker_hears_of_work_that_comes_back(server: Server, broker: Broker, how: str) -> None:
+    broker.enqueue("q", b"x")
+    with Broker(server.url, lease=0.5) as short:
+        (job,) = short.claim("q")
+        if how == "requeue":
+            short.nack(job, dead=True)
+        if how == "resume":
+            short.release(job)
+            short.pause("q")
+        if how in ("nack", "release"):
+            short.extend(job, 60.0)
+        waiter = Waiter(broker)
+        blocked(server)
+        began = time.monotonic()
+        if how == "nack":
+            short.nack(job, delay=0.0)
+        elif how == "release":
+            short.release(job)
+        elif how == "requeue":
+            short.requeue("q")
+        elif how == "resume":
+            short.resume("q")
+        assert len(waiter.result()) == 1
+        assert waiter.ended - began < 4.0
+
+
+def test_wakes_chain_through_many_workers_without_a_herd(server: Server, broker: Broker) -> None:
+    waiters = [Waiter(broker) for _ in range(20)]
+    blocked(server, 20)
+    server.cli("CONFIG", "RESETSTAT")
+    began = time.monotonic()
+    broker.enqueue_many("q", [b"x"] * 5)
+    eventually(lambda: sum(waiter.found is not None for waiter in waiters) == 5, "five workers")
+    assert time.monotonic() - began < 3.5, "five workers did not wake one another"
+    # each of five claims, perhaps in two steps; one more may look in vain
+    assert calls(server, "evalsha") <= 16
+    blocked(server, 15)
+    broker.enqueue_many("q", [b"x"] * 15)
+    assert all(len(waiter.result()) == 1 for waiter in waiters)
+    assert broker.stats("q").ready == 0
+
+
+def test_a_wake_up_that_a_killed_worker_took_is_made_good(server: Server, broker: Broker) -> None:
+    with Broker(server.url, lease=1.5) as brisk:  # looks by itself every half second
+        waiter = Waiter(brisk)
+        blocked(server)
+        # stored, with the wake-up taken by somebody who never claimed
+        take = "return redis.call('RPUSH', KEYS[1], 'it') and redis.call('HSET', KEYS[2], 'it', ARGV[1])"
+        q = brisk.settings.keys("q")
+        brisk.enqueue("q", b"x", delay=3600.0)  # the queue's level is known, and no one is blocked on the marker
+        server.cli("EVAL", take, 2, q.ready[0], q.jobs, b"1 0 0 \nx")
+        assert [job.id for job in waiter.result()] == ["it"]
+        assert waiter.ended - waiter.began < 5.0
+
+
+def test_a_wait_ends_in_time_when_nothing_comes(broker: Broker) -> None:
+    began = time.monotonic()
+    assert broker.claim("q", wait=0.4) == []
+    assert 0.39 <= time.monotonic() - began < 3.0
+
+
+def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broker) -> None:
+    for queue in ("b", "a"):
+        found: list[Claimed] = []
+        thread = threading.Thread(target=lambda: found.append(broker.claim(["a", "b"], wait=30.0)))  # noqa: B023
+        thread.start()
+        blocked(server)
+        began = time.monotonic()
+        broker.enqueue(queue, b"x")
+        thread.join(40)
+        assert [job.queue for job in found[0]] == [queue]
+        assert time.monotonic() - began < 3.0
