@@ -14,7 +14,7 @@
 -- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
 --   dedup: '' or '<ms, 0 until done>:<key>' | record without its creation time; its first byte is the level
 -- returns {now, answer per job}: 1 stored, 0 that id is stored (re-sent: or finished), else id that holds the dedup key
--- moves: none -> ready | none -> delayed | cost O(jobs log delayed)
+-- moves: none -> ready | none -> delayed | cost O(jobs log delayed), re-sent: and O(ids finished lately)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, dedup, dedup_expiry, finished = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local FIRST_LIST = 8 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
@@ -42,7 +42,7 @@ for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 if #ids > 1 or resent or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
 
 local answers, puts, pushes, stored, duplicates = {now}, {}, {}, {}, 0
-local born, waits, earliest = now .. ' ', nil, nil
+local born, waits, earliest, past = now .. ' ', nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
   local taken, holder, keep = known[i] or stored[id], nil, nil
@@ -55,9 +55,11 @@ for i, id in ipairs(ids) do
   end
   if resent and not taken then
     -- a re-send may come after a worker has already finished the job of the first send
-    for _, receipt in ipairs(redis.call('LRANGE', finished, 0, -1)) do
-      if string.sub(receipt, 1, #id + 1) == id .. ' ' then taken = true end
+    if not past then
+      past = {}
+      for _, receipt in ipairs(redis.call('LRANGE', finished, 0, -1)) do past[string.match(receipt, '^%S+')] = true end
     end
+    taken = past[id]
   end
   if not taken and not holder then
     if #ids == 1 then
