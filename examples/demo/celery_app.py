@@ -7,7 +7,7 @@ import time
 import indexing
 from celery import Celery
 
-app = Celery("demo", broker=os.environ["RELAY_URL"])
+app = Celery("celery_app", broker=os.environ["RELAY_URL"])
 app.conf.update(
     broker_transport_options={"lease": float(os.environ.get("DEMO_LEASE", "15"))},
     task_acks_late=True,

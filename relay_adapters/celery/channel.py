@@ -60,7 +60,7 @@ class Channel(virtual.Channel):
 
     QoS = QoS
     supports_fanout = True
-    from_transport_options = (*virtual.Channel.from_transport_options, "priority_order")
+    from_transport_options = (*virtual.Channel.from_transport_options, "priority_order")  # type: ignore[assignment]
     priority_order = "amqp"
 
     def __init__(self, connection: Any, **options: Any) -> None:
@@ -135,7 +135,7 @@ class Channel(virtual.Channel):
 
     def _lookup(self, exchange: str, routing_key: str, default: str | None = None) -> list[str]:
         if not exchange:
-            return super()._lookup(exchange, routing_key, default)
+            return list(super()._lookup(exchange, routing_key, default))
         found = self.typeof(exchange).lookup(self.get_table(exchange), exchange, routing_key, None)
         if not found:
             # bound a moment ago by another process, perhaps, as reply queues are

@@ -9,7 +9,7 @@ from typing import Any
 from kombu.transport import virtual
 
 import relay_core
-from relay_adapters.celery.channel import Channel
+from relay_adapters.celery import channel as channels
 from relay_core.connection import Bell
 from relay_core.errors import StoreError, Unavailable
 
@@ -17,7 +17,7 @@ from relay_core.errors import StoreError, Unavailable
 class Watch:
     """One channel's wake-ups: a bell on the queues it consumes, armed only while it has credit."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: channels.Channel) -> None:
         self.channel = channel
         self.queues: tuple[str, ...] = ()
         self.bell: Bell | None = None
@@ -84,7 +84,7 @@ class Watch:
 class Transport(virtual.Transport):
     """kombu's transport for `relay://` and its variants."""
 
-    Channel = Channel
+    Channel = channels.Channel
     can_parse_url = True
     driver_type = "relay"
     driver_name = "relay-queue"
@@ -92,12 +92,12 @@ class Transport(virtual.Transport):
     implements = virtual.Transport.implements.extend(
         asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False
     )
-    connection_errors = (*virtual.Transport.connection_errors, Unavailable)
-    channel_errors = (*virtual.Transport.channel_errors, StoreError)
+    connection_errors = (*virtual.Transport.connection_errors, Unavailable)  # type: ignore[assignment]
+    channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
 
     def __init__(self, client: Any, **options: Any) -> None:
         super().__init__(client, **options)
-        self._watches: dict[Channel, Watch] = {}
+        self._watches: dict[channels.Channel, Watch] = {}
         self._loop: Any = None
         self._readers: dict[int, Watch] = {}
         self._timer: Any = None
@@ -120,7 +120,7 @@ class Transport(virtual.Transport):
         self._leave_loop()
         super().close_connection(connection)
 
-    def close_channel(self, channel: Channel) -> None:
+    def close_channel(self, channel: channels.Channel) -> None:
         if watch := self._watches.pop(channel, None):
             self._forget_readers(watch)
             watch.close()
@@ -128,14 +128,14 @@ class Transport(virtual.Transport):
 
     # told by channels
 
-    def consumers_changed(self, channel: Channel) -> None:
+    def consumers_changed(self, channel: channels.Channel) -> None:
         if channel.consumed:
             self._watches.setdefault(channel, Watch(channel))
         elif watch := self._watches.pop(channel, None):
             self._forget_readers(watch)
             watch.close()
 
-    def credit_freed(self, channel: Channel) -> None:
+    def credit_freed(self, channel: channels.Channel) -> None:
         """An ack made room. On the loop's own thread its next tick sees that; another thread has to wake it."""
         loop = self._loop
         if loop is not None and channel in self._watches:
@@ -202,11 +202,11 @@ class Transport(virtual.Transport):
 
     # without one: control clients, gevent, Flower
 
-    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+    def drain_events(self, connection: Any, timeout: float | None = None, **_: Any) -> None:
         """Deliver what there is, or wait for it. Raises socket.timeout."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if any([watch.look() for watch in list(self._watches.values())]):
+            if self._look_at_all():
                 return
             bells = [bell for watch in list(self._watches.values()) if (bell := watch.arm()) is not None]
             now = time.monotonic()
@@ -218,9 +218,13 @@ class Transport(virtual.Transport):
             else:
                 time.sleep(max(0.0, min(0.1, until - now)))
             if deadline is not None and time.monotonic() >= deadline:
-                if any([watch.look() for watch in list(self._watches.values())]):
+                if self._look_at_all():
                     return
                 raise TimeoutError  # which is socket.timeout
+
+    def _look_at_all(self) -> int:
+        """Every channel in turn: control messages do not wait for tasks."""
+        return sum(watch.look() for watch in list(self._watches.values()))
 
 
 def _nothing() -> None:

@@ -158,13 +158,18 @@ class Demo:
             for face in self.faces
         ]
 
-    def kill_one(self) -> None:
-        """SIGKILL a whole worker, children and all, while it holds jobs."""
-        process = self.faces[0].process
-        assert process is not None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def kill_one(self) -> bool:
+        """SIGKILL a whole worker, children and all, if it holds jobs at this moment."""
+        face = self.faces[0]
+        assert face.process is not None
+        os.killpg(face.process.pid, signal.SIGSTOP)
+        if not self.broker.stats(face.queue).inflight:
+            os.killpg(face.process.pid, signal.SIGCONT)
+            return False
+        os.killpg(face.process.pid, signal.SIGKILL)
+        face.process.wait()
         self.killed += 1
+        return True
 
     def stop(self) -> None:
         for face in self.faces:
@@ -228,15 +233,15 @@ class Demo:
                 ledgers = self.read()
                 done = self.progress(ledgers)
                 bar.update(task, completed=done)
-                celery = ledgers["celery"]
-                if not self.killed and len(self.files) // 4 < len(celery.indexed) < len(self.files):
-                    self.kill_one()
+                begun = len(ledgers["celery"].indexed) > len(self.files) // 20
+                if begun and not self.killed and self.kill_one():
                     bar.console.print("  SIGKILL to the Celery worker and its children, in the middle of its work")
                 self.supervise()
                 produced = all(producer.poll() is not None for producer in producers)
-                if produced and done >= self.total and self.settled():
+                if produced and self.settled():
+                    bar.update(task, completed=self.progress(self.read()))
                     break
-                time.sleep(0.2)
+                time.sleep(0.2 if self.killed else 0.02)
         for producer in producers:
             if producer.poll() is None:
                 producer.kill()
