@@ -3,7 +3,7 @@
 Time does not really pass. `pass_time` takes whole hours off every time in the store, which is the same to the
 scripts as a clock that moved on; a history takes seconds, so no hour is ever reached by accident.
 
-RELAY_MODEL_EXAMPLES sets how many histories run per server (default 50); RELAY_MODEL_SHRINK=1 makes a failing one
+RELAY_MODEL_EXAMPLES sets how many histories run per server (default 150); RELAY_MODEL_SHRINK=1 makes a failing one
 as short as it can be.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import redis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -33,7 +34,7 @@ UNIT = 3_600_000
 """Milliseconds of one unit of the model's time."""
 
 FOREVER = 100_000
-EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "150"))
 
 # Everything in the store that is a time, moved into the past by ARGV[1] ms.
 PASS_TIME = """
@@ -48,6 +49,7 @@ end
 """
 
 times = st.integers(1, 4)
+pauses = st.sampled_from([0, 0, 1, 2, 5])
 picks = st.lists(st.integers(0, 12), min_size=1, max_size=3)
 lost = st.sampled_from([False, False, True])
 
@@ -56,6 +58,7 @@ class Queue(RuleBasedStateMachine):
     """One queue. Each rule runs a command against the server and the same move on the model."""
 
     server: Server
+    client: redis.Redis
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +69,7 @@ class Queue(RuleBasedStateMachine):
         self.sent: list[tuple[Command[list[Enqueued]], list[tuple[ModelJob, int]]]] = []
         self.made = self.claims = 0
         self.levels = ""
+        self.at = 0
         # a wake-up is owed to waiting workers while there is work, unless a limit took it
         self.marker_taken = False
         self.excused = False
@@ -73,7 +77,9 @@ class Queue(RuleBasedStateMachine):
     # how a command is run
 
     def send(self, command: Command[T], resent: bool = False) -> T:
-        time.sleep(0.001)  # so that no two steps share a millisecond
+        while (now := time.time_ns() // 1_000_000) == self.at:  # no two steps share a millisecond
+            time.sleep(0.0001)
+        self.at = now
         self.model.step += 1
         return command.parse(self.server.cli("EVALSHA", *command.wire(resent)), resent)
 
@@ -91,10 +97,14 @@ class Queue(RuleBasedStateMachine):
     def ids_at(self, pick: list[int]) -> list[str]:
         return [f"id{max(0, self.made - 1 - n):04}" for n in pick]
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(claimed=st.integers(0, 4), lease=times)
+    def begin(self, claimed: int, lease: int) -> None:
+        """Some jobs, some of them claimed: there is something to do from the first step."""
         for name in scripts.names():
             self.server.cli("SCRIPT", "LOAD", scripts.load(name).text)
+        self.enqueue([(5, 0, "", 0, 0)] * 4 + [(9, 1, "", 0, 0)], 0, False)
+        if claimed:
+            self.claim(0, claimed, lease, 3, False, False)
 
     # moves
 
@@ -159,8 +169,9 @@ class Queue(RuleBasedStateMachine):
             if not gone:  # cancelled and purged ones are stored anew: nobody remembers them
                 assert self.send(command, True) == [Enqueued(job.id) for job, _ in rows]
 
-    @rule(count=st.integers(1, 4), lease=times, most=st.integers(1, 3), woken=st.booleans(), twice=lost)
-    def claim(self, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
+    @rule(after=pauses, count=st.integers(1, 4), lease=times, most=st.integers(1, 3), woken=st.booleans(), twice=lost)
+    def claim(self, after: int, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
+        self.pass_time(after)
         woken = self.take_marker() if woken else False
         nonce = self.nonce()
         got, want = (
@@ -260,21 +271,24 @@ class Queue(RuleBasedStateMachine):
             got, want = self.both(commands.release(self.q, pairs), lambda _: self.model.release(pairs), twice)
             assert got == want
 
-    @rule(units=st.integers(1, 3))
     def pass_time(self, units: int) -> None:
+        if not units:
+            return
         q = self.q
         keys = (q.delayed, q.leases, q.dead, q.dedup_expiry, q.config)
         self.server.cli("EVAL", PASS_TIME, 5, *keys, units * UNIT)
         self.model.clock += units
 
-    @rule(limit=st.integers(1, 4), most=st.integers(1, 3), keep=st.sampled_from([2, FOREVER]), twice=lost)
-    def reap(self, limit: int, most: int, keep: int, twice: bool) -> None:
+    @rule(after=pauses, limit=st.integers(1, 4), most=st.integers(1, 3), keep=st.sampled_from([FOREVER, 2]), twice=lost)
+    def reap(self, after: int, limit: int, most: int, keep: int, twice: bool) -> None:
+        self.pass_time(after)
         command = commands.reap(self.q, limit, max_deliveries=most, keep_ms=keep * UNIT)
         got, want = self.both(command, lambda _: (*self.model.reap(limit, most), self.model.forget(limit, keep)), twice)
         assert (got[0], {grant.id for grant in got[1]}, got[2]) == want
 
-    @rule(limit=st.integers(1, 4), twice=lost)
-    def promote(self, limit: int, twice: bool) -> None:
+    @rule(after=pauses, limit=st.integers(1, 4), twice=lost)
+    def promote(self, after: int, limit: int, twice: bool) -> None:
+        self.pass_time(after)
         got, want = self.both(commands.promote(self.q, limit), lambda _: self.model.promote(limit), twice)
         assert got[0] == want
 
@@ -321,26 +335,33 @@ class Queue(RuleBasedStateMachine):
     @invariant()
     def the_store_is_as_the_model_says(self) -> None:
         q, model = self.q, self.model
-        with self.server.client(protocol=2).pipeline(transaction=False) as pipe:
-            for level in range(10):
-                pipe.lrange(q.ready[level].decode(), 0, -1)
+        with self.client.pipeline(transaction=False) as pipe:
             for key in (q.delayed, q.leases, q.dead):
-                pipe.zrange(key.decode(), 0, -1)
+                pipe.zrange(key.decode(), 0, -1, withscores=True)
+            pipe.hget(q.config.decode(), "due")
+            pipe.zcard(q.marker.decode())
             pipe.hkeys(q.jobs.decode())
             pipe.hgetall(q.owners.decode())
-            rows = pipe.execute()
-        found = [[id.decode() for id in row] for row in rows[:14]]
-        assert found[:10] == model.ready
-        assert found[10:13] == [model.in_order(t) for t in (model.delayed, model.leases, model.dead)]
-        assert sorted(found[13]) == sorted(model.jobs)
-        owners = {id.decode(): owner.decode() for id, owner in rows[14].items()}
-        assert owners == {
+            for level in range(10):
+                pipe.lrange(q.ready[level].decode(), 0, -1)
+            delayed, leases, dead, due, marked, stored, owners, *ready = pipe.execute()
+        assert [[id.decode() for id in row] for row in ready] == model.ready
+        for rows, times in ((delayed, model.delayed), (leases, model.leases), (dead, model.dead)):
+            assert [id.decode() for id, _score in rows] == model.in_order(times)
+        assert {id.decode() for id in stored} == model.jobs.keys()
+        assert {id.decode(): owner.decode() for id, owner in owners.items()} == {
             job.id: f"{job.token} {job.retries} {job.flag}" for job in model.jobs.values() if job.fence_and_nonce
         }
+        # claims look no later than the next due time
+        first = min((score for _id, score in (*delayed[:1], *leases[:1])), default=None)
+        assert first is None or (due is not None and float(due) <= first)
+        # a wake-up waits while there is work
+        assert marked == 1 or not any(model.ready) or self.marker_taken or self.excused
 
     @invariant()
     def depths_and_counters_are_those_of_the_model(self) -> None:
-        stats = self.send(commands.stats(self.q))
+        command = commands.stats(self.q)
+        stats = command.parse(self.server.cli("EVALSHA", *command.wire()), False)
         assert (stats.ready_by_level, stats.delayed, stats.inflight, stats.dead) == self.model.depths()
         assert dict(stats.counters) == {name: n for name, n in self.model.counters.items() if n}
         assert stats.paused == self.model.paused
@@ -352,21 +373,6 @@ class Queue(RuleBasedStateMachine):
         assert counts["enqueued"] == over + len(model.jobs)
         assert sum(model.depths()[0]) + sum(model.depths()[1:]) == len(model.jobs)
 
-    @invariant()
-    def claims_look_no_later_than_the_next_due_time(self) -> None:
-        first = [
-            float(row[1])
-            for key in (self.q.delayed, self.q.leases)
-            if (row := self.server.cli("ZRANGE", key, 0, 0, "WITHSCORES"))
-        ]
-        due = self.server.cli("HGET", self.q.config, "due")
-        assert not first or (due is not None and float(due) <= min(first))
-
-    @invariant()
-    def a_wake_up_waits_while_there_is_work(self) -> None:
-        if any(self.model.ready) and not (self.marker_taken or self.excused):
-            assert self.server.cli("ZCARD", self.q.marker) == 1
-
     def teardown(self) -> None:
         """The auditor, which knows nothing of the model, agrees."""
         with Broker(self.server.url) as broker:
@@ -376,7 +382,8 @@ class Queue(RuleBasedStateMachine):
 
 def test_the_scripts_do_what_the_model_does(server: Server) -> None:
     """Histories of 40 steps. A failure prints the one that failed."""
-    machine = type("QueueOnServer", (Queue,), {"server": server})
+    client = server.client(protocol=2)
+    machine = type("QueueOnServer", (Queue,), {"server": server, "client": client})
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -392,3 +399,4 @@ def test_the_scripts_do_what_the_model_does(server: Server) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    client.close()
