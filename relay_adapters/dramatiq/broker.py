@@ -200,12 +200,13 @@ class RelayBroker(Broker):
         message.pending = None
         message.settle()
 
-    def _priority(self, message: Message[Any]) -> int:
+    def _priority(self, message: Message[Any]) -> Any:
+        """What is no number, or below 0, is for relay_core to refuse."""
         value = message.options.get(PRIORITY)
         if value is None:
             actor = self.actors.get(message.actor_name)
             value = actor.options.get(PRIORITY) if actor else None
-        return 0 if value is None else min(value, LEVELS - 1)
+        return min(value, LEVELS - 1) if isinstance(value, int) else 0 if value is None else value
 
     # receiving
 

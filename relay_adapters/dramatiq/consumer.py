@@ -71,7 +71,7 @@ class RelayConsumer(Consumer):
     def _open(self, lease: Lease) -> RelayMessage | None:
         """The message, or None when it does not decode (it goes to dead) or its lease has ended meanwhile."""
         if not lease.holds():
-            self._holding.pop(lease.job.id, None)
+            self._holding.pop(lease.job.token, None)
             return None
         try:
             return RelayMessage(delivered(lease.job), lease, self._holding)
@@ -89,7 +89,7 @@ class RelayConsumer(Consumer):
             self._core.finish(self.queue_name, (), [(lease.job, item)])
         finally:
             # if the store is away, the lease ends and the message is looked at once more
-            self._holding.pop(lease.job.id, None)
+            self._holding.pop(lease.job.token, None)
 
     def _fill(self, deadline: float) -> bool:
         """Claim into the buffer; False when there was nothing until the deadline."""
@@ -108,7 +108,7 @@ class RelayConsumer(Consumer):
                 claimed = self._line.claim(acks, free) if acks else self._core.claim(self.queue_name, free, wait)
             for job in claimed:
                 lease = Lease(job)
-                self._holding[job.id] = lease
+                self._holding[job.token] = lease
                 self._buffer.append(lease)
             if claimed:
                 self._attend(self._steady)
@@ -190,7 +190,7 @@ class RelayConsumer(Consumer):
         leases = list(self._buffer)
         self._buffer.clear()
         for lease in leases:
-            self._holding.pop(lease.job.id, None)
+            self._holding.pop(lease.job.token, None)
         try:
             self._release(leases)
         finally:

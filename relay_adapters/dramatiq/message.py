@@ -34,7 +34,9 @@ class Lease:
 
 
 class Holding(dict[str, Lease]):
-    """The unsettled leases of one consumer, by job id. Its size is what prefetch limits.
+    """The unsettled leases of one consumer, by token: a job that comes back for its retry is another lease.
+
+    The size is what prefetch limits.
 
     :ivar closed: True once the consumer is: what is left runs on, and takes slots of its successors
     """
@@ -59,11 +61,11 @@ class RelayMessage(MessageProxy):
     @property
     def settled(self) -> bool:
         """Whether the job was acked, nacked, retried or handed back."""
-        return self.lease.job.id not in self._holding
+        return self.lease.job.token not in self._holding
 
     def settle(self) -> bool:
         """Give up the lease, and with it the consumer's slot. False when that was done before."""
-        return self._holding.pop(self.lease.job.id, None) is not None
+        return self._holding.pop(self.lease.job.token, None) is not None
 
     def stuff_exception(self, exception: BaseException) -> None:
         super().stuff_exception(exception)

@@ -1,0 +1,532 @@
+"""RelayBroker under Dramatiq's own Worker, in this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq.errors import ConnectionClosed, QueueJoinTimeout, QueueNotFound
+from dramatiq.middleware import CurrentMessage, Middleware
+from dramatiq.results import ResultFailure, Results
+from dramatiq.results.backends import StubBackend
+
+import relay_core
+from relay_adapters.dramatiq import RelayBroker
+from relay_core.errors import InvalidArgument
+from tests.dramatiq_workers import running, signals_of
+from tests.servers import Server, eventually
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[RelayBroker]:
+    broker = RelayBroker(url=server.url, lease=1.0, max_deliveries=2)
+    dramatiq.set_broker(broker)
+    yield broker
+    broker.close()
+
+
+def test_messages_run_once_each_and_leave_nothing_in_the_store(broker: RelayBroker) -> None:
+    ran: list[int] = []
+
+    @dramatiq.actor
+    def note(x: int) -> None:
+        ran.append(x)
+
+    with running(broker):
+        for x in range(200):
+            note.send(x)
+        broker.join("default", timeout=10_000)
+    assert sorted(ran) == list(range(200))
+    assert broker.get_queue_message_counts("default") == (0, 0, 0)
+    assert broker.core.stats("default").counters["processed"] == 200
+    assert broker.core.audit("default", repair=False).clean
+
+
+def test_declaring_a_queue_twice_emits_its_signals_once_and_does_no_io() -> None:
+    broker = RelayBroker(url="relay://127.0.0.1:1/0")  # nothing listens there
+    seen = signals_of(broker)
+    broker.declare_queue("mail")
+    broker.declare_queue("mail")
+    assert seen == ["before_declare_queue", "after_declare_queue"]
+    assert broker.get_declared_queues() == {"mail"}
+    assert broker.get_declared_delay_queues() == set()
+
+
+def test_a_queue_name_that_the_store_cannot_take_is_refused_when_it_is_declared() -> None:
+    broker = RelayBroker(url="relay://127.0.0.1:1/0")
+    with pytest.raises(InvalidArgument, match="255"):
+        broker.declare_queue("q" * 300)
+    assert broker.get_declared_queues() == set()
+
+
+def test_a_delay_waits_in_the_store_and_the_delivered_message_is_to_run_at_once(broker: RelayBroker) -> None:
+    ran: list[tuple[float, dict[str, Any], str]] = []
+    broker.add_middleware(CurrentMessage())
+
+    @dramatiq.actor
+    def note() -> None:
+        message = CurrentMessage.get_current_message()
+        assert message is not None
+        ran.append((time.monotonic(), message.options, message.queue_name))
+
+    with running(broker) as worker:
+        started = time.monotonic()
+        sent = note.send_with_options(delay=400)
+        assert broker.get_queue_message_counts("default") == (0, 1, 0)
+        assert list(worker.consumers) == ["default"]
+        broker.join("default", timeout=5_000)
+    assert sent.queue_name == "default"
+    assert sent.options["eta"] >= sent.message_timestamp + 400
+    [(at, options, queue_name)] = ran
+    assert 0.4 <= at - started < 0.7
+    assert "eta" not in options
+    assert queue_name == "default"
+
+
+def test_an_eta_that_the_user_set_waits_in_the_store_too(broker: RelayBroker) -> None:
+    ran = threading.Event()
+
+    @dramatiq.actor
+    def note() -> None:
+        ran.set()
+
+    note.send_with_options(eta=int(time.time() * 1000) + 300)
+    assert broker.get_queue_message_counts("default") == (0, 1, 0)
+    with running(broker):
+        assert not ran.is_set()
+        assert ran.wait(5)
+
+
+@pytest.mark.parametrize("eta", [None, "tomorrow", 0, -5.5])
+def test_an_eta_that_is_none_or_past_or_no_number_means_now(broker: RelayBroker, eta: Any) -> None:
+    ran = threading.Event()
+
+    @dramatiq.actor
+    def note() -> None:
+        ran.set()
+
+    note.send_with_options(eta=eta)
+    with running(broker):
+        assert ran.wait(5)
+
+
+def test_broker_priority_orders_in_the_store_higher_first(broker: RelayBroker) -> None:
+    ran: list[str] = []
+
+    @dramatiq.actor
+    def note(name: str) -> None:
+        ran.append(name)
+
+    @dramatiq.actor(broker_priority=5)
+    def urgent(name: str) -> None:
+        ran.append(name)
+
+    note.send("plain")
+    urgent.send("actor")
+    note.send_with_options(args=("message",), broker_priority=255)
+    urgent.send_with_options(args=("lowered",), broker_priority=1)
+    with running(broker, threads=1):
+        broker.join("default", timeout=5_000)
+    assert ran == ["message", "actor", "lowered", "plain"]
+
+
+def test_a_priority_that_is_no_number_is_refused_with_its_value(broker: RelayBroker) -> None:
+    @dramatiq.actor
+    def note() -> None: ...
+
+    with pytest.raises(InvalidArgument, match="-1"):
+        note.send_with_options(broker_priority=-1)
+    with pytest.raises(InvalidArgument, match="high"):
+        note.send_with_options(broker_priority="high")
+
+
+def test_a_failing_message_is_retried_in_place_with_its_count_and_traceback(broker: RelayBroker) -> None:
+    tries: list[dict[str, Any]] = []
+    broker.add_middleware(CurrentMessage())
+
+    @dramatiq.actor(min_backoff=1, max_backoff=2)
+    def flaky() -> None:
+        message = CurrentMessage.get_current_message()
+        assert message is not None
+        tries.append(dict(message.options))
+        if len(tries) < 4:
+            raise ValueError(f"try {len(tries)}")
+
+    sent = flaky.send()
+    with running(broker):
+        broker.join("default", timeout=10_000)
+    assert [options.get("retries", 0) for options in tries] == [0, 1, 2, 3]
+    assert "ValueError: try 3" in tries[3]["traceback"]
+    assert {options["relay_job_id"] for options in tries} == {sent.options["relay_job_id"]}
+    counters = broker.core.stats("default").counters
+    assert (counters["enqueued"], counters["retried"], counters["processed"]) == (1, 3, 1)
+
+
+def test_a_retry_emits_the_signals_of_an_enqueue_and_an_ack_as_ever(broker: RelayBroker) -> None:
+    @dramatiq.actor(max_retries=1, min_backoff=1, max_backoff=1)
+    def fail() -> None:
+        raise ValueError("no")
+
+    seen = signals_of(broker)
+    fail.send()
+    with running(broker, threads=1):
+        broker.join("default", timeout=5_000)
+    per_message = [name for name in seen if name.split("_", 1)[1] in ("enqueue", "process_message", "ack", "nack")]
+    assert per_message == [
+        "before_enqueue", "after_enqueue",
+        "before_process_message", "after_process_message", "before_enqueue", "after_enqueue", "before_ack", "after_ack",
+        "before_process_message", "after_process_message", "before_nack", "after_nack",
+    ]  # fmt: skip
+
+
+def test_more_retries_than_relays_own_policy_allows_are_up_to_dramatiq(server: Server) -> None:
+    policy = relay_core.RetryPolicy(max_retries=1)
+    broker = RelayBroker(url=server.url, retry=policy)
+    dramatiq.set_broker(broker)
+    tries: list[int] = []
+
+    @dramatiq.actor(max_retries=5, min_backoff=1, max_backoff=1)
+    def fail() -> None:
+        tries.append(1)
+        raise ValueError("no")
+
+    fail.send()
+    with running(broker):
+        broker.join("default", timeout=10_000)
+    assert len(tries) == 6
+    broker.close()
+
+
+def test_used_up_retries_end_in_dead_with_the_reason_error_and_traceback(broker: RelayBroker) -> None:
+    @dramatiq.actor(max_retries=1, min_backoff=1, max_backoff=1)
+    def fail(x: int) -> None:
+        raise ValueError(f"no {x}")
+
+    fail.send(7)
+    with running(broker):
+        broker.join("default", timeout=5_000)
+    assert broker.get_queue_message_counts("default") == (0, 0, 1)
+    [dead] = broker.core.dead("default")
+    assert dead.reason == "failed"
+    assert dead.error is not None
+    assert dead.error.startswith("ValueError('no 7')\nTraceback")
+    message = dramatiq.Message.decode(dead.payload)
+    assert message.options["retries"] == 2
+    assert "ValueError: no 7" in message.options["traceback"]
+    summary = broker.core.plugins.describe(dead)
+    assert summary is not None
+    assert (summary.name, summary.args, summary.retries) == ("fail", "7", 2)
+
+
+def test_a_message_that_a_middleware_rejects_goes_to_dead_as_rejected(broker: RelayBroker) -> None:
+    class Reject(Middleware):
+        def before_process_message(self, broker: dramatiq.Broker, message: Any) -> None:
+            message.fail()
+
+    broker.add_middleware(Reject())
+
+    @dramatiq.actor
+    def note() -> None: ...
+
+    note.send()
+    with running(broker):
+        broker.join("default", timeout=5_000)
+    assert [job.reason for job in broker.core.dead("default")] == ["rejected"]
+
+
+def test_a_message_for_an_unknown_actor_goes_to_dead(broker: RelayBroker) -> None:
+    broker.declare_queue("default")
+    message = broker.enqueue(dramatiq.Message("default", "nobody", (), {}, {}))
+    with running(broker):
+        broker.join("default", timeout=5_000)
+    [dead] = broker.core.dead("default")
+    assert dead.id == message.options["relay_job_id"]
+    assert "ActorNotFound" in (dead.error or "")
+
+
+def test_a_body_that_does_not_decode_goes_to_dead_and_its_neighbours_run(broker: RelayBroker) -> None:
+    ran: list[int] = []
+
+    @dramatiq.actor
+    def note(x: int) -> None:
+        ran.append(x)
+
+    note.send(1)
+    broker.core.enqueue("default", b"\xff not a message", headers={"relay_adapter": "dramatiq"})
+    broker.core.enqueue("default", b'{"actor_name": "note"}')
+    note.send(2)
+    with running(broker, threads=1):
+        broker.join("default", timeout=5_000)
+    assert ran == [1, 2]
+    assert [job.reason for job in broker.core.dead("default")] == ["undecodable", "undecodable"]
+
+
+def test_a_message_that_killed_its_workers_fails_through_the_middleware(broker: RelayBroker, server: Server) -> None:
+    backend = StubBackend()
+    broker.add_middleware(Results(backend=backend))  # type: ignore[no-untyped-call]
+    told = threading.Event()
+
+    @dramatiq.actor
+    def on_failure(message: dict[str, Any], error: dict[str, str]) -> None:
+        assert error["type"] == "WorkerLost"
+        told.set()
+
+    @dramatiq.actor(store_results=True, on_failure="on_failure", queue_name="risky")
+    def deadly() -> None:
+        raise AssertionError("its workers are gone")
+
+    sent = deadly.send()
+    gone = relay_core.Broker(server.url, lease=0.1)
+    for _ in range(2):  # two workers that die with it
+        assert len(gone.claim("risky", wait=5)) == 1
+    seen = signals_of(broker)
+    with running(broker):
+        eventually(lambda: broker.get_queue_message_counts("risky")[2] == 1, "the message goes to dead")
+        with pytest.raises(ResultFailure, match="WorkerLost"):
+            sent.get_result(backend=backend, block=True, timeout=5_000)
+        assert told.wait(5)
+    assert [name for name in seen if name.endswith("nack")] == ["before_nack", "after_nack"]
+    assert [job.reason for job in broker.core.dead("risky")] == ["max_deliveries"]
+    gone.close()
+
+
+def test_join_counts_what_is_delayed_and_what_runs(broker: RelayBroker) -> None:
+    started, let_go = threading.Event(), threading.Event()
+
+    @dramatiq.actor
+    def slow() -> None:
+        started.set()
+        let_go.wait(10)
+
+    slow.send_with_options(delay=60_000)
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=50)
+    broker.flush("default")
+    broker.join("default", timeout=50)
+    slow.send()
+    with running(broker):
+        assert started.wait(5)
+        with pytest.raises(QueueJoinTimeout):
+            broker.join("default", timeout=50)
+        let_go.set()
+        broker.join("default", timeout=5_000)
+
+
+def test_flush_all_drops_ready_delayed_and_dead_of_every_queue(broker: RelayBroker) -> None:
+    @dramatiq.actor(queue_name="one", max_retries=0)
+    def one() -> None:
+        raise ValueError("no")
+
+    @dramatiq.actor(queue_name="two")
+    def two() -> None: ...
+
+    one.send()
+    with running(broker):
+        broker.join("one", timeout=5_000)
+    one.send()
+    two.send()
+    two.send_with_options(delay=60_000)
+    assert broker.get_queue_message_counts("one") == (1, 0, 1)
+    broker.flush_all()
+    assert broker.get_queue_message_counts("one") == (0, 0, 0)
+    assert broker.get_queue_message_counts("two") == (0, 0, 0)
+
+
+def test_a_queue_that_was_not_declared_can_be_neither_consumed_nor_joined(broker: RelayBroker) -> None:
+    with pytest.raises(QueueNotFound):
+        broker.consume("nowhere")
+    with pytest.raises(QueueNotFound):
+        broker.join("nowhere", timeout=10)
+
+
+def test_a_store_that_is_away_is_a_connection_error_of_dramatiqs() -> None:
+    broker = RelayBroker(url="relay://127.0.0.1:1/0", retry_for=0, connect_timeout=0.2)
+    broker.declare_queue("default")
+    with pytest.raises(ConnectionClosed):
+        broker.enqueue(dramatiq.Message("default", "any", (), {}, {}))
+    with pytest.raises(ConnectionClosed):
+        next(broker.consume("default", timeout=50))
+    with pytest.raises(ConnectionClosed):
+        broker.join("default", timeout=50)
+
+
+def test_leases_are_kept_while_the_worker_is_paused(broker: RelayBroker, server: Server) -> None:
+    ran: list[int] = []
+    started, let_go = threading.Event(), threading.Event()
+
+    @dramatiq.actor
+    def slow(x: int) -> None:
+        started.set()
+        let_go.wait(20)
+        ran.append(x)
+
+    for x in range(4):
+        slow.send(x)
+    rival = relay_core.Broker(server.url)
+    with running(broker, threads=1) as worker:  # one runs, one is prefetched
+        assert started.wait(5)
+        eventually(lambda: broker.core.stats("default").inflight == 2, "one runs, one is prefetched")
+        pausing = threading.Thread(target=worker.pause)
+        pausing.start()
+        assert len(rival.claim("default", 2)) == 2
+        assert not rival.claim("default", 2, wait=2.5), "a lease of 1 s ended under a paused worker"
+        let_go.set()
+        pausing.join()
+        worker.resume()
+        eventually(lambda: len(ran) == 2, "both ran")
+    rival.close()
+
+
+def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(broker: RelayBroker, server: Server) -> None:
+    ran: list[int] = []
+    backend = StubBackend()
+    broker.add_middleware(Results(backend=backend))  # type: ignore[no-untyped-call]
+    started, let_go = threading.Event(), threading.Event()
+
+    @dramatiq.actor(store_results=True)
+    def note(x: int) -> None:
+        ran.append(x)
+        started.set()
+        let_go.wait(10)
+
+    first, second = note.send(0), note.send(1)
+    with running(broker, threads=1):
+        assert started.wait(5)
+        eventually(lambda: broker.core.stats("default").inflight == 2, "the second is prefetched")
+        # the store takes it away, as it does from a process that slept
+        assert broker.core.cancel("default", second.options["relay_job_id"]) == "inflight"
+        owners = broker.core.settings.keys("default").owners
+        server.cli("HSET", owners, second.options["relay_job_id"], "2:99:other 0 h")
+        time.sleep(0.5)  # one heartbeat, at which it is found out
+        let_go.set()
+        first.get_result(backend=backend, block=True, timeout=5_000)
+    assert ran == [0]
+    with pytest.raises(dramatiq.results.ResultMissing):
+        second.get_result(backend=backend)
+
+
+def test_two_brokers_in_one_process_keep_apart(server: Server) -> None:
+    one = RelayBroker(url=server.url, prefix="one")
+    two = RelayBroker(url=server.url, prefix="two")
+    ran: list[str] = []
+
+    def add(broker: RelayBroker, name: str) -> Any:
+        @dramatiq.actor(broker=broker)
+        def note() -> None:
+            ran.append(name)
+
+        return note
+
+    of_one, of_two = add(one, "one"), add(two, "two")
+    with running(one), running(two):
+        for _ in range(20):
+            of_one.send()
+            of_two.send()
+        one.join("default", timeout=5_000)
+        two.join("default", timeout=5_000)
+    assert (ran.count("one"), ran.count("two")) == (20, 20)
+    one.close()
+    two.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork has no children of a fork")
+def test_a_child_of_a_fork_sends_and_works_on_its_own_connections(broker: RelayBroker) -> None:
+    @dramatiq.actor
+    def note() -> None: ...
+
+    note.send()
+    broker.declare_queue("child")
+    with running(broker, queues={"default"}):
+        broker.join("default", timeout=5_000)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                for _ in range(10):
+                    note.send_with_options(delay=60_000)
+                broker.core.enqueue("child", dramatiq.Message("child", "note", (), {}, {}).encode())
+                consumer = broker.consume("child", timeout=5_000)
+                message = next(consumer)
+                assert message is not None
+                consumer.ack(message)
+                consumer.close()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        for _ in range(10):
+            note.send_with_options(delay=60_000)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert broker.get_queue_message_counts("default") == (0, 20, 0)
+    assert broker.core.stats("child").counters["processed"] == 1
+
+
+def test_nothing_is_lost_when_the_store_is_cut_between_a_failure_and_its_retry(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dramatiq.worker.POST_PROCESS_MESSAGE_RETRY_DELAY_SECS", 0.1)
+    broker = RelayBroker(url=server.url, lease=5, socket_timeout=0.1, retry_for=0.1)
+    dramatiq.set_broker(broker)
+    tries: list[int] = []
+    cut = threading.Event()
+
+    @dramatiq.actor(min_backoff=1, max_backoff=1)
+    def flaky() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            server.pause()
+            cut.set()
+            raise ValueError("first")
+
+    flaky.send()
+    with running(broker, threads=1) as worker:
+        assert cut.wait(5)
+        message = eventually_pending(worker)
+        server.resume()
+        broker.join("default", timeout=10_000)
+    assert message.pending is None
+    assert len(tries) == 2
+    assert broker.core.stats("default").counters["retried"] == 1
+    broker.close()
+
+
+def eventually_pending(worker: dramatiq.Worker) -> Any:
+    """The message whose retry could not be sent."""
+    import gc
+
+    from relay_adapters.dramatiq.message import RelayMessage
+
+    found: list[RelayMessage] = []
+
+    def look() -> bool:
+        found[:] = [x for x in gc.get_objects() if isinstance(x, RelayMessage) and x.pending is not None]
+        return bool(found)
+
+    eventually(look, "a retry could not be sent")
+    return found[0]
+
+
+def test_an_actor_that_enqueues_its_own_message_by_hand_makes_a_new_job(broker: RelayBroker) -> None:
+    ids: list[str] = []
+    broker.add_middleware(CurrentMessage())
+
+    @dramatiq.actor
+    def again() -> None:
+        message = CurrentMessage.get_current_message()
+        assert message is not None
+        ids.append(message.options["relay_job_id"])
+        if len(ids) == 1:
+            broker.enqueue(message)
+
+    again.send()
+    with running(broker):
+        broker.join("default", timeout=5_000)
+    assert len(set(ids)) == 2
+    assert broker.core.stats("default").counters["processed"] == 2
