@@ -97,12 +97,12 @@ class Queue(RuleBasedStateMachine):
     def ids_at(self, pick: list[int]) -> list[str]:
         return [f"id{max(0, self.made - 1 - n):04}" for n in pick]
 
-    @initialize(claimed=st.integers(0, 4), lease=times)
-    def begin(self, claimed: int, lease: int) -> None:
+    @initialize(delay=st.sampled_from([0, 3]), claimed=st.integers(0, 4), lease=times)
+    def begin(self, delay: int, claimed: int, lease: int) -> None:
         """Some jobs, some of them claimed: there is something to do from the first step."""
         for name in scripts.names():
             self.server.cli("SCRIPT", "LOAD", scripts.load(name).text)
-        self.enqueue([(5, 0, "", 0, 0)] * 4 + [(9, 1, "", 0, 0)], 0, False)
+        self.enqueue([(5, 0, "", 0, 0)] * 6 + [(9, delay, "b", 0, 0)], 0, False)
         if claimed:
             self.claim(0, claimed, lease, 3, False, False)
 
@@ -340,11 +340,12 @@ class Queue(RuleBasedStateMachine):
                 pipe.zrange(key.decode(), 0, -1, withscores=True)
             pipe.hget(q.config.decode(), "due")
             pipe.zcard(q.marker.decode())
+            pipe.hgetall(q.dedup.decode())
             pipe.hkeys(q.jobs.decode())
             pipe.hgetall(q.owners.decode())
             for level in range(10):
                 pipe.lrange(q.ready[level].decode(), 0, -1)
-            delayed, leases, dead, due, marked, stored, owners, *ready = pipe.execute()
+            delayed, leases, dead, due, marked, held, stored, owners, *ready = pipe.execute()
         assert [[id.decode() for id in row] for row in ready] == model.ready
         for rows, times in ((delayed, model.delayed), (leases, model.leases), (dead, model.dead)):
             assert [id.decode() for id, _score in rows] == model.in_order(times)
@@ -352,6 +353,11 @@ class Queue(RuleBasedStateMachine):
         assert {id.decode(): owner.decode() for id, owner in owners.items()} == {
             job.id: f"{job.token} {job.retries} {job.flag}" for job in model.jobs.values() if job.fence_and_nonce
         }
+        # a dedup key is held as long as it should be; one whose time is over may still be there
+        live = {(key, id) for key, (id, until) in model.dedup.items() if until is None or until > model.now}
+        keys = {(key.decode(), id.decode()) for key, id in held.items()}
+        assert live <= keys
+        assert keys - live <= {(key, id) for key, (id, _until) in model.dedup.items()}
         # claims look no later than the next due time
         first = min((score for _id, score in (*delayed[:1], *leases[:1])), default=None)
         assert first is None or (due is not None and float(due) <= first)

@@ -138,6 +138,32 @@ def test_every_move_is_one_request(server: Server) -> None:
             assert proxy.requests == before + 1
 
 
+def test_many_workers_at_once_get_each_job_once(server: Server, broker: Broker) -> None:
+    ids = {answer.id for answer in broker.enqueue_many("q", [b"x"] * 1500)}
+    done: list[str] = []
+
+    def work() -> None:
+        with Broker(server.url) as own:
+            for turn in itertools.count(1):
+                jobs = own.claim("q", 7)
+                if not jobs:
+                    return
+                if turn % 3 == 0:
+                    own.release(jobs)
+                else:
+                    assert set(own.ack_many(jobs)) == {Verdict.DONE}
+                    done.extend(job.id for job in jobs)
+
+    workers = [threading.Thread(target=work) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    rest = broker.claim("q", 200)
+    assert sorted([*done, *(job.id for job in rest)]) == sorted(ids)
+    assert broker.audit("q").clean
+
+
 # 3. Fencing
 
 MOVES: dict[str, Callable[[Broker, Job], Any]] = {
@@ -396,6 +422,8 @@ def test_when_memory_is_full_only_enqueue_is_refused(server: Server) -> None:
         server.cli("CONFIG", "SET", "maxmemory", "1mb")
         with pytest.raises(Unavailable, match="maxmemory"):
             broker.enqueue("q", b"x" * 100_000)
+        with Broker(server.url, retry_for=0.0) as newcomer, pytest.raises(Unavailable, match="maxmemory"):
+            newcomer.enqueue("q", b"x")
         jobs = broker.claim("q", 5)
         assert len(jobs) == 5
         assert broker.extend(jobs) == [Verdict.DONE] * 5

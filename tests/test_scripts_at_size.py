@@ -12,6 +12,7 @@ from relay_core.commands import Ack, Nack, NewJob, Verdict
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.job import NO_OPTIONS, Claimed, Job, Record
 from relay_core.keys import QueueKeys
+from relay_core.validation import JobSpec
 from tests.servers import Server
 
 SIZE = 20_000
@@ -96,6 +97,14 @@ def test_the_largest_batch_of_every_move_beside_20_000_jobs_in_each_state(server
     # taken: 200 acked before, 200 leased by the finish; added: 100 enqueued, 100 retried at once
     assert depths(broker) == (SIZE - many, SIZE + many // 2 + many, SIZE - 2 * many, SIZE + many // 2)
     assert broker.audit("q", repair=False).findings == {}
+
+
+def test_20_000_jobs_of_all_levels_are_stored_in_batches_and_claimed_in_order(broker: Broker) -> None:
+    specs = [JobSpec(b"x" * 500, id=f"n{n:05}", priority=n % 10) for n in range(SIZE)]
+    assert [answer.id for answer in broker.enqueue_many("q", specs)] == [spec.id for spec in specs]
+    assert all(answer.duplicate for answer in broker.enqueue_many("q", specs[:1000]))
+    assert [job.id for job in broker.claim("q", MAX_BATCH)] == [f"n{n:05}" for n in range(9, 10 * MAX_BATCH, 10)]
+    assert depths(broker) == (SIZE - MAX_BATCH, 0, MAX_BATCH, 0)
 
 
 def test_a_claim_that_is_sent_again_finds_its_jobs_among_20_000_leases(server: Server) -> None:

@@ -126,6 +126,32 @@ def test_a_waiting_worker_hears_of_work_that_comes_back(server: Server, broker: 
         assert waiter.ended - began < 4.0
 
 
+@pytest.mark.parametrize("how", ["ack", "ack of two", "ack after a retry", "nack", "finish", "release", "reap"])
+def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(server: Server, broker: Broker, how: str) -> None:
+    broker.limit("q", max_inflight=2)
+    broker.enqueue_many("q", [b"x"] * 5)
+    if how == "ack after a retry":
+        broker.nack(broker.claim("q")[0], delay=0.0)
+        broker.ack_many(broker.claim("q", 2))
+        broker.ack_many(broker.claim("q", 2))
+        broker.enqueue_many("q", [b"x"] * 5)
+    jobs = broker.claim("q", 2)
+    assert broker.claim("q").limited == "max_inflight"
+    server.cli("DEL", broker.settings.keys("q").marker)
+    if how == "nack":
+        broker.nack(jobs[0], delay=60.0)
+    elif how == "finish":
+        broker.finish("q", jobs)
+    elif how == "release":
+        broker.release(jobs[0])
+    elif how == "reap":
+        broker.extend(jobs[0], 0.1)
+        eventually(lambda: broker.reap("q"), "the end of the lease")
+    else:
+        broker.ack_many(jobs if how == "ack of two" else jobs[:1])
+    assert server.cli("EXISTS", broker.settings.keys("q").marker) == 1
+
+
 def test_wakes_chain_through_many_workers_without_a_herd(server: Server, broker: Broker) -> None:
     waiters = [Waiter(broker) for _ in range(20)]
     blocked(server, 20)
