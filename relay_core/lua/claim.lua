@@ -23,6 +23,29 @@ local found, levels, due = set[1], set[2] or '', tonumber(set[3] or nil)
 --@include layout
 if levels ~= named or set[4] or (due and due <= now) or resent == '1' then return levels end
 
+if want == 1 and not woken then
+  -- one job, without the tables that more of them need
+  for n = 1, #named do
+    local id = redis.call('LPOP', KEYS[FIRST_LIST + n])
+    if id then
+      local record = redis.call('HGET', jobs, id)
+      if not record or redis.call('HEXISTS', owners, id) == 1 then
+        redis.call('LPUSH', KEYS[FIRST_LIST + n], id)
+        return levels
+      end
+      local token = '1:' .. redis.call('HINCRBY', counters, 'claimed', 1) .. ':' .. nonce
+      local deadline = string.format('%.0f', now + lease_ms)
+      redis.call('HSET', owners, id, token .. ' 0 h')
+      redis.call('ZADD', leases, deadline, id)
+      if not due or now + lease_ms < due then
+        redis.call('HSET', config, 'due', deadline)
+        due = now + lease_ms
+      end
+      return {0, due - now, now, 0, 0, {}, levels, id, token, '0', record}
+    end
+  end
+end
+
 local ids
 for n = 1, #named do
   local got = redis.call('LPOP', KEYS[FIRST_LIST + n], ids and want - #ids or want)
