@@ -181,7 +181,14 @@ class SentinelTrio(Topology):
                 sentinel.start()
             sentinel.resume()
         self.wait_until_settled()
-        self.primary.cli("FLUSHALL")
+        # the next test may kill the primary at once: its replica must have seen that all is gone
+        client = self.primary.client()
+
+        def emptied_everywhere() -> bool:
+            client.flushall()
+            return bool(client.wait(self.replicas, 500) >= self.replicas)
+
+        eventually(emptied_everywhere, "the replicas are empty too")
 
 
 class Cluster(Topology):
