@@ -1,4 +1,4 @@
-"""`python -m benchmarks [processor] [memory] [depth] [wake-up] [idle] ...`: all of them without a name."""
+"""`python -m benchmarks [processor] [memory] [depth] [wake-up] [frameworks] [idle]`: all of them without a name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import engine, idle
+from benchmarks import engine, idle, peers
 
 
 def main(names: list[str]) -> int:
@@ -23,6 +23,7 @@ def main(names: list[str]) -> int:
             "memory": engine.memory,
             "depth": engine.depth,
             "wake-up": idle.wake_up,
+            "frameworks": lambda: peers.frameworks(Path(folder)),
             "idle": lambda: idle.idle_commands(Path(folder)),
         }
         if unknown := set(names) - known.keys():

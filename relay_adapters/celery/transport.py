@@ -47,13 +47,13 @@ class Watch:
         queues = self.channel.consumed
         if queues != self.queues and set(queues) != set(self.queues):
             self.close()
-        if not queues or not self.channel.qos.room():
-            return self.bell
+        if not queues:
+            return None
         if self.bell is None:
             settings = self.channel.broker.settings
             self.bell = self.channel.broker.store.bell([settings.keys(queue).marker for queue in queues])
             self.queues = queues
-        if not self.bell.armed:
+        if not self.bell.armed and self.channel.qos.room():
             self.bell.arm(self.channel.broker.settings.max_block)
         return self.bell
 
@@ -163,11 +163,14 @@ class Transport(virtual.Transport):
         """Before each wait of the loop: look, arm what has credit, and see to the next due time."""
         first: Watch | None = None
         for watch in list(self._watches.values()):
-            watch.look()
+            delivered = watch.look()
             if watch.channel.closed or watch.channel not in self._watches:
                 continue
             bell = watch.arm()
             self._read(watch, bell)
+            if delivered and bell is not None:
+                # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
+                bell.wake()
             if bell is not None and bell.armed and (first is None or watch.look_at < first.look_at):
                 first = watch
         if first is not None and first.bell is not None and first.look_at != self._timer_at:
