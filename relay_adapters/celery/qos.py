@@ -1,0 +1,32 @@
+"""Credit: how many messages a channel may hold."""
+
+from __future__ import annotations
+
+from kombu.transport import virtual
+
+BATCH = 50
+"""Most messages claimed at a time where the prefetch count sets no limit."""
+
+
+class QoS(virtual.QoS):
+    """Acks and rejects go to the store at once, from any thread, also after the channel was closed."""
+
+    # what is unacked lies in the store, and a channel that closes hands it back: see Channel.close
+    restore_at_shutdown = False
+
+    def ack(self, delivery_tag: str) -> None:
+        self.channel.settle(delivery_tag)
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self.channel.settle(delivery_tag, reject=True, requeue=requeue)
+        self._quick_ack(delivery_tag)
+
+    def room(self) -> int:
+        """How many messages may be claimed now. Celery replaces `can_consume` at run time: ask, never remember."""
+        if not self.can_consume():
+            return 0
+        if "can_consume" in vars(self):
+            return 1
+        most = self.can_consume_max_estimate()
+        return BATCH if most is None else min(BATCH, most)
