@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from relay_core import inspector, maintenance
 from relay_core.broker import BrokerBase, as_jobs, names
-from relay_core.commands import Command, Nack, QueueStats, Verdict
+from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import AsyncBell, AsyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Claimed, Enqueued, Job, State, StoredJob
@@ -202,6 +202,10 @@ class AsyncBroker(BrokerBase):
     async def queues(self) -> list[str]:
         """See Broker.queues."""
         return await self.drive(inspector.queues(self.operations))
+
+    async def workers(self) -> list[WorkerInfo]:
+        """See Broker.workers."""
+        return await self.drive(inspector.workers(self.operations))
 
     async def stats(self, queue: str) -> QueueStats:
         """See Broker.stats."""

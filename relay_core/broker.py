@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from relay_core import embedded, inspector, maintenance
-from relay_core.commands import Command, Nack, QueueStats, Verdict
+from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import Bell, SyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Claimed, Enqueued, Job, State, StoredJob
@@ -300,6 +300,10 @@ class Broker(BrokerBase):
     def queues(self) -> list[str]:
         """Names of the queues ever enqueued to."""
         return self.drive(inspector.queues(self.operations))
+
+    def workers(self) -> list[WorkerInfo]:
+        """The live worker processes of every face, by host and process id."""
+        return self.drive(inspector.workers(self.operations))
 
     def stats(self, queue: str) -> QueueStats:
         """Depths, settings and counters at one instant."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from relay_core import commands, keys
-from relay_core.commands import QueueStats
+from relay_core.commands import QueueStats, WorkerInfo
+from relay_core.commands.workers import PAGE as WORKERS_PAGE
 from relay_core.errors import InvalidArgument
 from relay_core.job import STATES, State, StoredJob
 from relay_core.operations import Flow, Operations, Raw
@@ -18,6 +19,20 @@ def queues(ops: Operations) -> Flow[list[str]]:
     """The names of the queues ever enqueued to, sorted."""
     found = yield Raw(("SMEMBERS", keys.registry(ops.settings.prefix)))
     return sorted(keys.decode_queue(name.decode()) for name in found)
+
+
+def workers(ops: Operations) -> Flow[list[WorkerInfo]]:
+    """The live workers, by host, process id and name."""
+    keys_of = keys.worker_keys(ops.settings.prefix)
+    found: dict[str, WorkerInfo | None] = {}
+    after = 0
+    while True:
+        page, after = yield commands.roster(keys_of, after)
+        known = len(found)
+        found.update(page)
+        if len(page) < WORKERS_PAGE or len(found) == known:
+            live = [info for info in found.values() if info is not None]
+            return sorted(live, key=lambda info: (info.host, info.pid, info.name))
 
 
 def stats(ops: Operations, queue: str) -> Flow[QueueStats]:

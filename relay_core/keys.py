@@ -126,6 +126,29 @@ def queue_keys(prefix: str, queue: str, partition: int = 0) -> QueueKeys:
     return QueueKeys(prefix, queue, partition)
 
 
+@dataclass(frozen=True)
+class WorkerKeys:
+    """The two keys of the live workers of a prefix. Their hash tag is no queue's: those have a colon."""
+
+    prefix: str
+
+    @cached_property
+    def alive(self) -> bytes:
+        """ZSET worker, score = unix ms until which it counts as alive."""
+        return f"{self.prefix}:{{workers}}:w".encode()
+
+    @cached_property
+    def about(self) -> bytes:
+        """HASH worker -> `<started, unix ms> <last beat, unix ms> <JSON>`."""
+        return f"{self.prefix}:{{workers}}:i".encode()
+
+
+@lru_cache(maxsize=64)
+def worker_keys(prefix: str) -> WorkerKeys:
+    """The keys of the live workers, built once per process."""
+    return WorkerKeys(prefix)
+
+
 def registry(prefix: str) -> bytes:
     """SET of the encoded names of the queues ever enqueued to."""
     return f"{prefix}:queues".encode()

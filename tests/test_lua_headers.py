@@ -14,7 +14,7 @@ import pytest
 from relay_core import commands, scripts
 from relay_core.commands import Ack, Command, Nack, NewJob
 from relay_core.job import NO_OPTIONS, Record
-from relay_core.keys import LAYOUT, QueueKeys
+from relay_core.keys import LAYOUT, QueueKeys, WorkerKeys
 from tests.servers import Server
 
 NAMES = scripts.names()
@@ -24,10 +24,11 @@ PARTS = sorted(
     if entry.name[-4:] == ".lua"
 )
 Q = QueueKeys("relay", "q")
+W = WorkerKeys("relay")
 
 # What may be refused when memory is full: what makes the store larger for good.
 REFUSED_UNDER_OOM = {"enqueue", "requeue"}
-READ_ONLY = {"list", "show", "stats"}
+READ_ONLY = {"list", "roster", "show", "stats"}
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "HKEYS", "HVALS"}
 # LREM and HGETALL walk a whole key: where that is paid is decided by name.
 COSTLY = {"LREM": {"cancel", "audit"}, "HGETALL": {"stats"}}
@@ -312,11 +313,14 @@ BUILD: dict[str, Build] = {
     "purge": lambda n: commands.purge(Q, "ready", 10),
     "configure": lambda n: commands.configure(Q, dict.fromkeys(ids(n), "1")),
     "audit": lambda n: commands.audit(Q, ids(n), repair=True),
+    "beat": lambda n: commands.beat(W, "a", {}, age_ms=0, alive_ms=1000),
+    "roster": lambda n: commands.roster(W),
 }
 WORDS = {"two": 2, "three": 3, "four": 4, "seven": 7}
 LETTERS = {
     "o": Q.owners, "j": Q.jobs, "l": Q.leases, "e": Q.errors, "u": Q.dedup, "t": Q.dedup_expiry, "f": Q.finished,
     "s": Q.counters, "m": Q.marker, "c": Q.config, "d": Q.delayed, "x": Q.dead,
+    "w": W.alive, "i": W.about,
     **{f"r{level}": key for level, key in enumerate(Q.ready)},
 }  # fmt: skip
 
@@ -360,13 +364,18 @@ def test_the_type_of_a_key_is_the_same_in_every_header_and_in_keys_py(name: str)
         if letter == "LIST":
             continue
         place = "ready" if letter[0] == "r" else next(p for p, key in _places().items() if key == LETTERS[letter])
-        doc = getattr(QueueKeys, place).func.__doc__
+        owner = WorkerKeys if letter in "wi" else QueueKeys
+        doc = getattr(owner, place).func.__doc__
         assert re.search(rf"\b{kind}\b", doc), f"{letter}: {doc}"
 
 
 def _places() -> dict[str, bytes]:
-    cached = [name for name in vars(QueueKeys) if name not in ("ready",) and hasattr(vars(QueueKeys)[name], "func")]
-    return {name: getattr(Q, name) for name in cached}
+    return {
+        name: getattr(keys, name)
+        for keys in (Q, W)
+        for name, value in vars(type(keys)).items()
+        if name != "ready" and hasattr(value, "func")
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -34,6 +34,7 @@ from relay_core.commands.upkeep import (
     show,
     stats,
 )
+from relay_core.commands.workers import WorkerInfo, beat, roster
 
 __all__ = [
     "Ack",
@@ -46,8 +47,10 @@ __all__ = [
     "NewJob",
     "QueueStats",
     "Verdict",
+    "WorkerInfo",
     "ack",
     "audit",
+    "beat",
     "cancel",
     "claim",
     "configure",
@@ -61,6 +64,7 @@ __all__ = [
     "reap",
     "release",
     "requeue",
+    "roster",
     "show",
     "stats",
 ]

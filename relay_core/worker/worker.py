@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import socket
 import threading
 import time
 from collections import deque
@@ -19,6 +17,7 @@ from relay_core.commands import Nack
 from relay_core.connection import Bell
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Job
+from relay_core.presence import Load, Presence, worker_name
 from relay_core.validation import seconds, whole
 from relay_core.worker.held import Heartbeat, Held
 from relay_core.worker.outcome import Outcome, Reject, Retry
@@ -80,7 +79,7 @@ class Worker:
         self.grace = seconds("grace", grace)
         self.prefetch = None if prefetch is None else whole("prefetch", prefetch, least=0, most=10_000)
         self.processed = 0
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(3).hex()}"
+        self.name = worker_name()
         self._handler = handler
         self._metrics = _metrics_server(metrics_addr, broker, self.queues) if metrics_addr else None
         self._held = Held()
@@ -100,6 +99,9 @@ class Worker:
         Signal handlers are installed only on the main thread.
         """
         heartbeat = Heartbeat(self.broker, self._held)
+        presence = Presence(
+            self.broker, "worker", lambda: Load(self.queues, self.concurrency, len(self._held)), self.name
+        )
         with self._signals():
             pool: Pool = (LoopPool if is_async(self._handler) else ThreadPool)(
                 self._handler, self.concurrency, self._held, self._done
@@ -109,6 +111,7 @@ class Worker:
             if self._metrics:
                 self._metrics.start()
             heartbeat.start()
+            presence.start()
             self.broker.plugins.notify(
                 "relay_worker_started", worker=self.name, queues=self.queues, concurrency=self.concurrency
             )
@@ -119,6 +122,7 @@ class Worker:
                 pool.close()
                 heartbeat.stop()
                 self._release(started=True)
+                presence.stop()
                 self.broker.plugins.notify(
                     "relay_worker_stopped", worker=self.name, queues=self.queues, processed=self.processed
                 )
