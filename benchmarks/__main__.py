@@ -1,4 +1,4 @@
-"""`python -m benchmarks [processor] [memory] [depth] [wake-up] [frameworks] [idle]`: all of them without a name."""
+"""`python -m benchmarks [NAME...]`: all of them without a name, see `known`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import engine, idle, peers
+from benchmarks import celery_speed, engine, idle, peers
 
 
 def main(names: list[str]) -> int:
@@ -24,6 +24,8 @@ def main(names: list[str]) -> int:
             "depth": engine.depth,
             "wake-up": idle.wake_up,
             "frameworks": lambda: peers.frameworks(Path(folder)),
+            "celery": lambda: celery_speed.celery(Path(folder)),
+            "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
             "idle": lambda: idle.idle_commands(Path(folder)),
         }
         if unknown := set(names) - known.keys():

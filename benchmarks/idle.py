@@ -12,12 +12,14 @@ from rich.table import Table
 
 from benchmarks.servers import FLAVOURS, private
 from relay_core import Broker
+from tests.servers import Server
 
 WORKERS = 16
 
 _CLAIMER = """
 import sys, time
 from relay_core import Broker
+from tests.servers import Server
 broker = Broker(sys.argv[1])
 print("up", flush=True)
 while True:
@@ -58,6 +60,25 @@ def wake_up(rounds: int = 400) -> Table:
     return table
 
 
+def commands_within(server: Server, seconds: float) -> int:
+    """Watch the server for so long: how many commands clients sent, connecting and our own PINGs left out."""
+    sent = 0
+    client = server.client()
+    with client.monitor() as monitor:  # type: ignore[no-untyped-call]
+        end = time.monotonic() + seconds
+        # a PING of our own ends each wait for the next line
+        while time.monotonic() < end:
+            client.ping()
+            for line in monitor.listen():
+                if line["command"] == "PING":
+                    break
+                # what scripts call inside the server was not sent by anybody
+                sent += line["client_type"] != "lua" and not line["command"].startswith(("CLIENT", "HELLO"))
+            time.sleep(0.05)
+    client.close()
+    return sent
+
+
 def idle_commands(folder: Path, seconds: float = 20.0) -> Table:
     """Commands per second of one idle `relay worker` process."""
     table = Table(title=f"Commands of an idle worker process ({seconds:.0f} s)")
@@ -73,18 +94,7 @@ def idle_commands(folder: Path, seconds: float = 20.0) -> Table:
             )
             while broker.stats("bench").pending:
                 time.sleep(0.05)
-            sent = 0
-            with server.client().monitor() as monitor:  # type: ignore[no-untyped-call]
-                end = time.monotonic() + seconds
-                # a PING of our own ends each wait for the next line
-                while time.monotonic() < end:
-                    server.client().ping()
-                    for line in monitor.listen():
-                        if line["command"] == "PING":
-                            break
-                        # what scripts call inside the server was not sent by anybody
-                        sent += line["client_type"] != "lua" and not line["command"].startswith(("CLIENT", "HELLO"))
-                    time.sleep(0.05)
+            sent = commands_within(server, seconds)
             worker.terminate()
             worker.wait(timeout=30)
             table.add_row(flavour, f"{sent / seconds:.2f}", "1.00")

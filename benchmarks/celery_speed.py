@@ -1,0 +1,165 @@
+"""Celery with its stock Redis transport and with relay: the same app, task, server and flags, in turn.
+
+`send` is `noop.delay()` in a loop. `run` is a backlog being worked off: from the first task's start to the last one's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.idle import commands_within
+from benchmarks.servers import cpu_seconds
+from tests.servers import Server
+
+JOBS = 4000
+ROUNDS = 3
+KINDS = ("stock", "relay")
+
+_APP = """
+import os
+from celery import Celery
+
+app = Celery("bench_app", broker=os.environ["BROKER"])
+app.conf.task_ignore_result = True
+app.conf.broker_connection_retry_on_startup = True
+done = os.open(os.environ["DONE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+@app.task
+def noop(i):
+    os.write(done, b".")
+
+if __name__ == "__main__":
+    import time
+    jobs = int(os.environ["JOBS"])
+    noop.delay(0)
+    began = time.perf_counter()
+    for i in range(jobs - 1):
+        noop.delay(i)
+    print((time.perf_counter() - began) / (jobs - 1))
+"""
+
+POOLS: Mapping[str, tuple[list[str], float]] = {
+    "solo": (["-P", "solo"], 5.0),
+    "prefork 1": (["-P", "prefork", "-c", "1"], 2.4),
+    "prefork 2": (["-P", "prefork", "-c", "2"], 1.0),
+    "prefork 8": (["-P", "prefork", "-c", "8"], 1.0),
+}
+"""Pool -> flags of the worker, and how many times faster than stock it is meant to be."""
+
+_SENDING, _CPU_SHARE, _IDLE = 1.8, 0.40, 2.0
+
+
+def _url(server: Server, kind: str) -> str:
+    return server.url if kind == "relay" else f"redis://127.0.0.1:{server.port}/0"
+
+
+def _environment(folder: Path, server: Server, kind: str) -> dict[str, str]:
+    own = {"BROKER": _url(server, kind), "JOBS": str(JOBS), "DONE": str(folder / "done"), "PYTHONPATH": str(folder)}
+    return {**os.environ, **own}
+
+
+@contextmanager
+def _worker(folder: Path, environment: dict[str, str], flags: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "celery", "-A", "bench_app", "worker", "-l", "WARNING", *flags]
+    with open(folder / "worker.log", "ab") as log:
+        worker = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield worker
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        try:
+            worker.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
+            raise
+
+
+def _round(folder: Path, server: Server, kind: str, flags: list[str]) -> tuple[float, float, float]:
+    """Per task, in µs: to send, to run, and processor time of the server for both."""
+    server.cli("FLUSHALL")
+    done = folder / "done"
+    done.unlink(missing_ok=True)
+    environment = _environment(folder, server, kind)
+    client = server.client()
+    before = cpu_seconds(client)
+    sent = subprocess.run(
+        [sys.executable, "bench_app.py"], env=environment, cwd=folder, capture_output=True, check=True, text=True
+    )
+    first = last = 0.0
+    with _worker(folder, environment, flags) as worker:
+        deadline = time.monotonic() + 120
+        while not last:
+            now, count = time.monotonic(), done.stat().st_size
+            if now > deadline or worker.poll() is not None:
+                log = (folder / "worker.log").read_text()[-2000:]
+                raise RuntimeError(f"{' '.join(flags)} on {kind} ran {count} of {JOBS} tasks\n{log}")
+            first = first or (now if count else 0.0)
+            last = now if count >= JOBS else 0.0
+            time.sleep(0.002)
+        used = cpu_seconds(client) - before
+    client.close()
+    return float(sent.stdout) * 1e6, (last - first) / JOBS * 1e6, used / JOBS * 1e6
+
+
+def _median(rounds: list[tuple[float, ...]]) -> list[float]:
+    return [statistics.median(one) for one in zip(*rounds, strict=True)]
+
+
+def celery(folder: Path) -> Table:
+    """Medians of rounds in turn, how many times faster relay is, and what was aimed at."""
+    (folder / "bench_app.py").write_text(_APP)
+    table = Table(title=f"Celery, a no-op task ({JOBS} tasks, medians of {ROUNDS} rounds in turn, one Redis server)")
+    for column in ("measure", "stock", "relay", "stock / relay", "target"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    sending: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with Server("redis", tcp=True) as server:
+        for name, (flags, target) in POOLS.items():
+            found: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS}
+            for _ in range(ROUNDS):
+                for kind in KINDS:
+                    found[kind].append(_round(folder, server, kind, flags))
+                    sending[kind].append(found[kind][-1][0])
+            (_, stock, stock_cpu), (_, relay, relay_cpu) = _median(found["stock"]), _median(found["relay"])
+            table.add_row(f"{name}: run, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {target:g}")
+            table.add_row(
+                f"{name}: server CPU, µs", f"{stock_cpu:.0f}", f"{relay_cpu:.0f}", f"{stock_cpu / relay_cpu:.2f}",
+                f"≥ {1 / _CPU_SHARE:g}",
+            )  # fmt: skip
+    stock, relay = (statistics.median(sending[kind]) for kind in KINDS)
+    table.add_row("send, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {_SENDING:g}")
+    return table
+
+
+def celery_idle(folder: Path, seconds: float = 20.0) -> Table:
+    """Commands per second of one idle worker with all its defaults: gossip, heartbeat events, remote control."""
+    (folder / "bench_app.py").write_text(_APP)
+    table = Table(title=f"Commands per second of an idle Celery worker, prefork ({seconds:.0f} s)")
+    for column in ("stock", "relay", "target"):
+        table.add_column(column, justify="right")
+    rates: dict[str, float] = {}
+    with Server("redis", tcp=True) as server:
+        for kind in KINDS:
+            server.cli("FLUSHALL")
+            environment = _environment(folder, server, kind)
+            (folder / "done").unlink(missing_ok=True)
+            with _worker(folder, environment, ["-c", "1"]):
+                subprocess.run(
+                    [sys.executable, "bench_app.py"], env={**environment, "JOBS": "2"}, cwd=folder, check=True,
+                    capture_output=True,
+                )  # fmt: skip
+                while (folder / "done").stat().st_size < 2:
+                    time.sleep(0.05)
+                time.sleep(3.0)  # what the first task left to do is not idling
+                rates[kind] = commands_within(server, seconds) / seconds
+    table.add_row(f"{rates['stock']:.2f}", f"{rates['relay']:.2f}", f"≤ {_IDLE:g}")
+    return table
