@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from relay_core import inspector, maintenance
+from relay_core import adoption, inspector, maintenance
 from relay_core.broker import BrokerBase, as_jobs, names
 from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import AsyncBell, AsyncStore
 from relay_core.errors import RelayError, Unavailable
-from relay_core.job import Claimed, Enqueued, Job, State, StoredJob
+from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
 from relay_core.operations import Flow, Raw, Step, Wait
 from relay_core.validation import JobSpec
@@ -102,6 +102,10 @@ class AsyncBroker(BrokerBase):
     async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """See Broker.enqueue_many."""
         return await self.drive(self.operations.enqueue_many(queue, jobs))
+
+    async def adopt(self, arrivals: Sequence[Arrival]) -> list[bool]:
+        """See Broker.adopt."""
+        return await self.drive(adoption.adopt(self.operations, arrivals))
 
     async def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
         """See Broker.claim."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from relay_core import embedded, inspector, maintenance
+from relay_core import adoption, embedded, inspector, maintenance
 from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import Bell, SyncStore
 from relay_core.errors import RelayError, Unavailable
-from relay_core.job import Claimed, Enqueued, Job, State, StoredJob
+from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
 from relay_core.operations import Flow, Operations, Raw, Settings, Step, Wait
 from relay_core.plugins import Plugins
@@ -197,6 +197,10 @@ class Broker(BrokerBase):
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """Store many jobs in few round trips. All are checked before the first is sent."""
         return self.drive(self.operations.enqueue_many(queue, jobs))
+
+    def adopt(self, arrivals: Sequence[Arrival]) -> list[bool]:
+        """Take in jobs of another queue system, each in its state and with its times: True for each that is new."""
+        return self.drive(adoption.adopt(self.operations, arrivals))
 
     def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
         """Lease up to `count` jobs of these queues, asked in their order; wait for the first up to `wait` seconds.

@@ -13,6 +13,7 @@ from relay_core.errors import InvalidRecord
 
 State = Literal["ready", "delayed", "inflight", "dead"]
 STATES: tuple[State, ...] = ("ready", "delayed", "inflight", "dead")
+ArrivalState = Literal["ready", "delayed", "dead"]
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as it counts
 
@@ -183,6 +184,32 @@ class StoredJob:
     error: str | None = None
     failed_at: float | None = None
     options: Options = NO_OPTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A job of another system on its way into relay.
+
+    :ivar id: 1 to 128 printable ASCII characters, the same whenever the job is read again, so that it is stored once
+    :ivar payload: as relay's own adapter would have enqueued it
+    :ivar at: unix seconds at which a delayed one is due (past: ready at once) or a dead one died
+    :ivar created_at: unix seconds; None for now
+    :ivar priority: 0 to 9, 9 first
+    :ivar headers: small texts that travel with it
+    :ivar reason: why a dead one died, one word
+    :ivar error: what a dead one failed of
+    """
+
+    queue: str
+    id: str
+    payload: bytes
+    state: ArrivalState = "ready"
+    at: float = 0.0
+    created_at: float | None = None
+    priority: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    reason: str = "failed"
+    error: str = ""
 
 
 class Claimed(list[Job]):

@@ -124,12 +124,11 @@ class Operations:
     def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes]) -> Flow[list[Enqueued]]:
         """All are checked before the first is sent."""
         checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
-        placed = [self._place(queue, spec) for spec in checked]
+        placed = [self.place(queue, spec) for spec in checked]
         answers: list[Enqueued | None] = [None] * len(placed)
         batches = self._batches(placed)
         for name in {placed[batch[0]][0] for batch in batches} - self._registered:
-            yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(name)))
-            self._registered.add(name)
+            yield from self.register(name)
         built = [
             commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch])
             for batch in batches
@@ -151,7 +150,14 @@ class Operations:
         answers = yield from self.enqueue_many(queue, (spec,))
         return answers[0]
 
-    def _place(self, queue: str, spec: JobSpec) -> tuple[str, NewJob]:
+    def register(self, queue: str) -> Flow[None]:
+        """Put a queue among those that people are shown, once per process."""
+        if queue not in self._registered:
+            yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
+            self._registered.add(queue)
+
+    def place(self, queue: str, spec: JobSpec) -> tuple[str, NewJob]:
+        """The queue that a job goes to, and the job as it is stored, as the plugins make it."""
         payload = payload_bytes(spec.payload)
         self.settings.keys(queue)
         queue = self.plugins.route(queue, payload, spec.headers or {})

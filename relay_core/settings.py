@@ -330,6 +330,7 @@ class StoreSettings:
     :ivar ssl: further `ssl_*` arguments of redis-py's SSL connections, e.g. `ssl_min_version`; they win
         over the URL
     :ivar client_name: what CLIENT LIST shows. Default None
+    :ivar any_server: take a server as it is, also one that is not fit to keep jobs: to read from it. Default False
     """
 
     socket_timeout: float = 5.0
@@ -341,6 +342,7 @@ class StoreSettings:
     credential_provider: Callable[[], Credentials] | None = field(default=None, repr=False)
     ssl: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     client_name: str | None = None
+    any_server: bool = False
 
     def __post_init__(self) -> None:
         for name in ("socket_timeout", "connect_timeout", "durability_timeout"):

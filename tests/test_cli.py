@@ -12,7 +12,9 @@ import pytest
 
 from relay_core import Broker, hookimpl
 from relay_core.cli.app import COMMANDS, relay
+from relay_core.job import Arrival
 from relay_core.keys import LAYOUT
+from relay_core.migration import Found, Migration, SourceStore
 from relay_core.plugins import Plugins
 from tests.command_line import Cli
 from tests.servers import AclServer, Server, free_port
@@ -61,7 +63,8 @@ def test_every_command_that_answers_has_json_of_one_document(cli: Cli, broker: B
     assert answers["job show one -q mail"]["payload"] == "hello"
     assert answers["queue limit mail --rate 5"]["limits"] == {"rate": 5.0, "burst": 5.0, "max_inflight": None}
     named = {line.split()[0] for line in answers}
-    assert named == COMMANDS.keys() - {"worker", "demo"}, "worker and demo are tested in processes of their own"
+    elsewhere = {"worker", "demo", "migrate"}
+    assert named == COMMANDS.keys() - elsewhere, "these are tested in processes of their own"
 
 
 def test_json_is_taken_before_and_after_the_command(cli: Cli, broker: Broker) -> None:
@@ -202,6 +205,24 @@ class Greeter:
             click.echo("hello from a plugin")
 
         group.add_command(greet, "stats")
+        group.add_command(Migration("elsewhere", Elsewhere, "Move what is elsewhere."))
+
+
+class Elsewhere:
+    """A queue system with one job that can be moved and one that cannot."""
+
+    def __init__(self, store: SourceStore) -> None:
+        self.store = store
+
+    def found(self) -> list[Found]:
+        return [Found("mail", "ready", 1)]
+
+    def batches(self) -> Iterator[list[Arrival]]:
+        yield [Arrival("mail", "one", b"x")]
+        self.store.raw("SET", "moved", "yes")
+
+    def left(self) -> list[Found]:
+        return [Found("mail", "ready", 1, "it is nailed down")]
 
 
 def test_plugins_add_commands_and_cannot_replace_built_in_ones(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +232,30 @@ def test_plugins_add_commands_and_cannot_replace_built_in_ones(cli: Cli, monkeyp
     assert cli.run("greet").stdout == "hello from a plugin\n"
     assert "Say hello." in cli.run("--help").stdout
     assert "hello" not in cli.run("stats").stdout
+
+
+def test_a_migration_of_a_plugin_is_a_command_under_migrate(
+    cli: Cli, broker: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_core.plugins.Plugins", lambda: Plugins([Greeter()], installed=False))
+    monkeypatch.setattr(relay, "_extras", None)
+    assert "elsewhere" in cli.run("migrate", "--help").stdout
+    assert "elsewhere" not in cli.run("--help").stdout
+    origin = server.url.replace("relay+unix", "unix")
+    told = cli.run("migrate", "elsewhere", "--from", origin, "--dry-run", code=1)
+    assert "1 job would be migrated" in told.stdout
+    assert broker.stats("mail").ready == 0
+    told = cli.run("migrate", "elsewhere", "--from", origin, code=1)
+    assert "1 job migrated" in told.stdout
+    assert "1 job of queue 'mail' left: it is nailed down" in told.stderr
+    assert [job.id for job in broker.claim("mail")] == ["one"]
+    assert server.cli("GET", "moved") == b"yes"
+    found = {"queue": "mail", "state": "ready", "count": 1}
+    assert cli.json("migrate", "elsewhere", "--from", origin, code=1) == {
+        "dry_run": False, "found": [found], "migrated": 1, "left": [found | {"note": "it is nailed down"}],
+    }  # fmt: skip
+    assert cli.run("migrate", "elsewhere", "--from", "relay://127.0.0.1:1/0", "--timeout", "0", code=3)
+    assert "no host" in cli.run("migrate", "elsewhere", "--from", "redis://", code=2).stderr
 
 
 # --- what lies in the store

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from relay_core import commands, scripts
-from relay_core.commands import Ack, Command, Nack, NewJob
+from relay_core.commands import Ack, Adopted, Command, Nack, NewJob
 from relay_core.job import NO_OPTIONS, Record
 from relay_core.keys import LAYOUT, QueueKeys, WorkerKeys
 from tests.servers import Server
@@ -27,7 +27,7 @@ Q = QueueKeys("relay", "q")
 W = WorkerKeys("relay")
 
 # What may be refused when memory is full: what makes the store larger for good.
-REFUSED_UNDER_OOM = {"enqueue", "requeue"}
+REFUSED_UNDER_OOM = {"adopt", "enqueue", "requeue"}
 READ_ONLY = {"list", "roster", "show", "stats"}
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "HKEYS", "HVALS"}
 # LREM and HGETALL walk a whole key: where that is paid is decided by name.
@@ -312,6 +312,7 @@ BUILD: dict[str, Build] = {
     "cancel": lambda n: commands.cancel(Q, ids(n)),
     "purge": lambda n: commands.purge(Q, "ready", 10),
     "configure": lambda n: commands.configure(Q, dict.fromkeys(ids(n), "1")),
+    "adopt": lambda n: commands.adopt(Q, [Adopted(id, "ready", 0, "", "", "", RECORD) for id in ids(n)]),
     "audit": lambda n: commands.audit(Q, ids(n), repair=True),
     "beat": lambda n: commands.beat(W, "a", {}, age_ms=0, alive_ms=1000),
     "roster": lambda n: commands.roster(W),

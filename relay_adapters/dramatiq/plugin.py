@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
 
 from relay_core.hooks import hookimpl
 from relay_core.job import Job, JobSummary, StoredJob
+
+if TYPE_CHECKING:
+    from relay_core.migration import Source, SourceStore
 
 ADAPTER = "dramatiq"
 HEADER = "relay_adapter"
@@ -43,3 +47,38 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return JobSummary(name="(a message that is not JSON)")
+
+
+@hookimpl
+def relay_register_commands(group: Any) -> None:
+    """`relay migrate dramatiq-redis`."""
+    import click
+
+    from relay_core.migration import Migration
+
+    params = [
+        click.Option(
+            ["--namespace"], default="dramatiq", show_default=True, help="The RedisBroker's: what its keys begin with."
+        ),
+        click.Option(
+            ["--heartbeat-timeout"],
+            type=click.IntRange(0),
+            default=60_000,
+            show_default=True,
+            metavar="MS",
+            help="The RedisBroker's: a worker that was silent for longer is gone, and what it held is moved.",
+        ),
+        click.Option(
+            ["--app"],
+            metavar="MODULE",
+            help="Imported first: where you set the encoder, if your messages are not JSON.",
+        ),
+    ]
+    help = "Move the messages of Dramatiq's RedisBroker: queued, delayed and dead ones, and what dead workers held."
+    group.add_command(Migration("dramatiq-redis", _open_redis, help, params))
+
+
+def _open_redis(store: SourceStore, **options: Any) -> Source:
+    from relay_adapters.dramatiq.redis_source import RedisSource
+
+    return RedisSource(store, **options)

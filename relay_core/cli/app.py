@@ -11,6 +11,7 @@ import click
 from relay_core.cli.output import emit
 from relay_core.cli.session import Group, Session, shared_options
 from relay_core.errors import EmbeddedError, InvalidArgument, PluginError, RelayError, Unavailable
+from relay_core.migration import Migration
 
 FAILED, BAD_INPUT, UNREACHABLE = 1, 2, 3
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "queue": ("relay_core.cli.queues:queue", "List, pause, resume, purge and limit queues."),
     "job": ("relay_core.cli.jobs:job", "List, show, enqueue and cancel jobs."),
     "dlq": ("relay_core.cli.dlq:dlq", "List, show, requeue and purge dead jobs."),
+    "migrate": ("relay_core.cli.migrate:migrate", "Move the jobs of another queue system into relay."),
     "audit": ("relay_core.cli.audit:audit", "Find jobs that are in no state or in two, and mend them."),
     "doctor": ("relay_core.cli.doctor:doctor", "Is the server fit to keep jobs?"),
     "server": ("relay_core.cli.server:server", "Start, stop and look at the embedded server."),
@@ -50,7 +52,13 @@ class Relay(click.Group):
 
             self._extras = Group("plugins")
             Plugins().register_commands(self._extras)
-        return dict(self._extras.commands)
+        return {name: added for name, added in self._extras.commands.items() if not isinstance(added, Migration)}
+
+    def migrations(self) -> dict[str, Migration]:
+        """Those that plugins know; they are under `relay migrate`."""
+        self._added()
+        assert self._extras is not None
+        return {name: added for name, added in self._extras.commands.items() if isinstance(added, Migration)}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         try:

@@ -24,7 +24,9 @@ from relay_core.commands.moves import (
     release,
 )
 from relay_core.commands.upkeep import (
+    Adopted,
     QueueStats,
+    adopt,
     audit,
     cancel,
     configure,
@@ -38,6 +40,7 @@ from relay_core.commands.workers import WorkerInfo, beat, roster
 
 __all__ = [
     "Ack",
+    "Adopted",
     "ClaimReply",
     "Command",
     "Finish",
@@ -49,6 +52,7 @@ __all__ = [
     "Verdict",
     "WorkerInfo",
     "ack",
+    "adopt",
     "audit",
     "beat",
     "cancel",

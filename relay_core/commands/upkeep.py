@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from relay_core import scripts
 from relay_core.commands.command import Command
@@ -141,6 +141,35 @@ def requeue(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
     """Dead jobs become ready again: True per id that was dead."""
     keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.marker, *q.ready)
     return Command(scripts.load("requeue"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
+
+
+class Adopted(NamedTuple):
+    """A job of another system to take in.
+
+    `at_ms`: unix milliseconds at which a delayed one is due or a dead one died. `created_ms`: unix milliseconds as
+    text, or "" for now. `record`: Record.pack.
+    """
+
+    id: str
+    state: str
+    at_ms: int
+    created_ms: str
+    reason: str
+    error: str
+    record: bytes
+
+
+def adopt(q: QueueKeys, jobs: Sequence[Adopted]) -> Command[list[bool]]:
+    """Take in up to 200 jobs, each in its state: True per job, False for one that is here or was done lately."""
+    keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dead, q.errors, q.finished, *q.ready)
+    args = tuple(arg for job in jobs for arg in job)
+    return Command(
+        scripts.load("adopt"),
+        keys,
+        (LAYOUT, *args),
+        lambda reply, _resent: [bool(one) for one in reply],
+        durable=True,
+    )
 
 
 def cancel(q: QueueKeys, ids: Sequence[str]) -> Command[list[State | None]]:

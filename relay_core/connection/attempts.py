@@ -48,6 +48,7 @@ class Policy:
         :ivar confirm: the command that asks for the confirmation of what was just written; None for none
         """
         self.retry_for = settings.retry_for
+        self.any_server = settings.any_server
         self.durability: Durability = parse_durability(settings.durability)
         self.timeout = settings.durability_timeout
         wait_ms = max(1, round(settings.durability_timeout * 1000))
@@ -275,7 +276,7 @@ def _look_at_all(router: Router, policy: Policy) -> Flow[RelayError | None]:
 
 def _look_at(address: Address, router: Router, policy: Policy) -> Flow[Judgement | None]:
     """Find out once whether a server is fit. None if it is."""
-    if address in router.checked:
+    if policy.any_server or address in router.checked:
         return None
     outcome: Outcome = yield Exchange(address, [fitness.QUESTION])
     if outcome.failure is not None:

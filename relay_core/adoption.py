@@ -1,0 +1,51 @@
+"""Taking in jobs of another queue system, as a flow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import groupby
+
+from relay_core import commands
+from relay_core.commands import Adopted
+from relay_core.commands.moves import MAX_BATCH
+from relay_core.errors import InvalidArgument
+from relay_core.job import Arrival
+from relay_core.operations import Flow, Operations, error_text
+from relay_core.validation import JobSpec
+
+
+def adopt(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:
+    """Store jobs in their states, with their times: True for each that is new here.
+
+    Plugins route and encode them as any others. All are checked before the first is sent. The order within a queue
+    is kept.
+    """
+    placed = [_place(ops, arrival) for arrival in arrivals]
+    fresh = [False] * len(placed)
+    order = sorted(range(len(placed)), key=lambda i: placed[i][0])
+    for queue, indices in groupby(order, key=lambda i: placed[i][0]):
+        mine = list(indices)
+        yield from ops.register(queue)
+        for at in range(0, len(mine), MAX_BATCH):
+            batch = mine[at : at + MAX_BATCH]
+            answers = yield commands.adopt(ops.settings.keys(queue), [placed[i][1] for i in batch])
+            for i, new in zip(batch, answers, strict=True):
+                fresh[i] = new
+                if new and arrivals[i].state != "dead":
+                    delay = max(0.0, arrivals[i].at - time.time()) if arrivals[i].state == "delayed" else 0.0
+                    ops.plugins.notify("relay_job_enqueued", queue=queue, id=arrivals[i].id, delay=delay)
+    return fresh
+
+
+def _place(ops: Operations, arrival: Arrival) -> tuple[str, Adopted]:
+    if arrival.state not in ("ready", "delayed", "dead"):
+        raise InvalidArgument(f"job {arrival.id}: state must be ready, delayed or dead, got {arrival.state!r}")
+    spec = JobSpec(
+        arrival.payload, id=arrival.id, at=arrival.at, priority=arrival.priority, headers=arrival.headers or None
+    )
+    queue, job = ops.place(arrival.queue, spec)
+    created = "" if arrival.created_at is None else str(max(0, round(arrival.created_at * 1000)))
+    reason = "_".join(error_text(arrival.reason).split()) or "failed"
+    at_ms = int(job.due.lstrip("@") or 0)
+    return queue, Adopted(job.id, arrival.state, at_ms, created, reason, error_text(arrival.error), job.record)

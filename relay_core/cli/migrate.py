@@ -1,0 +1,116 @@
+"""`relay migrate`: the jobs of other queue systems, moved into relay by what the adapters know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from relay_core.cli.output import emit, plural, printable, progress, table
+from relay_core.cli.session import TIMEOUT, Group, Session, shared_options
+from relay_core.connection import SyncStore
+from relay_core.migration import Found, Migration, Source
+from relay_core.settings import StoreSettings, StoreUrl, parse_url
+
+_LARGEST = 512 * 2**20
+"""Bytes of a payload that is moved: whatever the other system took, which is what a server can keep."""
+
+_OTHER_NAMES = {"unix": "redis+unix", "redis+socket": "redis+unix"}
+"""How redis-py and Celery call a server on a unix socket."""
+
+
+def source_url(text: str) -> StoreUrl:
+    """Where the jobs are now, as the other system names it."""
+    scheme, separator, rest = text.partition("://")
+    return parse_url(f"{_OTHER_NAMES.get(scheme, scheme)}{separator}{rest.replace('virtual_host=', 'db=')}")
+
+
+class Migrations(Group):
+    """One command per migration that a plugin knows."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_known())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        migration = _known().get(cmd_name)
+        return None if migration is None else _command(migration)
+
+
+@click.group(cls=Migrations)
+def migrate() -> None:
+    """Move the jobs of another queue system into relay.
+
+    Each job is stored here before it is taken away there, under the same id whenever it is read, so a migration may be
+    stopped or killed at any point and started again: no job is lost. Stop the other system's workers first; its
+    producers may go on, and the migration is repeated until nothing is left.
+    """
+
+
+def _known() -> dict[str, Migration]:
+    from relay_core.cli.app import relay
+
+    return relay.migrations()
+
+
+def _command(migration: Migration) -> click.Command:
+    origin = click.Option(
+        ["--from", "origin"], required=True, metavar="URL", help="The server that the jobs are on, e.g. redis://host/0."
+    )
+    dry_run = click.Option(["--dry-run"], is_flag=True, help="Say what would be moved, and change nothing.")
+
+    def run(origin: str, dry_run: bool, **options: Any) -> None:
+        context = click.get_current_context()
+        session = context.ensure_object(Session)
+        timeout = TIMEOUT if session.timeout is None else session.timeout
+        settings = StoreSettings(retry_for=timeout, client_name="relay-migrate", any_server=True)
+        store = SyncStore(source_url(origin), settings)
+        context.call_on_close(store.close)
+        left = _run(session, migration.open(store, **options), dry_run)
+        if left:
+            context.exit(1)
+
+    params = [origin, *migration.params, dry_run, *shared_options()]
+    return click.Command(migration.name, callback=run, help=migration.help, params=params)
+
+
+def _run(session: Session, source: Source, dry_run: bool) -> int:
+    """Move all there is, and answer; the number of jobs that stay where they are."""
+    found = list(source.found())
+    done = 0
+    if not dry_run:
+        broker = session.open(max_payload=_LARGEST)
+        with progress("migrated", sum(one.count for one in found)) as note:
+            for batch in source.batches():
+                broker.adopt(batch)
+                done += len(batch)
+                note(len(batch))
+    left = [one for one in source.left() if one.count]
+    remaining = sum(one.count for one in left)
+    if session.json:
+        document = {
+            "dry_run": dry_run,
+            "found": [_document(one) for one in found],
+            "migrated": done,
+            "left": [_document(one) | {"note": one.note} for one in left],
+        }
+        emit(session, document)
+        return remaining
+    _show(found)
+    total = sum(one.count for one in found)
+    click.echo(f"{plural(total, 'job')} would be migrated." if dry_run else f"{plural(done, 'job')} migrated.")
+    for one in left:
+        click.echo(
+            f"{plural(one.count, 'job')} of queue {printable(one.queue)!r} left: {printable(one.note)}", err=True
+        )
+    return remaining
+
+
+def _document(one: Found) -> dict[str, Any]:
+    return {"queue": one.queue, "state": one.state, "count": one.count}
+
+
+def _show(found: Iterable[Found]) -> None:
+    rows = [(one.queue, one.state, str(one.count)) for one in found if one.count]
+    if rows:
+        table(("queue", "state", "jobs"), rows, right=("jobs",))
