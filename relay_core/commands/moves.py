@@ -182,7 +182,12 @@ def claim(
     """
 
     def parse(reply: Any, resent: bool) -> ClaimReply | LongWay:
-        return LongWay(reply.decode(), resent) if isinstance(reply, bytes) else _claim_reply(reply)
+        if isinstance(reply, bytes):
+            return LongWay(reply.decode(), resent)
+        if len(reply) == 5:
+            hint, now, id, token, record = reply
+            return ClaimReply((Grant(id.decode(), token.decode(), 0, record),), None, hint, now, 0, 0, (), levels)
+        return _claim_reply(reply)
 
     lists = [q.ready[int(level)] for level in levels]
     keys = (q.config, q.jobs, q.counters, q.marker, q.leases, q.owners, *lists)

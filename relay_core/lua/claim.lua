@@ -10,7 +10,8 @@
 -- ARGV[1] layout version | ARGV[2] the levels that the caller knows to be in use, highest first, a digit each
 -- ARGV[3] 1 when an earlier send may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
 -- ARGV[7] max deliveries of jobs that name none | ARGV[8] 1 when the caller took the wake marker
--- returns {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does, or
+-- returns {hint ms, now, id, token, record}: one job of a claim for one, delivered for the first time; or
+--   {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does; or
 --   levels, a text: nothing was done, take the long way, which is finish
 -- moves: ready -> inflight | cost O(count log inflight)
 local config, jobs, counters, marker, leases, owners = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -29,19 +30,20 @@ if want == 1 and not woken then
     local id = redis.call('LPOP', KEYS[FIRST_LIST + n])
     if id then
       local record = redis.call('HGET', jobs, id)
-      if not record or redis.call('HEXISTS', owners, id) == 1 then
+      local token = string.format('1:%d:%s', redis.call('HINCRBY', counters, 'claimed', 1), nonce)
+      if not record or redis.call('HSETNX', owners, id, token .. ' 0 h') == 0 then
+        -- claimed before, perhaps one delivery over its bound: it goes back, the long way looks closer
+        redis.call('HINCRBY', counters, 'claimed', -1)
         redis.call('LPUSH', KEYS[FIRST_LIST + n], id)
         return levels
       end
-      local token = '1:' .. redis.call('HINCRBY', counters, 'claimed', 1) .. ':' .. nonce
-      local deadline = string.format('%.0f', now + lease_ms)
-      redis.call('HSET', owners, id, token .. ' 0 h')
+      local deadline = string.format('%d', now + lease_ms)
       redis.call('ZADD', leases, deadline, id)
       if not due or now + lease_ms < due then
         redis.call('HSET', config, 'due', deadline)
         due = now + lease_ms
       end
-      return {0, due - now, now, 0, 0, {}, levels, id, token, '0', record}
+      return {due - now, now, id, token, record}
     end
   end
 end

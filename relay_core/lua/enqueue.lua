@@ -27,7 +27,7 @@ local found, levels = set[1], set[2] or ''
 
 if #args == 7 and args[5] == '' and args[6] == '' and not resent and string.find(levels, named, 1, true) then
   -- one plain job, the commonest call, without the tables that the others need
-  if redis.call('HSETNX', jobs, args[4], now .. ' ' .. args[7]) == 0 then
+  if redis.call('HSETNX', jobs, args[4], string.format('%d ', now) .. args[7]) == 0 then
     redis.call('HSET', config, 'v', layout) -- a write to wait for, as at the end
     return {now, 0}
   end
