@@ -49,7 +49,7 @@ def list_jobs(ops: Operations, queue: str, state: State, skip: int, limit: int) 
     while len(found) < limit:
         size = min(PAGE, limit - len(found))
         page = yield commands.list_jobs(ops.settings.keys(queue), state, skip + len(found), size)
-        found += [_readable(ops, job) for job in page]
+        found += [readable(ops, job) for job in page]
         if len(page) < size:
             break
     return found
@@ -59,11 +59,11 @@ def show(ops: Operations, queue: str, ids: Sequence[str]) -> Flow[list[StoredJob
     found: list[StoredJob | None] = []
     for at in range(0, len(ids), PAGE):
         page = yield commands.show(ops.settings.keys(queue), ids[at : at + PAGE])
-        found += [job and _readable(ops, job) for job in page]
+        found += [job and readable(ops, job) for job in page]
     return found
 
 
-def _readable(ops: Operations, job: StoredJob) -> StoredJob:
+def readable(ops: Operations, job: StoredJob) -> StoredJob:
     """The job with its payload decoded by the plugins, or as it is stored where that fails."""
     if not ops.plugins.wants("relay_decode_payload"):
         return job

@@ -169,6 +169,8 @@ class StoredJob:
     :ivar due_at: when a delayed job becomes ready; when the lease of an inflight job ends
     :ivar reason: why a dead job died: `max_retries`, `max_deliveries`, `rejected`, `undecodable`, ...
     :ivar error: what the last failed delivery reported, at most 4 KiB
+    :ivar token: of the last claim, `<delivery>:<fence>:<nonce>`; None before the first
+    :ivar held: True while the job is leased to the claim of that token
     """
 
     id: str
@@ -184,6 +186,8 @@ class StoredJob:
     error: str | None = None
     failed_at: float | None = None
     options: Options = NO_OPTIONS
+    token: str | None = None
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

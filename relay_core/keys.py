@@ -119,6 +119,11 @@ class QueueKeys:
         """LIST of the ids that were acked last, so that a re-sent enqueue or ack is recognised."""
         return self._key("f")
 
+    @cached_property
+    def bulk(self) -> bytes:
+        """HASH what a bulk command does -> how far it came; only while one runs, or after one was killed."""
+        return self._key("b")
+
 
 @lru_cache(maxsize=4096)
 def queue_keys(prefix: str, queue: str, partition: int = 0) -> QueueKeys:

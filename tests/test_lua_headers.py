@@ -28,7 +28,7 @@ W = WorkerKeys("relay")
 
 # What may be refused when memory is full: what makes the store larger for good.
 REFUSED_UNDER_OOM = {"adopt", "enqueue", "requeue"}
-READ_ONLY = {"list", "roster", "show", "stats"}
+READ_ONLY = {"list", "roster", "scan", "show", "stats"}
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "HKEYS", "HVALS"}
 # LREM and HGETALL walk a whole key: where that is paid is decided by name.
 COSTLY = {"LREM": {"cancel", "audit"}, "HGETALL": {"stats"}}
@@ -309,6 +309,8 @@ BUILD: dict[str, Build] = {
     "list": lambda n: commands.list_jobs(Q, "ready", 0, 10),
     "show": lambda n: commands.show(Q, ids(n)),
     "requeue": lambda n: commands.requeue(Q, ids(n)),
+    "scan": lambda n: commands.scan(Q, (0, ""), 1, 10, records=True),
+    "drop": lambda n: commands.drop(Q, ids(n)),
     "cancel": lambda n: commands.cancel(Q, ids(n)),
     "purge": lambda n: commands.purge(Q, "ready", 10),
     "configure": lambda n: commands.configure(Q, dict.fromkeys(ids(n), "1")),

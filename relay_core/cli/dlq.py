@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
+from typing import Any
 
 import click
 
-from relay_core.cli.jobview import find
+from relay_core import commands
+from relay_core.cli import values
 from relay_core.cli.output import emit, plural, progress
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
+from relay_core.cli.sift import Filter, Run, Tally, pages
 from relay_core.errors import InvalidArgument
+from relay_core.job import JobSummary, StoredJob
 
 _BATCH = 200
 
 _QUEUE = click.option("--queue", "-q", required=True, help="The queue's name.")
-_TASK = click.option("--task", metavar="NAME", help="Only jobs of this task, as their framework names it.")
-_ERROR = click.option("--error", metavar="TEXT", help="Only jobs whose reason or error holds this text.")
 _ALL = click.option("--all", "every", is_flag=True, help="All dead jobs, or all that the filters pick.")
+_LIMIT = click.option("--limit", type=click.IntRange(1), help="At most so many of them, the longest dead first.")
+_RESUME = click.option("--resume", is_flag=True, help="Go on where a run with the same filters was killed.")
+
+
+def _filtered(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `--queue` and the filters, and hand them to it as one Filter."""
+
+    @wraps(function)
+    def command(
+        *args: Any, queue: str, task: str | None, error: str | None, since: values.Since | None, **options: Any
+    ) -> None:
+        function(*args, pick=Filter(queue, task, error, since), **options)
+
+    texts = (
+        click.option("--since", type=values.since, metavar="TIME", help="Only jobs that died since: 2h, or ISO 8601."),
+        click.option("--error", metavar="TEXT", help="Only jobs whose reason or error holds this text."),
+        click.option("--task", metavar="NAME", help="Only jobs of this task, as their framework names it."),
+        _QUEUE,
+    )
+    for option in texts:
+        command = option(command)
+    return command
 
 
 @click.group(cls=Group)
@@ -27,14 +51,18 @@ def dlq() -> None:
 
 
 @dlq.command("ls")
-@_QUEUE
+@_filtered
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="At most so many jobs.")
-@_TASK
-@_ERROR
 @pass_session
-def ls(session: Session, queue: str, limit: int, task: str | None, error: str | None) -> None:
+def ls(session: Session, pick: Filter, limit: int) -> None:
     """List dead jobs, the longest dead first."""
-    list_jobs(session, queue, ("dead",), limit, task, error)
+    list_jobs(session, pick.queue, ("dead",), limit, _dead(session, pick), errors=pick.error is not None)
+
+
+def _dead(session: Session, pick: Filter) -> Iterator[tuple[StoredJob, JobSummary | None]]:
+    now = session.broker.stats(pick.queue).now
+    for page in pages(session.broker, pick, pick.start(now), now, records=True):
+        yield from ((job, summary) for job, summary, _point in page.jobs)
 
 
 @dlq.command("show")
@@ -49,49 +77,44 @@ def show(session: Session, id: str, queue: str, raw: bool) -> None:
 
 @dlq.command("requeue")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
-@_QUEUE
+@_filtered
 @_ALL
-@click.option("--limit", type=click.IntRange(1), help="At most so many of them, the longest dead first.")
-@_TASK
-@_ERROR
-@click.option("--dry-run", is_flag=True, help="Say how many would be requeued, and change nothing.")
+@_LIMIT
+@_RESUME
+@may_destroy("requeued")
 @pass_session
 @click.pass_context
 def requeue(
     ctx: click.Context,
     session: Session,
     ids: tuple[str, ...],
-    queue: str,
+    pick: Filter,
     every: bool,
     limit: int | None,
-    task: str | None,
-    error: str | None,
+    resume: bool,
+    yes: bool,
     dry_run: bool,
 ) -> None:
     """Make dead jobs ready again: those with these IDs, those that a filter picks, or --all.
 
-    Their retries and deliveries count anew. Exit code 1 when a job that was named is not dead.
+    Their retries and deliveries count anew. It never asks; --yes is for scripts that give it to every command. Exit
+    code 1 when a job that was named is not dead.
     """
-    chosen = _choose(session, ids, queue, every, limit, task, error)
-    if chosen is None:
-        dead = session.broker.stats(queue).dead
-        done = dead if limit is None else min(limit, dead)
-        if not dry_run:
-            with progress("requeued", done) as note:
-                done = session.broker.requeue(queue, None, limit, note)
-    elif dry_run:
-        done = len(_dead_of(session, queue, chosen))
-    else:
-        done = _in_batches(chosen, "requeued", lambda batch: session.broker.requeue(queue, batch))
-    _answer(ctx, session, queue, "requeued", done, len(chosen or ()) if ids else 0, dry_run)
+    _check(ids, pick, every, limit, resume)
+    if ids:
+        _named(ctx, session, pick.queue, ids, "requeued", dry_run)
+        return
+    run = Run(session.broker, "requeued", pick, resume=resume)
+    tally = Tally(run.count(limit)) if dry_run else _bulk(session, pick.queue, run, "requeued", limit)
+    _answer(ctx, session, pick.queue, "requeued", tally, 0, dry_run)
 
 
 @dlq.command("purge")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
-@_QUEUE
+@_filtered
 @_ALL
-@_TASK
-@_ERROR
+@_LIMIT
+@_RESUME
 @may_destroy("dropped")
 @pass_session
 @click.pass_context
@@ -99,10 +122,10 @@ def purge(
     ctx: click.Context,
     session: Session,
     ids: tuple[str, ...],
-    queue: str,
+    pick: Filter,
     every: bool,
-    task: str | None,
-    error: str | None,
+    limit: int | None,
+    resume: bool,
     yes: bool,
     dry_run: bool,
 ) -> None:
@@ -110,38 +133,43 @@ def purge(
 
     Exit code 1 when a job that was named is not dead.
     """
-    chosen = _choose(session, ids, queue, every, None, task, error)
-    found = None if chosen is None else _dead_of(session, queue, chosen)
-    done = session.broker.stats(queue).dead if found is None else len(found)
-    if done and not dry_run:
-        confirm(f"Drop {plural(done, 'dead job')} of queue {queue!r} for good?", yes=yes)
-        if found is None:
-            with progress("purged", done) as note:
-                done = session.broker.purge(queue, ("dead",), note)
-        else:
-            done = _in_batches(found, "purged", lambda batch: _drop(session, queue, batch))
-    _answer(ctx, session, queue, "purged", done, len(chosen or ()) if ids else 0, dry_run)
-
-
-def _choose(
-    session: Session,
-    ids: Sequence[str],
-    queue: str,
-    every: bool,
-    limit: int | None,
-    task: str | None,
-    error: str | None,
-) -> list[str] | None:
-    """The ids to work on, None for all dead ones. Raises InvalidArgument when it is not clear which are meant."""
-    filtered = task is not None or error is not None
-    if bool(ids) == (every or filtered):
-        raise InvalidArgument("which dead jobs? give either their IDs, or --all, or a filter (--task, --error)")
+    _check(ids, pick, every, limit, resume)
+    queue = pick.queue
     if ids:
-        return list(dict.fromkeys(ids))[:limit]
-    if not filtered:
-        return None
-    found = find(session.broker, queue, "dead", task=task, error=error)
-    return [job.id for job, _summary in islice(found, limit)]
+        found = _dead_of(session, queue, ids)
+        if found and not dry_run:
+            confirm(f"Drop {plural(len(found), 'dead job')} of queue {queue!r} for good?", yes=yes)
+        _named(ctx, session, queue, ids, "purged", dry_run)
+        return
+    run = Run(session.broker, "purged", pick, resume=resume)
+    tally = Tally() if yes and not dry_run else Tally(run.count(limit))
+    if not dry_run and (yes or tally.done):
+        confirm(f"Drop {plural(tally.done, 'dead job')} of queue {queue!r} for good?", yes=yes)
+        tally = _bulk(session, queue, run, "purged", limit)
+    _answer(ctx, session, queue, "purged", tally, 0, dry_run)
+
+
+def _check(ids: Sequence[str], pick: Filter, every: bool, limit: int | None, resume: bool) -> None:
+    """Raises InvalidArgument when it is not clear which jobs are meant."""
+    if bool(ids) == (every or pick.picks):
+        raise InvalidArgument("which dead jobs? give either IDs, or --all, or a filter (--task, --error, --since)")
+    if ids and (limit is not None or resume):
+        raise InvalidArgument("--limit and --resume go with --all or a filter, not with IDs")
+
+
+def _move(session: Session, queue: str, verb: str, ids: Sequence[str]) -> int:
+    """Requeue or drop those of at most 200 jobs that are still dead: how many."""
+    build = commands.requeue if verb == "requeued" else commands.drop
+    answers: list[bool] = session.broker.store.run(build(session.broker.settings.keys(queue), ids))
+    return sum(answers)
+
+
+def _bulk(session: Session, queue: str, run: Run, verb: str, limit: int | None) -> Tally:
+    try:
+        return run.carry_out(partial(_move, session, queue, verb), limit, partial(progress, "looked at"))
+    except BaseException:
+        click.echo(f"Stopped: {run.tally.done} {verb}; the same command with --resume goes on from here.", err=True)
+        raise
 
 
 def _dead_of(session: Session, queue: str, ids: Sequence[str]) -> list[str]:
@@ -149,28 +177,33 @@ def _dead_of(session: Session, queue: str, ids: Sequence[str]) -> list[str]:
     return [id for id in ids if (job := session.broker.show(queue, id)) is not None and job.state == "dead"]
 
 
-def _drop(session: Session, queue: str, ids: Sequence[str]) -> int:
-    """Drop jobs by id. One that somebody requeued in this very moment is dropped too; one that runs is not."""
-    return sum(state not in (None, "inflight") for state in session.broker.cancel_many(queue, ids))
-
-
-def _in_batches(ids: Sequence[str], verb: str, work: Callable[[Sequence[str]], int]) -> int:
-    done = 0
-    with progress(verb, len(ids)) as note:
-        for at in range(0, len(ids), _BATCH):
-            batch = ids[at : at + _BATCH]
-            done += work(batch)
-            note(len(batch))
-    return done
-
-
-def _answer(ctx: click.Context, session: Session, queue: str, verb: str, done: int, named: int, dry_run: bool) -> None:
-    """Say what was done; exit with 1 when jobs were named that are not dead."""
-    missing = max(0, named - done)
-    if session.json:
-        emit(session, {"queue": queue, "dry_run": dry_run, verb: done, "not_dead": missing})
+def _named(ctx: click.Context, session: Session, queue: str, ids: Sequence[str], verb: str, dry_run: bool) -> None:
+    """Requeue or drop the jobs with these ids."""
+    ids = list(dict.fromkeys(ids))
+    if dry_run:
+        done = len(_dead_of(session, queue, ids))
     else:
-        click.echo(f"{plural(done, 'dead job')} of queue {queue!r} {'would be ' if dry_run else ''}{verb}.")
+        done = 0
+        with progress(verb, len(ids)) as note:
+            for at in range(0, len(ids), _BATCH):
+                batch = ids[at : at + _BATCH]
+                done += _move(session, queue, verb, batch)
+                note(len(batch))
+    _answer(ctx, session, queue, verb, Tally(done), len(ids), dry_run)
+
+
+def _answer(
+    ctx: click.Context, session: Session, queue: str, verb: str, tally: Tally, named: int, dry_run: bool
+) -> None:
+    """Say what was done; exit with 1 when jobs were named that are not dead."""
+    missing = max(0, named - tally.done)
+    if session.json:
+        counts = {verb: tally.done, "before": tally.before, "looked_at": tally.looked_at, "not_dead": missing}
+        emit(session, {"queue": queue, "dry_run": dry_run, **counts})
+    else:
+        earlier = f", {tally.before} before" if tally.before else ""
+        would = "would be " if dry_run else ""
+        click.echo(f"{plural(tally.done, 'dead job')} of queue {queue!r} {would}{verb}{earlier}.")
         if missing:
             click.echo(f"{missing} of the named ones not {verb}: not dead, or not there.", err=True)
     if missing:

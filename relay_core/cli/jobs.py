@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 import click
 
 from relay_core.cli import values
+from relay_core.cli.jobview import find
 from relay_core.cli.output import emit, plural, printable
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
@@ -31,7 +33,8 @@ def job() -> None:
 def ls(session: Session, queue: str, state: tuple[str, ...], limit: int, task: str | None, error: str | None) -> None:
     """List jobs: ready ones in the order of claims, the others by time."""
     states = cast("Sequence[State]", state or STATES)
-    list_jobs(session, queue, states, limit, task, error)
+    found = chain.from_iterable(find(session.broker, queue, one, task=task, error=error) for one in states)
+    list_jobs(session, queue, states, limit, found, errors=error is not None)
 
 
 @job.command("show")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 
 import click
 
-from relay_core.cli.jobview import document, find, summary_document, text_of, what
-from relay_core.cli.output import age, emit, moment, plural, printable, shortened, table
+from relay_core import commands
+from relay_core.broker import Broker
+from relay_core.cli import history
+from relay_core.cli.jobview import document, summary_document, text_of, what
+from relay_core.cli.output import age, emit, plural, printable, shortened, table
 from relay_core.cli.session import Session
 from relay_core.errors import JobNotFound
 from relay_core.job import JobSummary, State, StoredJob
@@ -19,30 +24,37 @@ _SHOWN = 4000
 
 
 def list_jobs(
-    session: Session, queue: str, states: Sequence[State], limit: int, task: str | None, error: str | None
+    session: Session,
+    queue: str,
+    states: Sequence[State],
+    limit: int,
+    found: Iterator[tuple[StoredJob, JobSummary | None]],
+    *,
+    errors: bool,
 ) -> None:
-    """Print the first `limit` jobs of these states."""
-    broker = session.broker
-    found = chain.from_iterable(find(broker, queue, state, task=task, error=error) for state in states)
-    jobs = list(islice(found, limit + 1))
-    more = len(jobs) > limit
-    del jobs[limit:]
+    """Print the first `limit` of the jobs found. Payloads are let go one by one.
+
+    :param states: those that were looked at
+    :param errors: show what failed, if anything did
+    """
+    now = session.broker.stats(queue).now
+    first = islice(found, limit)
     if session.json:
-        emit(
-            session,
-            {"queue": queue, "jobs": [document(job, summary, payload=False) for job, summary in jobs], "more": more},
-        )
+        rows = [document(job, summary, payload=False) for job, summary in first]
+        emit(session, {"queue": queue, "jobs": rows, "more": next(found, None) is not None})
         return
-    if not jobs:
+    failed = False
+    cells = []
+    for job, summary in first:
+        failed = failed or bool(job.error)
+        cells.append(_cells(job, summary, now))
+    if not cells:
         click.echo(f"No such jobs in queue {queue!r}.")
         return
-    now = broker.stats(queue).now
     # in a list of all states there is no room for errors, which mostly are those of dead jobs
-    failures = (error is not None or len(states) == 1) and any(job.error for job, _summary in jobs)
-    columns = _columns(states, failures)
-    rows = (_cells(job, summary, now) for job, summary in jobs)
-    table(columns, ([cells[column] for column in columns] for cells in rows), right=("pri", "age", "tries"))
-    if more:
+    columns = _columns(states, failed and (errors or len(states) == 1))
+    table(columns, ([row[column] for column in columns] for row in cells), right=("pri", "age", "tries"))
+    if next(found, None) is not None:
         click.echo(f"There are more: raise --limit ({limit}).", err=True)
 
 
@@ -83,26 +95,63 @@ def show_job(session: Session, queue: str, id: str, *, raw: bool, dead: bool = F
     :param raw: write the bytes of the payload and nothing else
     :param dead: only if it is dead
     """
-    job = session.broker.show(queue, id)
-    if job is None or (dead and job.state != "dead"):
-        where = f"is {job.state}, not dead" if job else "is not there: it was never stored, or it is done"
+    broker = session.broker
+    (stored,) = broker.store.run(commands.show(broker.settings.keys(queue), [id]))
+    if stored is None or (dead and stored.state != "dead"):
+        where = f"is {stored.state}, not dead" if stored else "is not there: it was never stored, or it is done"
         raise JobNotFound(f"job {id} in queue {queue!r} {where}; look with `relay job ls --queue {queue}`")
+    job, problem = _decoded(broker, stored)
     if raw:
         sys.stdout.buffer.write(job.payload)
         sys.stdout.buffer.flush()
         return
-    summary = session.broker.plugins.describe(job)
+    summary = broker.plugins.describe(job)
     if session.json:
-        emit(session, document(job, summary, payload=True))
+        more = {"payload_error": problem, "history": history.document(job)}
+        emit(session, document(job, summary, payload=True) | more)
         return
     for name, value in _facts(job, summary):
         click.echo(f"{name:<12}{printable(value)}")
-    text = text_of(job.payload)
-    click.echo(f"{'payload':<12}{plural(len(job.payload), 'byte')}" + ("" if text is not None else ", not text"))
-    click.echo()
-    click.echo(printable(text[:_SHOWN], lines=True) if text is not None else job.payload[: _SHOWN // 4].hex(" "))
-    if len(job.payload) > (_SHOWN if text is not None else _SHOWN // 4):
+    _history(broker, job)
+    _payload(job.payload, problem)
+
+
+def _decoded(broker: Broker, job: StoredJob) -> tuple[StoredJob, str | None]:
+    """The job with its payload decoded by the plugins; else as it is stored, and why."""
+    try:
+        return replace(job, payload=broker.plugins.decode(job.payload, job.queue)), None
+    except Exception as error:  # of a plugin; somebody may be looking for just this
+        return job, repr(error)
+
+
+def _history(broker: Broker, job: StoredJob) -> None:
+    click.echo("\nHistory")
+    for line in history.lines(job, broker.stats(job.queue).now):
+        click.echo(f"  {printable(line)}")
+    click.echo(f"  ({history.NOT_KEPT})")
+
+
+def _payload(payload: bytes, problem: str | None) -> None:
+    text = text_of(payload)
+    pretty = None if text is None else _pretty(text)
+    kind = "not text" if text is None else "text" if pretty is None else "JSON"
+    click.echo(f"\nPayload: {plural(len(payload), 'byte')}, {kind}")
+    if problem is not None:
+        click.echo(f"It is shown as it is stored, for a plugin could not decode it: {printable(problem)}", err=True)
+    shown = payload[: _SHOWN // 4].hex(" ") if text is None else pretty or text
+    click.echo(printable(shown[:_SHOWN], lines=True))
+    if len(shown) > _SHOWN or (text is None and len(payload) > _SHOWN // 4):
         click.echo("The payload goes on: --raw writes all of it.", err=True)
+
+
+def _pretty(text: str) -> str | None:
+    """JSON objects and arrays with line breaks and indents; None for what is neither."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    try:
+        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _facts(job: StoredJob, summary: JobSummary | None) -> list[tuple[str, str]]:
@@ -114,20 +163,10 @@ def _facts(job: StoredJob, summary: JobSummary | None) -> list[tuple[str, str]]:
         order = ("task", "args", "kwargs", "eta")
         facts += [(name, str(told[name])) for name in order if told[name]]
         facts += [(name, str(value)) for name, value in extra.items()]
-    facts += [
-        ("priority", "-" if job.priority is None else str(job.priority)),
-        ("created", moment(job.created_at)),
-        ("deliveries", str(job.deliveries)),
-        ("retries", str(job.retries)),
-    ]
-    if job.due_at is not None:
-        facts.append(("due" if job.state == "delayed" else "lease ends", moment(job.due_at)))
+    facts.append(("priority", "-" if job.priority is None else str(job.priority)))
     if job.options.dedup_key is not None:
         facts.append(("dedup key", job.options.dedup_key))
     limits = (("max retries", job.options.max_retries), ("max deliv.", job.options.max_deliveries))
     facts += [(name, str(value)) for name, value in limits if value is not None]
     facts += [("header", f"{name}={value}") for name, value in job.options.headers.items()]
-    if job.failed_at is not None:
-        facts.append(("failed", moment(job.failed_at)))
-    facts += [(name, value) for name, value in (("reason", job.reason), ("error", job.error)) if value]
     return facts

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -48,6 +49,41 @@ def moment(value: str | float) -> float:
     except (ValueError, OverflowError, OSError):
         raise click.BadParameter(
             f"{value!r} is no time; write unix seconds or ISO 8601 such as 2030-01-31T09:00+01:00"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """A point in time as it was typed: so long ago, or a moment of its own."""
+
+    text: str
+    ago: float | None
+    at: float
+
+    def unix(self, now: float) -> float:
+        """Unix seconds. Never below 0.
+
+        :param now: of the server
+        """
+        return max(0.0, self.at if self.ago is None else now - self.ago)
+
+
+def since(value: str | Since) -> Since:
+    """A duration (`2h`: two hours ago), or a moment (ISO 8601, or unix seconds from 10^9 on)."""
+    if isinstance(value, Since):
+        return value
+    try:
+        ago = duration(value)
+    except click.BadParameter:
+        pass
+    else:
+        if ago < 1e9:
+            return Since(value, ago, 0.0)
+    try:
+        return Since(value, None, moment(value))
+    except click.BadParameter:
+        raise click.BadParameter(
+            f"{value!r} is neither a duration such as 30m, 2h, 7d nor a time such as 2030-01-31T09:00+01:00"
         ) from None
 
 

@@ -30,9 +30,11 @@ from relay_core.commands.upkeep import (
     audit,
     cancel,
     configure,
+    drop,
     list_jobs,
     purge,
     requeue,
+    scan,
     show,
     stats,
 )
@@ -58,6 +60,7 @@ __all__ = [
     "cancel",
     "claim",
     "configure",
+    "drop",
     "enqueue",
     "extend",
     "finish",
@@ -69,6 +72,7 @@ __all__ = [
     "release",
     "requeue",
     "roster",
+    "scan",
     "show",
     "stats",
 ]

@@ -12,6 +12,9 @@ from relay_core.errors import InvalidRecord
 from relay_core.job import NO_OPTIONS, Record, State, StoredJob
 from relay_core.keys import LAYOUT, LEVELS, QueueKeys
 
+PAGE_BYTES = 4 * 2**20
+"""Bytes of records after which a page of `scan` ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
@@ -110,6 +113,8 @@ def _stored_job(
         error=error or None,
         failed_at=int(failed_at) / 1000 if failed_at else None,
         options=options,
+        token=token or None,
+        held=rest.endswith(" h"),
     )
 
 
@@ -170,6 +175,33 @@ def adopt(q: QueueKeys, jobs: Sequence[Adopted]) -> Command[list[bool]]:
         lambda reply, _resent: [bool(one) for one in reply],
         durable=True,
     )
+
+
+def scan(
+    q: QueueKeys, point: tuple[int, str], until_ms: int, limit: int, *, records: bool, most_bytes: int = PAGE_BYTES
+) -> Command[tuple[int, list[tuple[StoredJob, int]]]]:
+    """Dead jobs after a point, each with its time of death in ms, and how many there are from there on.
+
+    At most `limit` (1..200), and no more than `most_bytes` of records or one job; an empty page is the end.
+
+    :param point: unix ms and id, which need not be there: the page begins after it
+    :param until_ms: unix ms of the last death to return
+    :param records: with the records; without, the jobs have neither payload nor options
+    """
+
+    def parse(reply: Sequence[Any], _resent: bool) -> tuple[int, list[tuple[StoredJob, int]]]:
+        rows = [reply[i : i + 6] for i in range(1, len(reply), 6)]
+        return reply[0], [(_stored_job(q, *row), int(row[2])) for row in rows]
+
+    keys = (q.config, q.jobs, q.dead, q.owners, q.errors)
+    args = (LAYOUT, point[0], point[1], until_ms, limit, most_bytes, int(records))
+    return Command(scripts.load("scan"), keys, args, parse)
+
+
+def drop(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
+    """Dead jobs leave the store: True per id that was dead."""
+    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters)
+    return Command(scripts.load("drop"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
 
 
 def cancel(q: QueueKeys, ids: Sequence[str]) -> Command[list[State | None]]:
