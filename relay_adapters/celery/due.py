@@ -1,0 +1,66 @@
+"""When a message may run: its `eta`, which the store waits for, so that no worker has to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, MutableMapping
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+_AFTER = 0.05
+"""Seconds after its end at which an expired task is handed out, so that any worker's clock agrees that it has."""
+
+
+def wait_of(message: Mapping[str, Any]) -> float:
+    """Seconds that a task must wait, by this process's clock: a producer with a wrong clock wrote its eta by it too.
+
+    A task that expires before it is due is handed out when it expires, so that its worker can revoke it. A naive
+    time means the worker's time zone, which is its business: 0.
+    """
+    headers = message.get("headers") or {}
+    eta, expires = headers.get("eta"), headers.get("expires")
+    if eta is None and "task" not in headers:
+        eta, expires = _of_protocol_1(message)
+    due = _timestamp(eta)
+    if due is None:
+        return 0.0
+    ends = _timestamp(expires)
+    if ends is not None and ends < due:
+        due = ends + _AFTER
+    return max(0.0, due - time.time())
+
+
+def run_now(headers: MutableMapping[str, Any]) -> None:
+    """The store says that a task is due. A worker whose clock is late must not hold it back by the eta."""
+    due, now = _timestamp(headers.get("eta")), time.time()
+    if due is not None and due > now:
+        headers["eta"] = datetime.fromtimestamp(now, timezone.utc).isoformat()
+
+
+def _of_protocol_1(message: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`eta` and `expires` of protocol 1, which has them in the body."""
+    body = message.get("body")
+    if message.get("content-type") != "application/json" or not body or '"eta"' not in _text(body):
+        return None, None
+    try:
+        task = json.loads(body)
+    except ValueError:
+        return None, None
+    return (task.get("eta"), task.get("expires")) if isinstance(task, dict) else (None, None)
+
+
+def _text(body: Any) -> str:
+    return body if isinstance(body, str) else bytes(body).decode("utf-8", "replace")
+
+
+def _timestamp(when: Any) -> float | None:
+    """Unix seconds of an ISO text or datetime with a time zone; else None."""
+    if isinstance(when, str):
+        try:
+            when = datetime.fromisoformat(when.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if not isinstance(when, datetime) or when.utcoffset() is None:
+        return None
+    return (when - datetime(1970, 1, 1, tzinfo=timezone.utc)) / timedelta(seconds=1)

@@ -1,0 +1,54 @@
+"""A message as it lies in a job's payload: one line of JSON, and the body's bytes behind it as they are.
+
+kombu's virtual transports put the body into the JSON, in base64. Here it is neither encoded nor parsed on its way,
+and what relay's tools read of a task, its headers, is the first line.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from kombu.utils.json import JSONEncoder, object_hook
+
+_encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_decode = json.JSONDecoder().decode
+_PRIVATE = ("delivery_tag", "body_encoding")
+
+
+def pack(message: Mapping[str, Any]) -> bytes:
+    """The payload of a message as kombu's virtual channels prepare it. A body in base64 is decoded first."""
+    body, properties = message.get("body") or b"", message["properties"]
+    encoding = properties.get("body_encoding")
+    if encoding is not None or "delivery_tag" in properties:
+        properties = {name: value for name, value in properties.items() if name not in _PRIVATE}
+        if encoding == "base64":
+            body = base64.b64decode(body)
+    head = _encode(
+        {
+            "content-type": message.get("content-type"),
+            "content-encoding": message.get("content-encoding"),
+            "headers": message.get("headers"),
+            "properties": properties,
+        }
+    )
+    return head.encode() + b"\n" + (body.encode() if isinstance(body, str) else bytes(body))
+
+
+def head_of(payload: bytes) -> dict[str, Any]:
+    """All but the body. Raises ValueError for what is no message."""
+    line = payload.partition(b"\n")[0].decode()
+    # values of Python types that JSON lacks are marked, and rare
+    head = json.loads(line, object_hook=object_hook) if '"__type__"' in line else _decode(line)
+    if not isinstance(head, dict) or not isinstance(head.get("properties"), dict):
+        raise ValueError("its first line is not the JSON of a message's headers and properties")
+    return head
+
+
+def unpack(payload: bytes) -> MutableMapping[str, Any]:
+    """The message, with its body as bytes. Raises ValueError for what is no message."""
+    head = head_of(payload)
+    head["body"] = payload[payload.find(b"\n") + 1 :] if b"\n" in payload else b""
+    return head
