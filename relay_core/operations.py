@@ -121,8 +121,11 @@ class Operations:
 
     # enqueue
 
-    def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes]) -> Flow[list[Enqueued]]:
-        """All are checked before the first is sent."""
+    def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes], again: bool = False) -> Flow[list[Enqueued]]:
+        """All are checked before the first is sent.
+
+        :param again: an earlier call may have stored jobs of these ids: such a job is no duplicate, done or not
+        """
         checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
         placed = [self.place(queue, spec) for spec in checked]
         answers: list[Enqueued | None] = [None] * len(placed)
@@ -130,7 +133,7 @@ class Operations:
         for name in {placed[batch[0]][0] for batch in batches} - self._registered:
             yield from self.register(name)
         built = [
-            commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch])
+            commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch], again=again)
             for batch in batches
         ]
         failed: RelayError | None = None
@@ -146,8 +149,8 @@ class Operations:
             raise failed
         return [answer for answer in answers if answer is not None]
 
-    def enqueue(self, queue: str, spec: JobSpec) -> Flow[Enqueued]:
-        answers = yield from self.enqueue_many(queue, (spec,))
+    def enqueue(self, queue: str, spec: JobSpec, again: bool = False) -> Flow[Enqueued]:
+        answers = yield from self.enqueue_many(queue, (spec,), again)
         return answers[0]
 
     def register(self, queue: str) -> Flow[None]:

@@ -8,15 +8,19 @@ from itertools import count
 from queue import Empty
 from typing import Any
 
-from kombu.utils.json import loads
-
+from relay_adapters.celery import due
 from relay_adapters.celery.declaring import Declaring
+from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.settling import Settling
 from relay_core import Job
+from relay_core.errors import RelayError
 
 logger = logging.getLogger("relay.celery")
 
 _tags = count(1)
+
+Delivery = tuple[Any, str]
+"""A message as kombu's channels take it, and the queue that it came from."""
 
 
 class Consuming(Settling, Declaring):
@@ -43,15 +47,37 @@ class Consuming(Settling, Declaring):
         """The queues that this channel consumes from."""
         return tuple(dict.fromkeys(self._active_queues))
 
-    def claim(self, woken: bool) -> tuple[list[tuple[Any, str]], float | None]:
-        """Claim what there is credit for: (raw message, queue) pairs, and seconds until the next look makes sense."""
-        queues, room = self.consumed, self.qos.room()
-        if not queues or not room:
-            return [], None
-        # turn about, so that no queue starves the others
-        self._active_queues.append(self._active_queues.pop(0))
-        jobs = self.broker.drive(self.broker.operations.claim(queues, room, 0.0, woken))
-        return [(raw, job.queue) for job in jobs if (raw := self._received(job)) is not None], jobs.retry_after
+    def claim(self, room: int, woken: bool) -> tuple[list[Delivery], float | None]:
+        """Claim up to `room` messages, and send the acks that are pending in the same round trip.
+
+        Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell.
+        """
+        queues = self.consumed
+        if len(queues) > 1:
+            # turn about, so that no queue starves the others
+            self._active_queues.append(self._active_queues.pop(0))
+        found: list[Delivery] = []
+        again: float | None = None
+        for queue in queues:
+            jobs = self._claim_one(queue, room - len(found), woken)
+            found += [(raw, job.queue) for job in jobs if (raw := self._received(job)) is not None]
+            if jobs.retry_after is not None:
+                again = min(jobs.retry_after, jobs.retry_after if again is None else again)
+            if len(found) >= room:
+                break
+        return found, again
+
+    def _claim_one(self, queue: str, room: int, woken: bool) -> Any:
+        flows, acks = self.broker.operations, self.leases.take_acks(queue)
+        if not acks:
+            return self.broker.drive(flows.claim((queue,), room, 0.0, woken))
+        try:
+            acked, _, jobs = self.broker.drive(flows.finish(queue, [held.job for held in acks], (), room, woken))
+        except RelayError:
+            self.leases.unsent(acks)
+            raise
+        self.leases.sent(acks, acked)
+        return jobs
 
     def pass_on(self) -> None:
         """A wake-up came that this channel has no credit for: let another worker have it."""
@@ -68,21 +94,29 @@ class Consuming(Settling, Declaring):
     def _received(self, job: Job) -> Any:
         """The message of a job, with a delivery tag of this very delivery."""
         try:
-            raw = loads(job.payload)
-            properties = raw["properties"]
+            raw = unpack(job.payload)
         except (ValueError, KeyError, TypeError) as error:
             logger.error("message %s of queue %r does not decode and goes to dead: %s", job.id, job.queue, error)
             self.broker.nack(job, error, dead=True, reason="undecodable")
             return None
-        tag = f"{next(_tags)}.{job.id}"
+        tag, properties, headers = f"{next(_tags)}.{job.id}", raw["properties"], raw.get("headers")
         properties["delivery_tag"] = tag
-        properties.setdefault("delivery_info", {})["redelivered"] = job.deliveries > 1
+        # a job that its task or a reject sent round again was not left by a dead worker
+        properties.setdefault("delivery_info", {})["redelivered"] = job.deliveries - job.retries > 1
+        if headers and headers.get("eta"):
+            due.run_now(headers)
         if job.queue in self._no_ack:
             self.broker.ack(job)
             return raw
         self._unacked.add(tag)
         self.leases.add(tag, job)
         return raw
+
+    def take_back(self, deliveries: list[Delivery]) -> None:
+        """Claimed, and not delivered: hand them back."""
+        tags = [raw["properties"]["delivery_tag"] for raw, _queue in deliveries]
+        self._unacked.difference_update(tags)
+        self.leases.hand_back(tags)
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
         for job in self.broker.claim(queue):

@@ -10,7 +10,9 @@ def _add_aliases():  # type: ignore[no-untyped-def]
     try:
         from kombu.transport import TRANSPORT_ALIASES
 
-        for alias in ("relay", "relays"):
+        # with their topologies too: kombu looks these up when it switches to the next URL of a failover list
+        kinds = ("", "+unix", "+sentinel", "+cluster")
+        for alias in [word + kind for word in ("relay", "relays") for kind in kinds]:
             TRANSPORT_ALIASES.setdefault(alias, "relay_adapters.celery.transport:Transport")
     except Exception:  # whatever kombu becomes, it must go on without us
         return

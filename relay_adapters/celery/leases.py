@@ -1,77 +1,252 @@
-"""The leases of a process's Celery messages: kept by a thread, so that no pool and no task can hold them up."""
+"""The leases of a process's Celery messages: kept by a thread, so that no pool and no task can hold them up.
+
+Acks that an event loop left pending, and releases that a lost connection left undone, are made up for by that thread.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from relay_core import Broker, Job, Verdict
+from relay_core.connection import forks
 from relay_core.errors import RelayError
 
 logger = logging.getLogger("relay.celery")
 
+LINGER = 0.01
+"""Seconds for which an ack may be pending, so that many go in one round trip."""
+
+_AGAIN = 0.25
+"""Seconds until what an unreachable server left undone is tried again."""
+
+_MOST = 200
+
+
+@dataclass(slots=True)
+class Held:
+    """One delivery that this process holds."""
+
+    tag: str
+    job: Job
+    until: float
+    """Monotonic time at which the lease ends, as far as this process knows."""
+    started: bool = False
+    acked: bool = False
+    lost: bool = False
+    expected: bool = False
+    """True when the task that ran ended the delivery by itself: that its ack finds it gone is no surprise."""
+    cause: BaseException | None = None
+    """Why the task failed, where Celery said so."""
+
 
 class Leases:
-    """Delivery tag -> job, for all channels over one broker, closed ones included: their tasks may still run."""
+    """Delivery tag -> what is held, for all channels over one broker, closed ones included: their tasks may run."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        self._lock = threading.Lock()
-        self._forget()
+        self.after_fork()
+        forks.watch(self)
 
-    def _forget(self) -> None:
+    def after_fork(self) -> None:
         """A child of a fork holds nothing: its parent does."""
-        self._jobs: dict[str, Job] = {}
-        self._lost: set[str] = set()
-        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._held: dict[str, Held] = {}
+        self._acks: dict[str, list[Held]] = {}
+        self._acks_since = 0.0
+        self._releases: list[Job] = []
+        self._event = threading.Event()
+        self._watching = False
         self._thread: threading.Thread | None = None
+        self._next_beat = 0.0
+
+    # what is held
 
     def add(self, tag: str, job: Job) -> None:
         with self._lock:
-            if self._pid != os.getpid():
-                self._forget()
-            self._jobs[tag] = job
+            self._held[tag] = Held(tag, job, job.expires_at)
             if self._thread is None:
+                self._next_beat = time.monotonic() + self.broker.settings.lease / 3
                 self._thread = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
                 self._thread.name = "relay-celery-heartbeat"
                 self._thread.start()
 
-    def pop(self, tag: str) -> Job | None:
-        """The job of a tag, which is no longer extended; None where it ended before."""
+    def get(self, tag: str) -> Held | None:
+        return self._held.get(tag)
+
+    def pop(self, tag: str) -> Held | None:
+        """What is held by a tag, which is no longer extended; None where it ended before."""
         with self._lock:
-            return self._jobs.pop(tag, None)
+            return self._held.pop(tag, None)
+
+    def drop(self, job: Job) -> None:
+        """A delivery was ended by the task itself."""
+        with self._lock:
+            for held in self._held.values():
+                if held.job.id == job.id and held.job.token == job.token:
+                    held.expected = True
+
+    def start(self, tag: str) -> bool:
+        """A task is about to run. False: it was handed back, or its lease is over, and it must not."""
+        with self._lock:
+            held = self._held.get(tag)
+            if held is None or held.lost or (not held.started and time.monotonic() > held.until):
+                return False
+            held.started = True
+            return True
+
+    @property
+    def holding(self) -> int:
+        return len(self._held)
+
+    # acks
+
+    def ack_later(self, tag: str) -> bool:
+        """Leave an ack pending, for the next claim or this thread. False: it ended before."""
+        with self._lock:
+            held = self._held.get(tag)
+            if held is None or held.acked:
+                return False
+            held.acked = True
+            if not self._acks:
+                self._acks_since = time.monotonic()
+            self._acks.setdefault(held.job.queue, []).append(held)
+            watching, self._watching = self._watching, True
+        if not watching:
+            self._event.set()
+        return True
+
+    def pending(self, queues: Iterable[str]) -> bool:
+        """True while acks of one of these queues wait to be sent."""
+        acks = self._acks
+        return bool(acks) and any(queue in acks for queue in queues)
+
+    def take_acks(self, queue: str, most: int = _MOST) -> list[Held]:
+        """Acks to send now, of one queue. Report back by `sent` or `unsent`."""
+        with self._lock:
+            waiting = self._acks.get(queue)
+            if not waiting:
+                return []
+            taken, left = waiting[:most], waiting[most:]
+            if left:
+                self._acks[queue] = left
+            else:
+                del self._acks[queue]
+            return taken
+
+    def sent(self, taken: Sequence[Held], verdicts: Iterable[Verdict]) -> None:
+        """What became of acks that were taken."""
+        with self._lock:
+            for held, verdict in zip(taken, verdicts, strict=True):
+                self._held.pop(held.tag, None)
+                if verdict is Verdict.LOST and not held.expected:
+                    _warn_lost(held, "its ack came too late, and it may run again")
+
+    def unsent(self, taken: Sequence[Held]) -> None:
+        """They could not be sent, and stay pending. Their leases are kept."""
+        with self._lock:
+            for held in taken:
+                self._acks.setdefault(held.job.queue, []).append(held)
+
+    def flush(self) -> None:
+        """Send what is pending: acks, and releases that could not be sent before. Raises Unavailable and the like."""
+        for queue in list(self._acks):
+            while taken := self.take_acks(queue):
+                try:
+                    verdicts = self.broker.ack_many([held.job for held in taken])
+                except BaseException:
+                    self.unsent(taken)
+                    raise
+                self.sent(taken, verdicts)
+        if self._releases:
+            with self._lock:
+                jobs, self._releases = self._releases, []
+            try:
+                self.broker.release(jobs)
+            except BaseException:
+                with self._lock:
+                    self._releases += jobs
+                raise
+
+    def hand_back(self, tags: Iterable[str]) -> None:
+        """Release what was not started; what runs keeps its lease. An unreachable server is tried again later."""
+        with self._lock:
+            for tag in tags:
+                held = self._held.get(tag)
+                if held is not None and not (held.started or held.acked):
+                    del self._held[tag]
+                    self._releases.append(held.job)
+            busy = bool(self._releases or self._acks)
+        if not busy:
+            return
+        try:
+            self.flush()
+        except RelayError as error:
+            logger.warning("messages that were not started are handed back when the server is there again: %s", error)
+            self._event.set()
+
+    # the heartbeat
 
     def extend(self) -> None:
         """Extend all leases. A lease that was lost is not extended again; the ack of its task says so."""
         with self._lock:
-            held = [(tag, job) for tag, job in self._jobs.items() if tag not in self._lost]
-        if not held:
+            batch = [held for held in self._held.values() if not held.lost]
+        if not batch:
             return
-        for (tag, job), verdict in zip(held, self.broker.extend([job for _tag, job in held]), strict=True):
-            if verdict is Verdict.LOST and tag in self._jobs:
-                self._lost.add(tag)
-                logger.warning("message %s of queue %r: its lease was lost while it was held", job.id, job.queue)
+        until = time.monotonic() + self.broker.settings.lease
+        for held, verdict in zip(batch, self.broker.extend([held.job for held in batch]), strict=True):
+            if verdict is not Verdict.LOST:
+                held.until = until
+            elif self._held.get(held.tag) is held and not (held.acked or held.expected):
+                held.lost = True
+                _warn_lost(held, "its lease was lost while it was held")
+
+    def work(self) -> float:
+        """What the thread has to do now: seconds until it has to look again."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + self.broker.settings.lease / 3
+            try:
+                self.extend()
+            except RelayError as error:
+                self._next_beat = time.monotonic() + min(self.broker.settings.lease / 3, 1.0)
+                logger.warning("leases could not be extended, next try in 1 s: %s", error)
+        if self._releases or (self._acks and now - self._acks_since >= LINGER):
+            try:
+                self.flush()
+            except RelayError as error:
+                logger.debug("acks are pending, the server is not there: %s", error)
+                return _AGAIN
+        if self._acks:
+            return LINGER
+        self._watching = False
+        # an ack may have become pending between these lines, unseen by the thread that left it
+        return LINGER if self._acks else max(0.0, self._next_beat - time.monotonic())
 
 
-def _beat(leases: weakref.ref[Leases]) -> None:
+def _warn_lost(held: Held, what: str) -> None:
+    logger.warning("message %s of queue %r: %s", held.job.id, held.job.queue, what)
+
+
+def _beat(reference: weakref.ref[Leases]) -> None:
     me = threading.current_thread()
     while True:
-        alive = leases()
-        if alive is None or alive._thread is not me:
+        leases = reference()
+        if leases is None or leases._thread is not me:
             return
-        pause = alive.broker.settings.lease / 3
-        del alive
-        time.sleep(pause)
-        alive = leases()
-        if alive is not None:
-            try:
-                alive.extend()
-            except RelayError as error:
-                logger.warning("leases could not be extended, next try in %.1f s: %s", pause, error)
-        del alive
+        event = leases._event
+        try:
+            pause = leases.work()
+        except Exception:  # whatever it was, the leases must be kept
+            logger.exception("the leases of Celery messages: next try in 1 s")
+            pause = 1.0
+        del leases
+        event.wait(pause)
+        event.clear()
 
 
 _all: dict[int, Leases] = {}

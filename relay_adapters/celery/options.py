@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import ssl
 import threading
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from relay_adapters.celery.burial import Burial
 from relay_core import Broker, RetryPolicy
-from relay_core.errors import InvalidArgument
+from relay_core.errors import InvalidArgument, RelayError
+from relay_core.settings import parse_url
 
 logger = logging.getLogger("relay.celery")
+
+_WHERE = "broker_transport_options"
 
 _BROKER_OPTIONS = frozenset(
     {
@@ -20,61 +26,171 @@ _BROKER_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
+_ADAPTER_OPTIONS = frozenset({"retry", "queue_retry", "priority_order", "visibility_timeout", "deadletter_queue"})
+
+_ELSEWHERE = frozenset(
+    {
+        # kombu's own, and the publish retry policy, which kombu puts there itself
+        "max_retries", "interval_start", "interval_step", "interval_max", "retry_errors", "errback", "on_revive",
+        "timeout", "confirm_publish", "confirm_timeout", "body_encoding", "polling_interval", "client_properties",
+        # of kombu's redis and amqp transports, where they mean what relay does without, or by other means
+        "ack_emulation", "fanout_prefix", "fanout_patterns", "sep", "priority_steps", "queue_order_strategy",
+        "unacked_key", "unacked_index_key", "unacked_mutex_key", "unacked_mutex_expire", "unacked_restore_limit",
+        "global_keyprefix", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
+        "retry_on_timeout", "health_check_interval", "master_name", "sentinel_kwargs", "min_other_sentinels",
+        "login_method", "read_timeout", "write_timeout", "queue_name_prefix", "credential_provider",
+        "max_client_connections", "keyprefix_queue", "keyprefix_fanout", "connection_errors",
+    }
+)  # fmt: skip
+
 RETRY_FOR = 2.0
 """Seconds for which a command is repeated before Celery's own handling of a lost connection takes over."""
 
-_shared: dict[tuple[Any, ...], Broker] = {}
+_shared: dict[tuple[str, str], Broker] = {}
 _lock = threading.Lock()
+_said: set[str] = set()
 
 
 def url_of(client: Any) -> str:
-    """The URL that a kombu Connection was given."""
-    hostname = client.hostname or ""
-    if client.uri_prefix:
-        url = f"{client.uri_prefix}+{hostname}"
-    elif "://" in hostname:
+    """The URL that a kombu Connection was given, or has switched to."""
+    hostname = str(client.hostname or "")
+    if hostname.startswith(("relay:", "relays:", "relay+", "relays+")):
         url = hostname
+    elif client.uri_prefix and hostname.find("://") >= 0:
+        url = f"{client.uri_prefix}+{hostname}"
     else:
-        login = (
-            f"{quote(client.userid or '', safe='')}:{quote(client.password or '', safe='')}@" if client.userid else ""
-        )
-        port = f":{client.port}" if client.port else ""
-        path = (client.virtual_host or "").strip("/")
-        url = f"relay://{login}{hostname}{port}" + (f"/{path}" if path else "")
+        url = _from_parts(client, hostname)
     if client.ssl and url.startswith(("relay:", "relay+")):
         url = url.replace("relay", "relays", 1)
     return url
 
 
-def broker_options(client: Any) -> dict[str, Any]:
-    """What of `broker_transport_options` and `broker_use_ssl` is for the broker. Raises InvalidArgument."""
+def _from_parts(client: Any, hostname: str) -> str:
+    """Of a connection that was given host, port and the like apart."""
+    password = client.password() if callable(client.password) else client.password
+    login = ""
+    if client.userid or password:
+        login = f"{quote(client.userid or '', safe='')}:{quote(password or '', safe='')}@"
+    port = f":{client.port}" if client.port else ""
+    path = (client.virtual_host or "").strip("/")
+    return f"relay://{login}{hostname}{port}" + (f"/{path}" if path else "")
+
+
+def safe_url(client: Any, include_password: bool, mask: str) -> str:
+    """The URL for people. A URL that cannot be read is not shown at all: a password may be anywhere in it."""
+    url = url_of(client)
+    if include_password:
+        return url
+    try:
+        return parse_url(url).safe().replace("***", mask)
+    except RelayError:
+        return f"{url.partition('://')[0]}://{mask}"
+
+
+def options_of(client: Any) -> dict[str, Any]:
+    """What of `broker_transport_options`, `broker_use_ssl` and the credential provider is for the broker.
+
+    Raises InvalidArgument, which names the option.
+    """
     given: Mapping[str, Any] = client.transport_options or {}
+    _check_names(given)
     options = {name: value for name, value in given.items() if name in _BROKER_OPTIONS}
     options.setdefault("retry_for", RETRY_FOR)
-    retry = given.get("retry")
-    if isinstance(retry, Mapping):
-        options["retry"] = RetryPolicy.from_dict(retry)
-    elif retry is not None:
-        if not isinstance(retry, RetryPolicy):
-            raise InvalidArgument(f"broker_transport_options['retry'] must be a dict or RetryPolicy, got {retry!r}")
-        options["retry"] = retry
+    if "retry" in given:
+        options["retry"] = _policy("retry", given["retry"])
+    if "queue_retry" in given:
+        if not isinstance(given["queue_retry"], Mapping):
+            raise InvalidArgument(f"{_WHERE}['queue_retry'] must map queues to policies, got {given['queue_retry']!r}")
+        options["queue_retry"] = {q: _policy(f"queue_retry'][{q!r}", p) for q, p in given["queue_retry"].items()}
     order = given.get("priority_order", "amqp")
     if order not in ("amqp", "redis"):
-        raise InvalidArgument(f"broker_transport_options['priority_order'] must be 'amqp' or 'redis', got {order!r}")
-    if "visibility_timeout" in given:
-        logger.debug("visibility_timeout is not needed: leases are extended for as long as a worker lives")
+        wanted = "'amqp' (9 first) or 'redis' (0 first)"
+        raise InvalidArgument(f"{_WHERE}['priority_order'] must be {wanted}, got {order!r}")
     if isinstance(client.ssl, Mapping):
-        options["ssl"] = {name if name.startswith("ssl_") else f"ssl_{name}": v for name, v in client.ssl.items()}
+        options["ssl"] = _tls(client.ssl)
     if client.credential_provider is not None:
-        options["credential_provider"] = client.credential_provider
+        options["credential_provider"] = _provider(client.credential_provider)
     return options
 
 
-def shared_broker(client: Any) -> Broker:
-    """One broker per URL and options in a process. It is safe in threads and after a fork."""
-    url, options = url_of(client), broker_options(client)
-    key = (url, repr(sorted(options.items(), key=lambda pair: pair[0])))
+def _check_names(given: Mapping[str, Any]) -> None:
+    known = _BROKER_OPTIONS | _ADAPTER_OPTIONS
+    for name in given:
+        if name == "visibility_timeout":
+            _say_once(
+                f"{_WHERE}['visibility_timeout'] has no effect on relay: a worker extends the leases of its messages "
+                "for as long as it lives, and a dead worker's tasks run elsewhere once they end; see 'lease'"
+            )
+        if name in known or name in _ELSEWHERE:
+            continue
+        near = difflib.get_close_matches(name, sorted(known), 1, 0.75)
+        if near:
+            raise InvalidArgument(f"{_WHERE} has no option {name!r}; did you mean {near[0]!r}?")
+        _say_once(f"{_WHERE}[{name!r}] is not known to relay, and has no effect; known: {', '.join(sorted(known))}")
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.warning(text)
+
+
+def _policy(name: str, value: Any) -> RetryPolicy:
+    if isinstance(value, RetryPolicy):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"{_WHERE}['{name}'] must be a dict or a RetryPolicy, got {value!r}")
+    known = RetryPolicy.__slots__
+    for field in value:
+        if field not in known:
+            raise InvalidArgument(f"{_WHERE}['{name}'] has no field {field!r}; known: {', '.join(known)}")
+    try:
+        return RetryPolicy(**value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{_WHERE}['{name}']: {error}") from error
+
+
+def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`broker_use_ssl`, with redis-py's names or those of Python's ssl module."""
+    renamed = {"keyfile": "ssl_keyfile", "certfile": "ssl_certfile", "ca_certs": "ssl_ca_certs"}
+    found = {renamed.get(n, n if n.startswith("ssl_") else f"ssl_{n}"): value for n, value in given.items()}
+    level = found.get("ssl_cert_reqs")
+    if isinstance(level, ssl.VerifyMode):
+        found["ssl_cert_reqs"] = level.name.removeprefix("CERT_").lower()
+    elif isinstance(level, str):
+        found["ssl_cert_reqs"] = level.removeprefix("CERT_").lower()
+    return found
+
+
+def _provider(given: Any) -> Any:
+    """redis-py's providers, which kombu takes, have a method; relay's are called."""
+    method = getattr(given, "get_credentials", None)
+    if method is None:
+        return given
+
+    def credentials() -> tuple[str | None, str]:
+        found = method()
+        return (None, found[0]) if len(found) == 1 else (found[0], found[1])
+
+    return credentials
+
+
+def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
+    """One broker per URL and options in a process. It is safe in threads and after a fork.
+
+    Raises InvalidArgument and InvalidUrl.
+    """
+    key = (url, repr(sorted(options.items())))
     with _lock:
         if key not in _shared:
-            _shared[key] = Broker(url, **options)
+            plugins = (*options.get("plugins", ()), Burial())
+            try:
+                _shared[key] = Broker(url, **{**options, "plugins": plugins})
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{_WHERE}: {error}") from error
         return _shared[key]
+
+
+def shared_broker(client: Any) -> Broker:
+    """The broker of a connection."""
+    return broker_at(url_of(client), options_of(client))

@@ -23,7 +23,7 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
     options = job.options
     if options.headers.get(HEADER) != ADAPTER:
         return None
-    headers = json.loads(job.payload).get("headers") or {}
+    headers = json.loads(job.payload.partition(b"\n")[0]).get("headers") or {}
     if "task" not in headers:
         return None
     return JobSummary(

@@ -1,40 +1,97 @@
-"""Publishing: a message becomes one job per queue that it reaches."""
+"""Publishing: a message becomes one job per queue that it reaches, stored before `apply_async` returns."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import MutableMapping
 from typing import Any
 
-from kombu.utils.json import dumps
-from kombu.utils.uuid import uuid
-
+from relay_adapters.celery import inhand
 from relay_adapters.celery.declaring import Declaring
+from relay_adapters.celery.dedup import dedup_of
+from relay_adapters.celery.due import wait_of
+from relay_adapters.celery.envelope import pack
+from relay_adapters.celery.ids import TAKEN, job_id_of
+from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_core import JobSpec
+from relay_core.errors import InvalidArgument, Unavailable
+from relay_core.job import new_id
+
+_ID, _AGAIN = "relay_id", "relay_again"
+_HEADERS = {HEADER: ADAPTER}
 
 
 class Publishing(Declaring):
     """The part of a channel that stores messages."""
 
+    leases: Leases
     priority_order = "amqp"
 
-    def _put(self, queue: str, message: Any, **_: Any) -> None:
-        priority = self._get_message_priority(message, reverse=self.priority_order == "redis")
-        due = _due(message)
-        self.broker.enqueue(
-            queue, dumps(message).encode(), priority=priority, headers={HEADER: ADAPTER}, **({"at": due} if due else {})
+    def basic_publish(self, message: MutableMapping[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
+        """Store a message, confirmed. kombu repeats this call, with the same properties, when it was cut off: the id
+        stays, and what was stored by then is not stored twice."""
+        headers, properties = message["headers"], message["properties"]
+        lease = headers.pop(inhand.LEASE, None)
+        properties["delivery_info"].update(exchange=exchange, routing_key=routing_key)
+        again = properties.pop(_AGAIN, None)
+        message[_ID] = again or job_id_of(headers)
+        if lease is not None and again is None:
+            queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
+            try:
+                if self._moved(lease, queues, message):
+                    return
+            except Unavailable:
+                headers[inhand.LEASE] = lease
+                raise
+        try:
+            if exchange:
+                self.typeof(exchange).deliver(message, exchange, routing_key, again=again is not None, **options)
+            else:
+                self._put(routing_key, message, again=again is not None, **options)
+        except Unavailable:
+            properties[_AGAIN] = message[_ID]
+            raise
+
+    def _put(self, queue: str, message: MutableMapping[str, Any], again: bool = False, **_: Any) -> None:
+        """Store one job.
+
+        :param again: an earlier call may have stored it
+        """
+        id = message.get(_ID) or job_id_of(message["headers"])
+        spec = self.spec_of(message, id)
+        flows = self.broker.operations
+        answer = self.broker.drive(flows.enqueue(queue, spec, again))
+        taken = 0
+        while answer.duplicate and answer.id == spec.id:
+            # an earlier task of the same id is still there, and this is another one, as Celery understands it
+            taken += 1
+            if taken > TAKEN:
+                raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {id!r}; give each its own")
+            message[_ID] = f"{id}~{taken}"
+            spec = self.spec_of(message, message[_ID])
+            answer = self.broker.drive(flows.enqueue(queue, spec))
+
+    def spec_of(self, message: MutableMapping[str, Any], id: str) -> JobSpec:
+        """The job that a message becomes."""
+        wait = wait_of(message)
+        # a retry is never a duplicate of what it retries
+        dedup = {} if message["headers"].get("retries") else dedup_of(message)
+        return JobSpec(
+            pack(message),
+            id=id,
+            delay=wait or None,
+            priority=self._get_message_priority(message, reverse=self.priority_order == "redis"),
+            headers=_HEADERS,
+            **dedup,
         )
 
+    def _moved(self, lease: Any, queues: list[str], message: MutableMapping[str, Any]) -> bool:
+        """`self.retry` of a late-acked task: its job goes back to wait with the new message in one move."""
+        job = inhand.retried(lease, queues, message["headers"])
+        if job is None:
+            return False
+        wait = wait_of(message)
+        return inhand.put_back(self.broker, self.leases, job, pack(message), wait)
+
     def _next_delivery_tag(self) -> str:
-        return str(uuid())
-
-
-def _due(message: Any) -> float | None:
-    """When a task is due, from protocol 2's `eta`: unix seconds. A naive time means the worker's zone: its business."""
-    eta = (message.get("headers") or {}).get("eta")
-    if not isinstance(eta, str):
-        return None
-    try:
-        when = datetime.fromisoformat(eta.replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return when.timestamp() if when.tzinfo is not None else None
+        return new_id()

@@ -9,24 +9,29 @@ BATCH = 50
 
 
 class QoS(virtual.QoS):
-    """Acks and rejects go to the store at once, from any thread, also after the channel was closed."""
+    """Acks and rejects work from any thread, also after the channel was closed."""
 
     # what is unacked lies in the store, and a channel that closes hands it back: see Channel.close
     restore_at_shutdown = False
 
     def ack(self, delivery_tag: str) -> None:
         self.channel.settle(delivery_tag)
-        super().ack(delivery_tag)
+        self._quick_ack(delivery_tag)
+        self.channel.credit_freed()
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        self.channel.settle(delivery_tag, reject=True, requeue=requeue)
+        self.channel.refuse(delivery_tag, requeue)
         self._quick_ack(delivery_tag)
+        self.channel.credit_freed()
 
-    def room(self) -> int:
-        """How many messages may be claimed now. Celery replaces `can_consume` at run time: ask, never remember."""
+    def room(self, waiting: int = 0) -> int:
+        """How many messages may be claimed now. Celery replaces `can_consume` at run time: ask, never remember.
+
+        :param waiting: messages that were claimed and not delivered yet
+        """
         if not self.can_consume():
             return 0
         if "can_consume" in vars(self):
-            return 1
+            return 0 if waiting else 1
         most = self.can_consume_max_estimate()
-        return BATCH if most is None else min(BATCH, most)
+        return max(0, (BATCH if most is None else min(BATCH, most)) - waiting)

@@ -1,67 +1,92 @@
-"""How a message ends: acked, rejected, or handed back when its channel closes."""
+"""How a message ends: acked, refused, or handed back when its channel closes."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
 from typing import Any
 
 from kombu.transport import virtual
 
+from relay_adapters.celery import failing
 from relay_adapters.celery.leases import Leases
 from relay_core import Broker
-from relay_core.errors import LeaseLost, RelayError, Unavailable
+from relay_core.errors import LeaseLost, Unavailable
 
 logger = logging.getLogger("relay.celery")
 
 
 class Settling(virtual.Channel):
-    """The part of a channel that ends messages."""
+    """The part of a channel that ends messages. From any thread, and after it was closed: leases outlive channels."""
 
     broker: Broker
     leases: Leases
     _unacked: set[str]
 
-    def settle(self, tag: str, *, reject: bool = False, requeue: bool = False) -> None:
-        """Ack or reject. From any thread, and after the channel was closed: the lease outlives the channel."""
+    def settle(self, tag: str) -> None:
+        """Ack. Under an event loop it is pending until the loop's next claim, or for 10 ms."""
         self._unacked.discard(tag)
-        job = self.leases.pop(tag)
-        if job is None:
+        if self.connection is not None and self.connection.looping:
+            self.leases.ack_later(tag)
+            return
+        held = self.leases.pop(tag)
+        if held is None:
             return
         try:
-            if not reject:
-                self.broker.ack(job)
-            elif requeue:
-                self.broker.nack(job, "requeued by the worker", reason="requeued")
-            else:
-                self.broker.nack(job, "rejected by the worker", dead=True, reason="rejected")
+            verdicts = self.broker.ack_many([held.job])
+        except Unavailable:
+            # the thread that keeps the leases sends it when the server is there again; until then nobody else gets it
+            self.leases.add(tag, held.job)
+            self.leases.ack_later(tag)
+            raise
+        self.leases.sent([held], verdicts)
+
+    def refuse(self, tag: str, requeue: bool) -> None:
+        """Reject: what becomes of the message depends on why, see `failing`."""
+        self._unacked.discard(tag)
+        held = self.leases.pop(tag)
+        if held is None or held.expected:
+            return
+        try:
+            wait = failing.refuse(self.broker, held, requeue)
         except LeaseLost as error:
             logger.warning("%s", error)
         except Unavailable:
-            # the next heartbeat, or another ack of it, will tell; until then nobody else gets it
             self._unacked.add(tag)
-            self.leases.add(tag, job)
+            self.leases.add(tag, held.job)
             raise
+        else:
+            if wait is not None and self.connection is not None:
+                self.connection.look_within(self, wait)
+
+    def credit_freed(self) -> None:
         if self.connection is not None:
             self.connection.credit_freed(self)
 
     def close(self) -> None:
         """Hand back what Celery has not started. What runs keeps its lease, and its ack will be taken."""
         if not self.closed:
-            running = _running_tags()
-            jobs = [job for tag in list(self._unacked - running) if (job := self.leases.pop(tag)) is not None]
-            self._unacked &= running
-            if jobs:
-                with suppress(RelayError):  # their leases will run out
-                    self.broker.release(jobs)
+            tags = self._unacked - _running_tags()
+            self._unacked = self._unacked - tags
+            if self.connection is not None:
+                self.connection.forget(self, tags)
+            else:
+                self.leases.hand_back(tags)
         super().close()
 
     def _restore(self, message: Any) -> None:
-        self.settle(message.delivery_tag, reject=True, requeue=True)
+        """Redeliver: `basic_recover`."""
+        self._unacked.discard(message.delivery_tag)
+        self.leases.hand_back([message.delivery_tag])
 
 
 def _running_tags() -> set[str]:
     """Delivery tags of the tasks that this process's Celery worker has started, if it is one."""
     state = sys.modules.get("celery.worker.state")
     return {request.message.delivery_tag for request in list(state.active_requests)} if state else set()
+
+
+def shutting_down() -> bool:
+    """True in a Celery worker that was told to stop."""
+    state = sys.modules.get("celery.worker.state")
+    return state is not None and not (state.should_stop in (None, False) and state.should_terminate in (None, False))

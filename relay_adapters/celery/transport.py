@@ -2,83 +2,27 @@
 
 from __future__ import annotations
 
-import select
+import socket
+import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_core.connection import Bell
+from relay_adapters.celery import worker
+from relay_adapters.celery.failover import Pace, answers, keep_whole
+from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.options import safe_url
+from relay_adapters.celery.settling import shutting_down
+from relay_adapters.celery.watch import Watch
+from relay_core.connection import Bell, readable
 from relay_core.errors import StoreError, Unavailable
 
-
-class Watch:
-    """One channel's wake-ups: a bell on the queues it consumes, armed only while it has credit."""
-
-    def __init__(self, channel: channels.Channel) -> None:
-        self.channel = channel
-        self.queues: tuple[str, ...] = ()
-        self.bell: Bell | None = None
-        self.look_at = 0.0
-        """Monotonic time of the next look even without a wake-up."""
-        self.hungry = True
-        """True when there may be messages that no wake-up will tell of: after a time without credit."""
-
-    def deliver(self, woken: bool) -> int:
-        """Claim and hand over until there is nothing more, or no more credit: how many messages."""
-        delivered = 0
-        while True:
-            messages, retry_after = self.channel.claim(woken)
-            for raw, queue in messages:
-                self.channel.connection._deliver(raw, queue)
-            delivered += len(messages)
-            if not messages or delivered >= 1000 or self.channel.closed:
-                longest = self.channel.broker.settings.max_block
-                pause = 0.0 if messages else longest if retry_after is None else min(longest, retry_after)
-                self.look_at = time.monotonic() + pause
-                self.hungry = bool(messages)
-                return delivered
-            woken = True
-
-    def arm(self) -> Bell | None:
-        """Wait for wake-ups where the channel consumes and has credit."""
-        queues = self.channel.consumed
-        if queues != self.queues and set(queues) != set(self.queues):
-            self.close()
-        if not queues:
-            return None
-        if self.bell is None:
-            settings = self.channel.broker.settings
-            self.bell = self.channel.broker.store.bell([settings.keys(queue).marker for queue in queues])
-            self.queues = queues
-        if not self.bell.armed and self.channel.qos.room():
-            self.bell.arm(self.channel.broker.settings.max_block)
-        return self.bell
-
-    def look(self) -> int:
-        """What there is to do now, in either kind of loop: how many messages were delivered."""
-        channel, bell = self.channel, self.bell
-        if channel.closed or not channel.consumed:
-            return 0
-        channel.keep_alive()
-        rung = bell is not None and bell.rung()
-        if not channel.qos.room():
-            self.hungry = True
-            if rung:
-                channel.pass_on()
-            return 0
-        if rung or self.hungry or time.monotonic() >= self.look_at:
-            return self.deliver(woken=True)
-        return 0
-
-    def close(self) -> None:
-        if self.bell is not None:
-            self.bell.close()
-            self.bell = None
-        self.queues = ()
-        self.hungry = True
+_SETTLE = 0.25
+"""Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
 
 
 class Transport(virtual.Transport):
@@ -90,27 +34,48 @@ class Transport(virtual.Transport):
     driver_name = "relay-queue"
 
     implements = virtual.Transport.implements.extend(
-        asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False
+        asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False, batch_publish=True
     )
     connection_errors = (*virtual.Transport.connection_errors, Unavailable)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
 
     def __init__(self, client: Any, **options: Any) -> None:
         super().__init__(client, **options)
+        keep_whole(client)
+        worker.install()
+        Pace.give(client)
         self._watches: dict[channels.Channel, Watch] = {}
         self._loop: Any = None
+        self._loop_thread = 0
         self._readers: dict[int, Watch] = {}
         self._timer: Any = None
         self._timer_at = 0.0
+        self._busy: tuple[socket.socket, socket.socket] | None = None
 
     def driver_version(self) -> str:
         return relay_core.__version__
 
+    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
+        """The URL for logs, banners and `celery report`."""
+        return safe_url(self.client, include_password, mask)
+
     def establish_connection(self) -> Any:
-        """Raises Unavailable and the like when the server is not there: a channel alone would not notice."""
+        """Raises Unavailable and the like when the server is not there: a channel alone would not notice.
+
+        Leases that this process holds are extended first, before anybody's claim finds them at their end.
+        """
+        pace = Pace.of(self.client)
+        if pace is not None:
+            pace.wait()
         connection = super().establish_connection()
         try:
-            self._avail_channels[-1].broker.store.raw("PING")
+            channel = self._avail_channels[-1]
+            if pace is not None:
+                answers(channel.broker)
+            else:
+                channel.broker.store.raw("PING")
+            if channel.leases.holding:
+                channel.leases.extend()
         except BaseException:
             self.close_connection(connection)
             raise
@@ -121,87 +86,135 @@ class Transport(virtual.Transport):
         super().close_connection(connection)
 
     def close_channel(self, channel: channels.Channel) -> None:
-        if watch := self._watches.pop(channel, None):
-            self._forget_readers(watch)
-            watch.close()
+        self._unwatch(channel)
         super().close_channel(channel)
 
     # told by channels
 
     def consumers_changed(self, channel: channels.Channel) -> None:
-        if channel.consumed:
-            self._watches.setdefault(channel, Watch(channel))
-        elif watch := self._watches.pop(channel, None):
+        if not channel.consumed:
+            self._unwatch(channel)
+        elif channel not in self._watches:
+            self._watches[channel] = Watch(channel)
+
+    def _unwatch(self, channel: channels.Channel) -> None:
+        if watch := self._watches.pop(channel, None):
             self._forget_readers(watch)
             watch.close()
 
     def credit_freed(self, channel: channels.Channel) -> None:
         """An ack made room. On the loop's own thread its next tick sees that; another thread has to wake it."""
-        loop = self._loop
-        if loop is not None and channel in self._watches:
-            loop.call_soon(_nothing)
+        watch = self._watches.get(channel)
+        if watch is None:
+            return
+        if self._loop is None:
+            watch.wake()
+        elif threading.get_ident() != self._loop_thread:
+            self._loop.call_soon(_nothing)
+
+    def look_within(self, channel: channels.Channel, seconds: float) -> None:
+        """A message of the channel comes back by then, and no wake-up will tell of it."""
+        if watch := self._watches.get(channel):
+            watch.look_at = min(watch.look_at, time.monotonic() + seconds)
+            self.credit_freed(channel)
+
+    @property
+    def looping(self) -> bool:
+        """True while an event loop drives this connection: what is left for its next turn is done soon."""
+        return self._loop is not None
+
+    def forget(self, channel: channels.Channel, tags: Iterable[str]) -> None:
+        """A channel closes: hand back what was not started. After a lost connection that is known a moment later."""
+        if self._loop is None or shutting_down():
+            channel.leases.hand_back(tags)
+        else:
+            _forgotten.setdefault(channel.leases, set()).update(tags)
 
     # with an event loop
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Called on each connect. The loop's own reset does not clear `on_tick`, so `close_connection` does."""
         self._leave_loop()
-        self._loop = loop
+        self._loop, self._loop_thread = loop, threading.get_ident()
         loop.on_tick.add(self._tick)
+        if _forgotten:
+            loop.call_later(_SETTLE, _hand_back_forgotten)
 
     def _leave_loop(self) -> None:
-        loop, self._loop = self._loop, None
+        loop = self._loop
         if loop is not None:
             loop.on_tick.discard(self._tick)
             for watch in list(self._watches.values()):
-                self._forget_readers(watch, loop)
+                self._forget_readers(watch)
+            self._rest()
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
     def _tick(self) -> None:
         """Before each wait of the loop: look, arm what has credit, and see to the next due time."""
-        first: Watch | None = None
+        self._loop_thread = threading.get_ident()
+        busy, first = False, None
         for watch in list(self._watches.values()):
             delivered = watch.look()
             if watch.channel.closed or watch.channel not in self._watches:
                 continue
             bell = watch.arm()
             self._read(watch, bell)
-            if delivered and bell is not None:
-                # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
-                bell.wake()
-            if bell is not None and bell.armed and (first is None or watch.look_at < first.look_at):
-                first = watch
-        if first is not None and first.bell is not None and first.look_at != self._timer_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer_at = first.look_at
-            self._timer = self._loop.call_later(max(0.0, first.look_at - time.monotonic()), _nothing)
-            # the loop reckoned how long to sleep before this tick: let it turn once more
-            first.bell.wake()
+            # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
+            busy = busy or delivered > 0 or watch.busy
+            if first is None or watch.look_at < first:
+                first = watch.look_at
+        if self._loop is None:
+            return
+        self._hurry() if busy else self._rest()
+        if first is not None and not busy:
+            self._turn_at(first)
+
+    def _turn_at(self, when: float) -> None:
+        """Let the loop turn by then. A timer that is due earlier is left alone: its turn sets the next one."""
+        now = time.monotonic()
+        if self._timer is not None and now < self._timer_at <= when + 0.001:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = max(when, now + 0.001)
+        self._timer = self._loop.call_later(self._timer_at - now, _nothing)
+        # the loop reckoned how long to sleep before this tick: let it turn once more
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Make the loop turn again at once: a descriptor that always has something to read."""
+        if self._busy is None:
+            self._busy = socket.socketpair()
+            self._busy[1].send(b"b")
+            self._loop.add_reader(self._busy[0].fileno(), _nothing)
+
+    def _rest(self) -> None:
+        if self._busy is not None:
+            pair, self._busy = self._busy, None
+            self._loop.remove_reader(pair[0].fileno())
+            for end in pair:
+                end.close()
 
     def _read(self, watch: Watch, bell: Bell | None) -> None:
         wanted = set(bell.filenos()) if bell is not None else set()
         have = {fd for fd, owner in self._readers.items() if owner is watch}
+        if wanted == have:
+            return
         for fd in have - wanted:
             self._loop.remove_reader(fd)
             del self._readers[fd]
         for fd in wanted - have:
             self._readers[fd] = watch
             # the work is done by the tick that follows every event
-            self._loop.add_reader(fd, self._on_readable, watch)
+            self._loop.add_reader(fd, _nothing)
 
-    def _on_readable(self, watch: Watch) -> None:
-        if watch.channel in self._watches:
-            watch.look()
-
-    def _forget_readers(self, watch: Watch, loop: Any = None) -> None:
-        loop = loop or self._loop
+    def _forget_readers(self, watch: Watch) -> None:
         for fd in [fd for fd, owner in self._readers.items() if owner is watch]:
             del self._readers[fd]
-            if loop is not None:
-                loop.remove_reader(fd)
+            if self._loop is not None:
+                self._loop.remove_reader(fd)
 
     # without one: control clients, gevent, Flower
 
@@ -217,7 +230,7 @@ class Transport(virtual.Transport):
             until = min([*ends, *([deadline] if deadline is not None else []), now + 1.0])
             filenos = [fd for bell in bells for fd in bell.filenos()]
             if filenos:
-                select.select(filenos, [], [], max(0.0, until - now))
+                readable(filenos, max(0.0, until - now))
             else:
                 time.sleep(max(0.0, min(0.1, until - now)))
             if deadline is not None and time.monotonic() >= deadline:
@@ -230,5 +243,15 @@ class Transport(virtual.Transport):
         return sum(watch.look() for watch in list(self._watches.values()))
 
 
+_forgotten: dict[Leases, set[str]] = {}
+"""Messages of lost connections, by the leases that hold them."""
+
+
+def _hand_back_forgotten() -> None:
+    while _forgotten:
+        leases, tags = _forgotten.popitem()
+        leases.hand_back(tags)
+
+
 def _nothing() -> None:
-    """Scheduled to make the loop turn once; its tick does the work."""
+    """Makes the loop turn once; its tick does the work."""

@@ -152,17 +152,20 @@ def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
     return [Verdict(answer) for answer in reply]
 
 
-def enqueue(q: QueueKeys, jobs: Sequence[NewJob]) -> Command[list[Enqueued]]:
-    """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate."""
+def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Command[list[Enqueued]]:
+    """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate.
+
+    :param again: an earlier command may have stored them, as a first send would have
+    """
     levels = {job.record[:1] for job in jobs}
-    args: list[Arg] = [LAYOUT, 0, b"".join(levels)]
+    args: list[Arg] = [LAYOUT, int(again), b"".join(levels)]
     for job in jobs:
         args += job
 
     def parse(reply: Sequence[Any], resent: bool) -> list[Enqueued]:
         return [
             Enqueued(job.id)
-            if answer == 1 or (answer == 0 and resent)
+            if answer == 1 or (answer == 0 and (resent or again))
             else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
             for job, answer in zip(jobs, reply[1:], strict=True)
         ]

@@ -6,7 +6,7 @@
 
 from relay_core.connection.aio import AsyncStore
 from relay_core.connection.aiobell import AsyncBell
-from relay_core.connection.bell import Bell
+from relay_core.connection.bell import Bell, readable
 from relay_core.connection.sync import SyncStore
 
-__all__ = ["AsyncBell", "AsyncStore", "Bell", "SyncStore"]
+__all__ = ["AsyncBell", "AsyncStore", "Bell", "SyncStore", "readable"]

@@ -203,7 +203,7 @@ class Bell:
             if not self.armed:
                 self.arm(left)
                 continue
-            if self._wake_in.fileno() in _readable(self.filenos(), left):
+            if self._wake_in.fileno() in readable(self.filenos(), left):
                 self._drain()
                 return self._look()
 
@@ -236,7 +236,7 @@ class Bell:
         self._wake_out.close()
 
 
-def _readable(filenos: list[int], timeout: float) -> list[int]:
+def readable(filenos: list[int], timeout: float) -> list[int]:
     """Those with something to read, within so many seconds. Looked up late, for gevent's sake."""
     if hasattr(select, "poll"):  # without the limit of select to small numbers
         poller = select.poll()

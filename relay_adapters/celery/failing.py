@@ -1,0 +1,38 @@
+"""What becomes of a message that was not acked: why decides, as far as Celery says why."""
+
+from __future__ import annotations
+
+import sys
+
+from relay_adapters.celery import burial
+from relay_adapters.celery.leases import Held
+from relay_core import Broker, Verdict
+
+_SOONEST = 0.1
+
+
+def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
+    """Move a refused message: seconds until it may run again, or None. Raises LeaseLost, Unavailable.
+
+    A `Reject(requeue=True)` and a failure that is not acked wait for a retry by relay's policy, and go to dead when
+    that says so. A task whose process died, or that a stopping worker gives back, was delivered without an answer: it
+    comes back after a pause, until its deliveries are used up. All else goes to dead.
+    """
+    job, cause = held.job, held.cause
+    kind = "" if cause is None else type(cause).__name__
+    if not requeue and (cause is None or kind == "Reject"):
+        why = getattr(cause, "reason", None)
+        broker.nack(job, "rejected by the worker" if why is None else str(why), dead=True, reason="rejected")
+        return None
+    if requeue and kind not in ("Reject", "TimeLimitExceeded") and "celery.worker.state" in sys.modules:
+        policy = broker.settings.policy(job)
+        pause = max(_SOONEST, policy.delay(max(0, job.deliveries - job.retries - 1)))
+        broker.extend(job, min(pause, 86_400.0))
+        return pause
+    error = "requeued by the worker" if cause is None or kind == "Reject" else cause
+    item = broker.operations.nack_of(job, error)
+    if broker.nack(job, error, item.delay_ms / 1000, reason="requeued" if requeue else None) is Verdict.DEAD:
+        if kind == "Reject":
+            burial.fail(job, f"requeued {job.retries} times")
+        return None
+    return item.delay_ms / 1000

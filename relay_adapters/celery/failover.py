@@ -1,0 +1,92 @@
+"""Where to connect next, and when: kombu's failover lists, and a broker that was away."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from relay_adapters.celery.options import broker_at, options_of, url_of
+from relay_core import Broker
+from relay_core.errors import RelayError
+
+_SCHEMES = ("relay://", "relays://", "relay+", "relays+")
+_LOOK_EVERY = 0.2
+_STEP, _LONGEST = 2.0, 30.0
+"""Seconds, as Celery waits before it tries again: 2, 4, 6 ... 30."""
+
+
+class Whole(str):
+    """A URL that kombu does not take apart, which it can do with one host only, when it switches to it."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return part != "://" and super().__contains__(part)  # type: ignore[operator]
+
+
+def keep_whole(client: Any) -> None:
+    """Have a connection switch to relay's URLs of its failover list as they are."""
+    alternates = client.alt
+    if not alternates or any(type(url) is Whole for url in alternates):
+        return
+    client.alt = [Whole(url) if str(url).startswith(_SCHEMES) else url for url in alternates]
+    client.cycle = client.failover_strategy(client.alt)
+    next(client.cycle)  # kombu has taken the first one
+
+
+def answers(broker: Broker) -> bool:
+    """True when its server takes commands right now; asked once. Raises AuthError and the like."""
+    for address in set(broker.store.locate([b"relay"]).values()):
+        broker.store.doubt(address)
+    return bool(broker.store.locate([b"relay"]))
+
+
+class Pace:
+    """The waits of a worker whose broker is away. kombu sleeps up to 30 s between tries; this looks five times a
+    second in that time, so that a worker goes on within a second of its broker's return."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._completes_cycle = client.completes_cycle
+        self._wait = 0.0
+
+    @classmethod
+    def give(cls, client: Any) -> None:
+        """Of the connections that a worker consumes from. Those of pools publish, and keep to their retry policy."""
+        if "celery.worker.consumer.consumer" not in sys.modules or hasattr(client, "_pool"):
+            return
+        if not isinstance(client.completes_cycle, cls):
+            client.completes_cycle = cls(client)
+
+    @classmethod
+    def of(cls, client: Any) -> Pace | None:
+        found = client.completes_cycle
+        return found if isinstance(found, cls) else None
+
+    def __call__(self, retries: int) -> bool:
+        """kombu asks whether to sleep before its next try. No: that try waits, and looks meanwhile."""
+        if self._completes_cycle(retries):
+            rounds = (retries + 1) // max(1, len(self._client.alt or ()))
+            self._wait = min(_STEP * rounds, _LONGEST)
+        return False
+
+    def wait(self) -> None:
+        """Until a server of the list answers, at most for as long as kombu would have slept."""
+        ends, self._wait = time.monotonic() + self._wait, 0.0
+        while time.monotonic() < ends:
+            for broker in self._brokers():
+                with suppress(RelayError):
+                    if answers(broker):
+                        return
+            if state := sys.modules.get("celery.worker.state"):
+                state.maybe_shutdown()
+            time.sleep(_LOOK_EVERY)
+
+    def _brokers(self) -> Iterator[Broker]:
+        options = options_of(self._client)
+        urls: list[str] = [url for url in self._client.alt or () if type(url) is Whole] or [url_of(self._client)]
+        for url in urls:
+            yield broker_at(str(url), options)

@@ -1,0 +1,27 @@
+"""Job ids of tasks: the task's own, so that its job is found by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from relay_core.job import new_id
+
+TAKEN = 9
+"""How many further tasks of the same id a queue may hold at a time: Celery lets an id be used again."""
+
+
+def job_id_of(headers: Mapping[str, Any]) -> str:
+    """The task's id; of a retry, which is a new message of the same id, one more. A fresh id for other messages."""
+    task_id, retries = headers.get("id"), headers.get("retries")
+    if "task" not in headers or not isinstance(task_id, str) or not (task_id.isascii() and task_id.isprintable()):
+        return new_id()
+    if not 0 < len(task_id) <= 100 or " " in task_id:
+        return new_id()
+    return f"{task_id}.{retries}" if retries else task_id
+
+
+def ids_of(task_id: str, retries: int = 100) -> list[str]:
+    """All ids that the jobs of a task may have: of its first send, its retries, and tasks of the same id."""
+    again = (f"{task_id}.{n}" for n in range(1, retries + 1))
+    return [task_id, *again, *(f"{task_id}~{n}" for n in range(1, TAKEN + 1))]

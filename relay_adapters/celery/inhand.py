@@ -1,0 +1,58 @@
+"""The lease of a late-acked task, known to the process that runs it: it goes with the task as a header.
+
+So the process that runs a task, a pool's child too, can end its delivery in the same move that decides what becomes
+of it, where the worker's main process would need a second one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from relay_core import Broker, Job, Verdict
+from relay_core.job import Options
+
+if TYPE_CHECKING:
+    from relay_adapters.celery.leases import Leases
+
+LEASE = "relay_lease"
+
+_NO_LIMIT = 10**6
+"""Celery counts the retries of its tasks itself."""
+
+
+def lease_of(job: Job, headers: Mapping[str, Any]) -> list[Any]:
+    """What goes with the task, as JSON can hold it."""
+    retries = headers.get("retries") or 0
+    return [job.queue, job.id, job.token, job.priority, job.retries, job.options.to_json(), headers.get("id"), retries]
+
+
+def job_of(lease: Any) -> Job:
+    """The job, good for a nack or ack. Raises ValueError or TypeError for what is no lease."""
+    queue, id, token, priority, retries, options, _task, _retries = lease
+    now = time.monotonic()
+    return Job(
+        id, queue, b"", 0.0, 0.0, priority, int(token.partition(":")[0]), retries, token, now, now,
+        Options.from_json(options),
+    )  # fmt: skip
+
+
+def retried(lease: Any, queues: Sequence[str], headers: Mapping[str, Any]) -> Job | None:
+    """The job in hand, where this message is its next try on the same queue; else None."""
+    try:
+        job = job_of(lease)
+    except (ValueError, TypeError):
+        return None
+    next_try = headers.get("id") == lease[6] and headers.get("retries") == lease[7] + 1
+    return job if next_try and list(queues) == [job.queue] else None
+
+
+def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: float) -> bool:
+    """Give the job its new payload and let it wait, in one move that ends its delivery. False: it is not ours now."""
+    item = broker.operations.nack_of(job, "retried by the task", delay, payload=payload, reason="retry")
+    _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=_NO_LIMIT))])
+    if verdict not in (Verdict.DONE, Verdict.ALREADY):
+        return False
+    leases.drop(job)
+    return True

@@ -1,0 +1,75 @@
+"""The request of a task in a worker, with what Celery knows of it and does not tell its transport."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.worker.request import Request as Stock
+from celery.worker.state import task_ready
+
+from relay_adapters.celery.inhand import LEASE, lease_of
+from relay_adapters.celery.leases import Leases
+
+logger = logging.getLogger("relay.celery")
+
+
+class Forgotten(TaskRevokedError):
+    """Ends the start of a task that was handed back, or whose lease is over. Celery takes it for a revoked one."""
+
+
+class Request(Stock):
+    """Tells the leases when a task starts and why it failed; takes the lease of a late-acked task with it.
+
+    Of messages of other transports it is Celery's own.
+    """
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self._leases: Leases | None = getattr(message.channel, "leases", None)
+        if self._leases is None or not self.task.acks_late:
+            return
+        if (held := self._leases.get(message.delivery_tag)) is not None:
+            self.request_dict[LEASE] = lease_of(held.job, self.request_dict)
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        if self._leases is not None and not self._leases.start(self.message.delivery_tag):
+            self._stop_here(pid)
+        super().on_accepted(pid, time_accepted)
+
+    def _stop_here(self, pid: int) -> None:
+        """Do not run what is not held any more. A child of a pool runs it already: too late to say no."""
+        greenlet: Any = sys.modules.get("greenlet")
+        green = greenlet is not None and pid == id(greenlet.getcurrent())
+        if not green and pid != os.getpid():
+            return
+        logger.warning("task %s[%s] is not started: its message is not held any more", self.name, self.id)
+        task_ready(self)
+        if green:
+            raise greenlet.GreenletExit
+        raise Forgotten(self.id)
+
+    def on_retry(self, exc_info: Any) -> None:
+        self._blame(None)
+        super().on_retry(exc_info)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        error = exc_info.exception
+        self._blame(getattr(error, "exc", error) if type(error).__name__ == "ExceptionWithTraceback" else error)
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        if not soft:
+            self._blame(TimeLimitExceeded(timeout))
+        super().on_timeout(soft, timeout)
+
+    def _blame(self, cause: BaseException | None) -> None:
+        held = self._leases.get(self.message.delivery_tag) if self._leases is not None else None
+        if held is None:
+            return
+        held.cause = cause
+        # a retry may have moved the very job: then its ack finds nothing, and that is right
+        held.expected = held.expected or cause is None

@@ -1,0 +1,115 @@
+"""One channel's wake-ups: a bell on the queues it consumes, armed only while it has credit."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from relay_adapters.celery.consuming import Delivery
+from relay_core.connection import Bell
+
+if TYPE_CHECKING:
+    from relay_adapters.celery.channel import Channel
+
+SLICE = 0.002
+"""Seconds for which messages are handed over in one go. A pool that runs a task in the loop's own thread takes its
+time there, and what became of it must be told before the next one starts."""
+
+
+class Watch:
+    """Claims for one channel, and hands over what was claimed."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.queues: tuple[str, ...] = ()
+        self.bell: Bell | None = None
+        self.look_at = 0.0
+        """Monotonic time of the next look even without a wake-up."""
+        self.hungry = True
+        """True when there may be messages that no wake-up will tell of: after a time without credit."""
+        self.waiting: deque[Delivery] = deque()
+        """Claimed, and not delivered yet."""
+
+    def arm(self) -> Bell | None:
+        """Wait for wake-ups where the channel consumes and has credit. Raises Unavailable."""
+        channel, queues = self.channel, self.channel.consumed
+        if queues != self.queues and set(queues) != set(self.queues):
+            self._silence()
+        if not queues:
+            return None
+        settings = channel.broker.settings
+        if self.bell is None:
+            self.bell = channel.broker.store.bell([settings.keys(queue).marker for queue in queues])
+            self.queues = queues
+        if not self.bell.armed and channel.qos.room(len(self.waiting)):
+            self.bell.arm(settings.max_block)
+        return self.bell
+
+    def look(self) -> int:
+        """What there is to do now, in either kind of loop: how many messages were delivered. Raises Unavailable."""
+        channel, bell = self.channel, self.bell
+        if channel.closed or not channel.consumed:
+            return 0
+        channel.keep_alive()
+        rung = bell is not None and bell.rung()
+        if not self.waiting:
+            room = channel.qos.room()
+            if room and (rung or self._wants(time.monotonic())):
+                self._claim(room)
+            elif room == 0:
+                self.hungry = True
+                if rung:
+                    channel.pass_on()
+        elif rung:
+            self.hungry = True
+            channel.pass_on()
+        return self._deliver()
+
+    def _wants(self, now: float) -> bool:
+        return self.hungry or now >= self.look_at or self.channel.leases.pending(self.channel.consumed)
+
+    def _claim(self, room: int) -> None:
+        found, retry_after = self.channel.claim(room, woken=True)
+        self.waiting.extend(found)
+        # less than was asked for is all there is, and the next message rings
+        self.hungry = len(found) >= room
+        longest = self.channel.broker.settings.max_block
+        self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
+
+    def _deliver(self) -> int:
+        channel, delivered, ends = self.channel, 0, time.monotonic() + SLICE
+        while self.waiting and not channel.closed and (delivered == 0 or time.monotonic() < ends):
+            if not channel.qos.can_consume():
+                break
+            raw, queue = self.waiting.popleft()
+            if queue not in channel.consumed:
+                channel.take_back([(raw, queue)])
+                continue
+            delivered += 1
+            channel.connection._deliver(raw, queue)
+        return delivered
+
+    def wake(self) -> None:
+        """End the wait of another thread. May be called from any thread."""
+        if (bell := self.bell) is not None:
+            bell.wake()
+
+    @property
+    def busy(self) -> bool:
+        """True when the next turn of the loop should come at once."""
+        return bool(self.waiting) and bool(self.channel.qos.can_consume())
+
+    def _silence(self) -> None:
+        if self.bell is not None:
+            self.bell.close()
+            self.bell = None
+        self.queues = ()
+        self.hungry = True
+
+    def close(self) -> None:
+        """No more wake-ups; what was not delivered is handed back."""
+        self._silence()
+        if self.waiting:
+            left, self.waiting = list(self.waiting), deque()
+            self.channel.take_back(left)

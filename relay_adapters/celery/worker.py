@@ -1,0 +1,123 @@
+"""What a Celery worker has to know of a store in which tasks wait: installed in worker processes only.
+
+Celery's `revoke` marks a task in the memory of the workers that run now; one that waits in the store is taken out of
+it. `inspect scheduled` lists what waits in a worker's memory; here it is in the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from relay_adapters.celery.envelope import head_of
+from relay_adapters.celery.ids import ids_of
+from relay_core import Broker
+from relay_core.errors import RelayError
+
+logger = logging.getLogger("relay.celery")
+
+_LISTED = 1000
+"""Most waiting tasks of a queue that `inspect scheduled` lists, the next due first."""
+
+_REQUEST = "relay_adapters.celery.request:Request"
+
+
+def install(**_: Any) -> None:
+    """Where this process is a worker, or becomes one. Repeating it is harmless."""
+    celery = sys.modules.get("celery")
+    if celery is None:
+        return
+    if "celery.worker.control" not in sys.modules:
+        celery.signals.worker_init.connect(install)
+        return
+    from celery.app.task import Task
+    from celery.worker.control import Panel
+
+    if Task.Request == "celery.worker.request:Request":
+        Task.Request = _REQUEST
+    if not isinstance(Panel.data["revoke"], _Revoke):
+        Panel.data["revoke"] = _Revoke(Panel.data["revoke"])
+        Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
+        Panel.data["dump_schedule"] = Panel.data["scheduled"]
+
+
+class _Command:
+    """A remote control command of Celery's, and what the store adds to it."""
+
+    def __init__(self, stock: Callable[..., Any]) -> None:
+        self._stock = stock
+        self.__name__ = stock.__name__
+        self.__doc__ = stock.__doc__
+
+
+class _Revoke(_Command):
+    def __call__(self, state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
+        answer = self._stock(state, task_id, *args, **options)
+        ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
+        for broker, queues in _consumed(state):
+            try:
+                for id in ids:
+                    _cancel(state.app, broker, queues, id)
+            except RelayError as error:
+                logger.warning("tasks that wait in the store could not be revoked there: %s", error)
+        return answer
+
+
+def _cancel(app: Any, broker: Broker, queues: Iterable[str], task_id: str) -> None:
+    for queue in queues:
+        ids = ids_of(task_id)
+        found = [s for s in broker.cancel_many(queue, ids) if s in ("ready", "delayed")]
+        if not found:
+            continue
+        logger.info("task %s was revoked while it waited in queue %r", task_id, queue)
+        if app.backend.get_state(task_id) not in ("SUCCESS", "FAILURE", "REVOKED"):
+            app.backend.mark_as_revoked(task_id, reason="revoked", store_result=True)
+
+
+class _Scheduled(_Command):
+    def __call__(self, state: Any, *args: Any, **options: Any) -> Any:
+        found = self._stock(state, *args, **options)
+        for broker, queues in _consumed(state):
+            for queue in queues:
+                for job in broker.jobs(queue, "delayed", limit=_LISTED):
+                    try:
+                        found.append(_as_listed(head_of(job.payload), state.hostname))
+                    except (ValueError, KeyError):
+                        continue
+        return found
+
+
+def _as_listed(head: Mapping[str, Any], hostname: str) -> dict[str, Any]:
+    """A waiting task as Celery lists those of its own timers."""
+    headers, properties = head["headers"], head["properties"]
+    info = properties.get("delivery_info") or {}
+    return {
+        "eta": headers["eta"],
+        "priority": 6,
+        "request": {
+            "id": headers["id"],
+            "name": headers["task"],
+            "args": headers.get("argsrepr"),
+            "kwargs": headers.get("kwargsrepr"),
+            "type": headers["task"],
+            "hostname": hostname,
+            "time_start": None,
+            "acknowledged": False,
+            "delivery_info": {
+                "exchange": info.get("exchange"),
+                "routing_key": info.get("routing_key"),
+                "priority": properties.get("priority"),
+                "redelivered": False,
+            },
+            "worker_pid": None,
+        },
+    }
+
+
+def _consumed(state: Any) -> list[tuple[Broker, tuple[str, ...]]]:
+    """The broker and queues of a worker's tasks, where it consumes from relay."""
+    consumer = state.consumer.task_consumer
+    channel: Any = consumer.channel if consumer is not None else None
+    return [(channel.broker, channel.consumed)] if isinstance(getattr(channel, "broker", None), Broker) else []
