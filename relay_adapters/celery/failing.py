@@ -30,7 +30,8 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
         broker.extend(job, min(pause, 86_400.0))
         return pause
     error = "requeued by the worker" if cause is None or kind == "Reject" else cause
-    item = broker.operations.nack_of(job, error)
+    # the first time at once, as by other transports
+    item = broker.operations.nack_of(job, error, 0.0 if requeue and job.retries == 0 else None)
     if broker.nack(job, error, item.delay_ms / 1000, reason="requeued" if requeue else None) is Verdict.DEAD:
         if kind == "Reject":
             burial.fail(job, f"requeued {job.retries} times")

@@ -15,7 +15,6 @@ from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_core import JobSpec
 from relay_core.errors import InvalidArgument, Unavailable
-from relay_core.job import new_id
 
 _ID, _AGAIN = "relay_id", "relay_again"
 _HEADERS = {HEADER: ADAPTER}
@@ -32,9 +31,8 @@ class Publishing(Declaring):
         stays, and what was stored by then is not stored twice."""
         headers, properties = message["headers"], message["properties"]
         lease = headers.pop(inhand.LEASE, None)
-        properties["delivery_info"].update(exchange=exchange, routing_key=routing_key)
         again = properties.pop(_AGAIN, None)
-        message[_ID] = again or job_id_of(headers)
+        message[_ID], message[_AGAIN] = again or job_id_of(headers), again is not None
         if lease is not None and again is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
             try:
@@ -44,22 +42,16 @@ class Publishing(Declaring):
                 headers[inhand.LEASE] = lease
                 raise
         try:
-            if exchange:
-                self.typeof(exchange).deliver(message, exchange, routing_key, again=again is not None, **options)
-            else:
-                self._put(routing_key, message, again=again is not None, **options)
+            super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable:
             properties[_AGAIN] = message[_ID]
             raise
 
-    def _put(self, queue: str, message: MutableMapping[str, Any], again: bool = False, **_: Any) -> None:
-        """Store one job.
-
-        :param again: an earlier call may have stored it
-        """
+    def _put(self, queue: str, message: MutableMapping[str, Any], **_: Any) -> None:
+        """Store one job."""
         id = message.get(_ID) or job_id_of(message["headers"])
         spec = self.spec_of(message, id)
-        flows = self.broker.operations
+        flows, again = self.broker.operations, message.get(_AGAIN, False)
         answer = self.broker.drive(flows.enqueue(queue, spec, again))
         taken = 0
         while answer.duplicate and answer.id == spec.id:
@@ -93,5 +85,6 @@ class Publishing(Declaring):
         wait = wait_of(message)
         return inhand.put_back(self.broker, self.leases, job, pack(message), wait)
 
-    def _next_delivery_tag(self) -> str:
-        return new_id()
+    def _inplace_augment_message(self, message: Any, exchange: str, routing_key: str) -> None:
+        """Neither an encoding of the body nor a delivery tag: a delivery gets its tag when it is claimed."""
+        message["properties"]["delivery_info"].update(exchange=exchange, routing_key=routing_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kombu.transport import virtual
@@ -23,6 +23,12 @@ from relay_core.errors import StoreError, Unavailable
 
 _SETTLE = 0.25
 """Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
+
+
+WATCHES: dict[str, tuple[type[Watch], Callable[[channels.Channel], Sequence[str]]]] = {
+    "jobs": (Watch, lambda channel: channel.consumed),
+}
+"""What a channel is watched for, and the queues of it for which that is done."""
 
 
 class Transport(virtual.Transport):
@@ -44,7 +50,7 @@ class Transport(virtual.Transport):
         keep_whole(client)
         worker.install()
         Pace.give(client)
-        self._watches: dict[channels.Channel, Watch] = {}
+        self._watches: dict[tuple[channels.Channel, str], Watch] = {}
         self._loop: Any = None
         self._loop_thread = 0
         self._readers: dict[int, Watch] = {}
@@ -86,35 +92,35 @@ class Transport(virtual.Transport):
         super().close_connection(connection)
 
     def close_channel(self, channel: channels.Channel) -> None:
-        self._unwatch(channel)
+        for kind in WATCHES:
+            self._unwatch(channel, kind)
         super().close_channel(channel)
 
     # told by channels
 
     def consumers_changed(self, channel: channels.Channel) -> None:
-        if not channel.consumed:
-            self._unwatch(channel)
-        elif channel not in self._watches:
-            self._watches[channel] = Watch(channel)
+        for kind, (made, queues) in WATCHES.items():
+            if not queues(channel):
+                self._unwatch(channel, kind)
+            elif (channel, kind) not in self._watches:
+                self._watches[channel, kind] = made(channel)
 
-    def _unwatch(self, channel: channels.Channel) -> None:
-        if watch := self._watches.pop(channel, None):
+    def _unwatch(self, channel: channels.Channel, kind: str) -> None:
+        if watch := self._watches.pop((channel, kind), None):
             self._forget_readers(watch)
             watch.close()
 
     def credit_freed(self, channel: channels.Channel) -> None:
         """An ack made room. On the loop's own thread its next tick sees that; another thread has to wake it."""
-        watch = self._watches.get(channel)
-        if watch is None:
-            return
-        if self._loop is None:
+        if self._loop is not None:
+            if threading.get_ident() != self._loop_thread:
+                self._loop.call_soon(_nothing)
+        elif watch := self._watches.get((channel, "jobs")):
             watch.wake()
-        elif threading.get_ident() != self._loop_thread:
-            self._loop.call_soon(_nothing)
 
     def look_within(self, channel: channels.Channel, seconds: float) -> None:
         """A message of the channel comes back by then, and no wake-up will tell of it."""
-        if watch := self._watches.get(channel):
+        if watch := self._watches.get((channel, "jobs")):
             watch.look_at = min(watch.look_at, time.monotonic() + seconds)
             self.credit_freed(channel)
 
@@ -157,7 +163,7 @@ class Transport(virtual.Transport):
         busy, first = False, None
         for watch in list(self._watches.values()):
             delivered = watch.look()
-            if watch.channel.closed or watch.channel not in self._watches:
+            if watch.channel.closed or watch not in self._watches.values():
                 continue
             bell = watch.arm()
             self._read(watch, bell)
