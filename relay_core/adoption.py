@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
-from relay_core import commands
+from relay_core import commands, inspector
 from relay_core.commands import Adopted
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument
@@ -19,8 +20,24 @@ def adopt(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:
     """Store jobs in their states, with their times: True for each that is new here.
 
     Plugins route and encode them as any others. All are checked before the first is sent. The order within a queue
-    is kept.
+    is kept. One whose id belongs to a job with another payload is stored under its `other_id`, if it has one.
     """
+    fresh = yield from _take_in(ops, arrivals)
+    known = [i for i, new in enumerate(fresh) if not new and arrivals[i].other_id]
+    others: list[int] = []
+    for queue, indices in groupby(sorted(known, key=lambda i: arrivals[i].queue), key=lambda i: arrivals[i].queue):
+        mine = list(indices)
+        stored = yield from inspector.show(ops, queue, [arrivals[i].id for i in mine])
+        # one that was done lately cannot be compared: rather twice than never
+        others += [i for i, job in zip(mine, stored, strict=True) if job is None or job.payload != arrivals[i].payload]
+    if others:
+        again = yield from _take_in(ops, [replace(arrivals[i], id=arrivals[i].other_id) for i in sorted(others)])
+        for i, new in zip(sorted(others), again, strict=True):
+            fresh[i] = new
+    return fresh
+
+
+def _take_in(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:
     placed = [_place(ops, arrival) for arrival in arrivals]
     fresh = [False] * len(placed)
     order = sorted(range(len(placed)), key=lambda i: placed[i][0])

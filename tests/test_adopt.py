@@ -129,3 +129,20 @@ def test_the_asyncio_broker_adopts_too(server: Server) -> None:
     import asyncio
 
     assert asyncio.run(_adopt(server.url)) == [True]
+
+
+def test_another_job_of_the_same_id_is_stored_under_its_other_id_and_the_same_one_is_not(broker: Broker) -> None:
+    first = Arrival("mail", "one", b"1", other_id="one-a")
+    second = Arrival("mail", "one", b"2", other_id="one-b")
+    assert broker.adopt([first]) == [True]
+    assert broker.adopt([first, second]) == [False, True]
+    assert broker.adopt([second, first]) == [False, False]
+    assert [(job.id, job.payload) for job in broker.jobs("mail", "ready")] == [("one", b"1"), ("one-b", b"2")]
+
+
+def test_another_job_of_an_id_that_was_done_lately_is_not_lost(broker: Broker) -> None:
+    broker.adopt([Arrival("mail", "one", b"1", other_id="one-a")])
+    broker.ack_many(broker.claim("mail"))
+    second = Arrival("mail", "one", b"2", other_id="one-b")
+    assert broker.adopt([second, second]) == [True, False]
+    assert [job.payload for job in broker.claim("mail", 5)] == [b"2"]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from relay_core.hooks import hookimpl
 from relay_core.job import Job, JobSummary, StoredJob
+
+if TYPE_CHECKING:
+    from relay_core.migration import Source, SourceStore
 
 HEADER, ADAPTER = "relay_adapter", "celery"
 """The header, and its value, of the jobs that this adapter stores."""
@@ -34,3 +38,43 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
         eta=headers.get("eta"),
         extra={name: headers[name] for name in ("id", "root_id", "parent_id", "group", "origin") if headers.get(name)},
     )
+
+
+@hookimpl
+def relay_register_commands(group: Any) -> None:
+    """`relay migrate celery-redis`."""
+    import click
+
+    from relay_core.migration import Migration
+
+    params = [
+        click.Option(
+            ["--key-prefix"], default="", metavar="TEXT", help="The global_keyprefix of its broker_transport_options."
+        ),
+        click.Option(
+            ["--queue", "queues"], multiple=True, metavar="NAME", help="Only this queue; repeatable. Default: all."
+        ),
+        click.Option(
+            ["--unacked"],
+            type=click.Choice(("auto", "all", "none")),
+            default="auto",
+            show_default=True,
+            help="What workers hold, ETA tasks included: auto moves it when no worker is connected; all also when some "
+            "are, and what they hold may run twice.",
+        ),
+        click.Option(
+            ["--priority-order"],
+            type=click.Choice(("redis", "amqp")),
+            default="redis",
+            show_default=True,
+            help="Which priority its messages mean to be first: 0 (redis) or 9 (amqp).",
+        ),
+    ]
+    help = "Move the messages of a Celery app on Redis: queued ones with their priorities, unacked ones, and ETA tasks."
+    group.add_command(Migration("celery-redis", _open_redis, help, params))
+
+
+def _open_redis(store: SourceStore, **options: Any) -> Source:
+    from relay_adapters.celery.redis_source import RedisSource
+
+    return RedisSource(store, **options)

@@ -1,0 +1,349 @@
+"""The messages of kombu's Redis transport, read and taken out for `relay migrate celery-redis`.
+
+Its keys, all after the `global_keyprefix`; SEP is two control bytes:
+
+    Q, Q SEP 3, Q SEP 6, Q SEP 9  LIST of messages of queue Q, one per priority step; the next one is at the right end
+    unacked                       HASH delivery tag -> [message, exchange, routing key]: what workers hold, ETAs too
+    unacked_index                 ZSET delivery tag, time of delivery
+    _kombu.binding.<exchange>     SET of <routing key> SEP <pattern> SEP <queue>
+
+A list is first renamed, to `relay-migrate SEP <its name>`, so that no worker takes from it what relay has already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_adapters.celery.publishing import _due
+from relay_core.errors import RelayError
+from relay_core.job import Arrival, ArrivalState, new_id
+from relay_core.keys import LEVELS
+from relay_core.migration import BATCH, Found, SourceStore
+
+SEP = "\x06\x16"
+_HOLDING = f"relay-migrate{SEP}"
+_REFUSED = f"relay-refused{SEP}"
+_BINDING = "_kombu.binding."
+_OTHER_EXCHANGES = re.compile(r"celeryev|.*\.?celery\.pidbox|.*\.pidbox")
+"""Exchanges of events and remote control: what lies there is of no use to another fleet."""
+
+CLIENT_NAME = "relay-migrate"
+"""How `relay migrate` calls its connection to the source."""
+
+_SCAN = 1000
+_MAX_BYTES = 8 * 2**20
+"""Bytes of one batch, roughly."""
+
+_TAKE_OUT = """
+for i = 1, #ARGV do redis.call('LREM', KEYS[1], -1, ARGV[i]) end
+return redis.call('LLEN', KEYS[1])
+"""
+
+
+class Binding(NamedTuple):
+    """One row of an exchange's table."""
+
+    routing_key: str
+    pattern: str
+    queue: str
+
+    def takes(self, routing_key: str) -> bool:
+        if self.pattern:
+            return re.match(self.pattern, routing_key) is not None
+        return self.routing_key == routing_key
+
+
+class RedisSource:
+    """See relay_core.migration.Source.
+
+    :param key_prefix: the transport's `global_keyprefix`
+    :param queues: only these; empty for all that are bound
+    :param unacked: `auto` moves what workers hold when none is connected, `all` also when some are (what they run or
+        hold until its ETA runs twice then), `none` leaves it
+    :param priority_order: `redis`, 0 first, as the transport has it; `amqp` for apps that had it the other way round
+    """
+
+    def __init__(
+        self,
+        store: SourceStore,
+        *,
+        key_prefix: str = "",
+        queues: Sequence[str] = (),
+        unacked: str = "auto",
+        priority_order: str = "redis",
+    ) -> None:
+        self._store = store
+        self._prefix = key_prefix
+        self._only = set(queues)
+        self._unacked = unacked
+        self._zero_first = priority_order == "redis"
+        self._unreadable: Counter[str] = Counter()
+        self._tables: dict[str, list[Binding]] = {}
+
+    def found(self) -> list[Found]:
+        counts: Counter[tuple[str, ArrivalState]] = Counter()
+        for key, queue, _step in self._lists():
+            for name in (key, _HOLDING + key):
+                counts[queue, "ready"] += self._store.raw("LLEN", self._prefix + name)
+        if not self._why_unacked_stay():
+            for _tag, queues, message in self._held():
+                state: ArrivalState = "delayed" if _due(message) else "ready"
+                for queue in queues:
+                    counts[queue, state] += 1
+        return [Found(queue, state, count) for (queue, state), count in sorted(counts.items())]
+
+    def batches(self) -> Iterator[Sequence[Arrival]]:
+        for key, queue, step in self._lists():
+            yield from self._list(key, queue, step)
+        if not self._why_unacked_stay():
+            yield from self._all_held()
+
+    def left(self) -> list[Found]:
+        dark = "not readable as messages of kombu; they wait in the set {!r} of the old server"
+        rows = []
+        for name in self._names(f"{_REFUSED}*", "set"):
+            queue = re.sub(f"{SEP}[0-9]+$", "", name.removeprefix(_REFUSED))
+            if not self._only or queue in self._only:
+                count = self._store.raw("SCARD", self._prefix + name)
+                rows.append(Found(queue, "ready", count, dark.format(self._prefix + name)))
+        if why := self._why_unacked_stay():
+            counts: Counter[tuple[str, ArrivalState]] = Counter()
+            for _tag, queues, message in self._held():
+                counts[next(iter(queues), "?"), "delayed" if _due(message) else "ready"] += 1
+            rows += [Found(queue, state, count, why) for (queue, state), count in sorted(counts.items())]
+        elif lost := self._unreadable["unacked"]:
+            rows.append(
+                Found("?", "ready", lost, "unacked, and not readable or without a queue; they stay in 'unacked'")
+            )
+        return rows
+
+    # lists
+
+    def _lists(self) -> list[tuple[str, str, int]]:
+        """All lists of messages as (key without the prefix, queue, priority step), the first step first."""
+        bound = {binding.queue for exchange in self._exchanges() for binding in self._table(exchange)}
+        found = set()
+        for name in self._names("*", "list"):
+            key = name.removeprefix(_HOLDING)
+            queue, separator, step = key.rpartition(SEP)
+            if not separator:
+                queue, step = key, "0"
+            if self._only:
+                ours = queue in self._only
+            else:
+                # a queue whose binding is gone is known by what lies in it
+                ours = queue in bound or name != key or self._holds_tasks(name)
+            if ours and step.isdigit():
+                found.add((key, queue, int(step)))
+        return sorted(found, key=lambda row: (row[1], row[2]))
+
+    def _holds_tasks(self, name: str) -> bool:
+        try:
+            text = self._store.raw("LINDEX", self._prefix + name, -1)
+        except RelayError:  # it was a list a moment ago
+            return False
+        message = None if text is None else _message(text)
+        return message is not None and isinstance(message.get("headers"), dict) and "task" in message["headers"]
+
+    def _list(self, key: str, queue: str, step: int) -> Iterator[Sequence[Arrival]]:
+        holding = self._prefix + _HOLDING + key
+        while True:
+            # what an earlier run was killed at comes first; a list that is not there raises
+            if not self._store.raw("EXISTS", holding):
+                if not self._store.raw("EXISTS", self._prefix + key):
+                    return
+                try:
+                    self._store.raw("RENAMENX", self._prefix + key, holding)
+                except RelayError:
+                    if self._store.raw("EXISTS", self._prefix + key):
+                        raise
+                    return
+                self._store.raw("PERSIST", holding)  # of queues with x-expires
+            while texts := self._tail(holding):
+                arrivals = []
+                for text in texts:
+                    message = _message(text)
+                    if message is None:
+                        self._store.raw("SADD", self._prefix + _REFUSED + key, text)
+                    else:
+                        arrivals.append(self._arrival(queue, message, text, step))
+                if arrivals:
+                    yield arrivals
+                self._store.raw("EVAL", _TAKE_OUT, 1, holding, *texts)
+
+    def _tail(self, holding: str) -> list[bytes]:
+        """The next messages, in the order in which workers would take them."""
+        texts: list[bytes] = self._store.raw("LRANGE", holding, -BATCH, -1)
+        size = 0
+        for at, text in enumerate(reversed(texts)):
+            size += len(text)
+            if size > _MAX_BYTES and at:
+                return texts[-at:][::-1]
+        return texts[::-1]
+
+    # what workers hold
+
+    def _held(self) -> Iterator[tuple[bytes, list[str], dict[str, Any]]]:
+        """(delivery tag, queues, message) of what is unacked; more than one queue where nothing tells from which."""
+        self._unreadable["unacked"] = 0
+        cursor: Any = 0
+        while True:
+            cursor, flat = self._store.raw("HSCAN", self._prefix + "unacked", cursor, "COUNT", BATCH)
+            for tag, text in flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True):
+                try:
+                    message, exchange, routing_key = json.loads(text)
+                    queues = self._queues_of(exchange or "", routing_key or "")
+                    readable = _message(json.dumps(message).encode()) is not None
+                except (ValueError, TypeError):
+                    readable, queues = False, []
+                if not readable or not queues:
+                    self._unreadable["unacked"] += 1
+                elif not self._only or self._only & set(queues):
+                    yield tag, queues, message
+            if int(cursor) == 0:
+                return
+
+    def _all_held(self) -> Iterator[Sequence[Arrival]]:
+        tags: list[bytes] = []
+        arrivals: list[Arrival] = []
+        for tag, queues, message in self._held():
+            tags.append(tag)
+            text = json.dumps(message).encode()
+            arrivals += [self._arrival(queue, message, text, 0) for queue in queues]
+            if len(arrivals) >= BATCH:
+                yield arrivals
+                self._forget(tags)
+                tags, arrivals = [], []
+        if arrivals:
+            yield arrivals
+            self._forget(tags)
+
+    def _forget(self, tags: Sequence[bytes]) -> None:
+        self._store.raw("HDEL", self._prefix + "unacked", *tags)
+        self._store.raw("ZREM", self._prefix + "unacked_index", *tags)
+
+    def _queues_of(self, exchange: str, routing_key: str) -> list[str]:
+        """Where kombu would put the message back: all queues that its exchange and routing key lead to."""
+        queues = (
+            {binding.queue for binding in self._table(exchange) if binding.takes(routing_key)} if exchange else set()
+        )
+        return sorted(queues) or ([routing_key] if routing_key else [])
+
+    def _why_unacked_stay(self) -> str:
+        """Empty when what workers hold is to be moved."""
+        if self._unacked == "all":
+            return ""
+        if self._unacked == "none":
+            return "unacked; --unacked none leaves it"
+        try:
+            clients = self._store.raw("CLIENT", "LIST")
+        except RelayError as error:
+            return (
+                f"held by workers, perhaps: who is connected cannot be asked ({error}). "
+                "When all workers have stopped, migrate again with --unacked all"
+            )
+        workers = _workers(clients if isinstance(clients, bytes) else str(clients).encode())
+        if not workers:
+            return ""
+        return (
+            f"held by workers: {workers} connections wait for tasks or control messages; "
+            "migrate again when they have stopped"
+        )
+
+    # bindings
+
+    def _exchanges(self) -> list[str]:
+        names = (name[len(_BINDING) :] for name in self._names(f"{_BINDING}*", "set"))
+        return [name for name in names if not _OTHER_EXCHANGES.fullmatch(name)]
+
+    def _table(self, exchange: str) -> list[Binding]:
+        if exchange not in self._tables:
+            rows = self._store.raw("SMEMBERS", f"{self._prefix}{_BINDING}{exchange}")
+            parts = (row.decode(errors="surrogateescape").split(SEP) for row in rows)
+            self._tables[exchange] = [Binding(*part) for part in parts if len(part) == 3]
+        return self._tables[exchange]
+
+    def _names(self, pattern: str, kind: str) -> list[str]:
+        """Keys of a kind after the prefix that match, without it. SCAN gives some of them twice."""
+        escaped = re.sub(r"([\[\]*?\\])", r"\\\1", self._prefix)
+        names: set[str] = set()
+        cursor: Any = 0
+        while True:
+            cursor, page = self._store.raw("SCAN", cursor, "MATCH", f"{escaped}{pattern}", "COUNT", _SCAN, "TYPE", kind)
+            names.update(key.decode(errors="surrogateescape")[len(self._prefix) :] for key in page)
+            if int(cursor) == 0:
+                return sorted(names)
+
+    # messages
+
+    def _arrival(self, queue: str, message: dict[str, Any], text: bytes, step: int) -> Arrival:
+        """The job that relay's transport would have made of it."""
+        due = _due(message)
+        priority = message["properties"].get("priority")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            priority = step
+        level = max(0, min(priority, LEVELS - 1))
+        id, other = _ids_of(message)
+        return Arrival(
+            queue,
+            id,
+            text,
+            "delayed" if due else "ready",
+            at=due or 0.0,
+            priority=LEVELS - 1 - level if self._zero_first else level,
+            headers={HEADER: ADAPTER},
+            other_id=other,
+        )
+
+
+def _message(text: bytes) -> dict[str, Any] | None:
+    """A message in kombu's envelope, or None."""
+    try:
+        message = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(message, dict) or not isinstance(message.get("properties"), dict) or "body" not in message:
+        return None
+    return message
+
+
+def _ids_of(message: dict[str, Any]) -> tuple[str, str]:
+    """The id that relay's transport would have chosen, and one that is this very message's alone.
+
+    Both are the same however often it is read; without a delivery tag nothing tells two alike apart.
+    """
+    tag = message["properties"].get("delivery_tag")
+    if not tag:
+        return new_id(), ""
+    told = json.dumps([tag, message["body"]], default=str)
+    own = hashlib.blake2b(told.encode(), digest_size=13).hexdigest()
+    headers = message.get("headers") or {}
+    id, task_id = job_id_of(headers), headers.get("id")
+    return (id, own) if task_id and id.startswith(task_id) else (own, "")
+
+
+def _workers(clients: bytes) -> int:
+    """Connections to our database that wait as Celery's workers do: for tasks, or for control messages."""
+    rows = [
+        dict(word.partition("=")[::2] for word in line.split())
+        for line in clients.decode(errors="replace").splitlines()
+    ]
+    ours = {row.get("db") for row in rows if row.get("name") == CLIENT_NAME}
+    return sum(
+        row.get("cmd", "").lower() == "brpop" or row.get("psub", "0") != "0"
+        for row in rows
+        if not ours or row.get("db") in ours
+    )
+
+
+def job_id_of(headers: dict[str, Any]) -> str:
+    task_id, retries = str(headers.get("id") or ""), headers.get("retries")
+    if not re.fullmatch(r"[!-~]{1,100}", task_id):
+        return new_id()
+    return f"{task_id}.{retries}" if retries else task_id

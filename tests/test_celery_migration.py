@@ -1,0 +1,248 @@
+"""`relay migrate celery-redis`: from kombu's own transport, killed in the middle, and run to the end on relay."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+from kombu import Connection, Exchange, Queue, pools
+
+from relay_core import Broker
+from tests.command_line import Cli, finished, spawn
+from tests.servers import Server, eventually
+
+QUEUES = ("celery", "mail")
+
+
+def application(url: str, ran: list[int] | None = None, **options: Any) -> Celery:
+    """The app of these tests, on either broker."""
+    app = Celery("migrating", broker=url, set_as_current=False)
+    app.conf.update(task_ignore_result=True, worker_hijack_root_logger=False, broker_transport_options=options)
+    app.conf.update(broker_connection_retry_on_startup=True, worker_enable_remote_control=False)
+
+    @app.task(name="note", shared=False)
+    def note(x: int) -> None:
+        assert ran is not None, "is to run on relay"
+        ran.append(x)
+
+    return app
+
+
+@pytest.fixture
+def origin(server: Server) -> Iterator[str]:
+    yield f"redis+socket://{server.socket}"
+    pools.reset()  # kombu remembers in its pools what it declared on the server, which is empty for the next test
+
+
+@pytest.fixture
+def stock(origin: str) -> Iterator[Celery]:
+    app = application(origin)
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def relay(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+def send(app: Celery, numbers: Sequence[int], queue: str = "celery", **options: Any) -> None:
+    with app.producer_pool.acquire(block=True) as producer:
+        for x in numbers:
+            app.send_task("note", (x,), queue=queue, producer=producer, **options)
+
+
+def hold(url: str, queue: str, count: int) -> None:
+    """Take messages as a worker does that is killed then: they stay unacked."""
+    with Connection(url) as connection:
+        channel = connection.channel()
+        channel.qos.restore_at_shutdown = False
+        for _ in range(count):
+            assert channel.basic_get(queue) is not None
+        channel.qos._delivered.clear()
+
+
+def left(server: Server, prefix: str = "") -> list[bytes]:
+    """Keys of kombu that hold messages."""
+    keys: list[bytes] = server.cli("KEYS", f"{prefix}*")
+    return [key for key in keys if not key.startswith((b"relay:", f"{prefix}_kombu.".encode()))]
+
+
+def ran_on_relay(server: Server, expected: int) -> list[int]:
+    """The numbers of all messages, run to the end, in order."""
+    ran: list[int] = []
+    app = application(server.url, ran)
+    app.conf.task_queues = [Queue(name, Exchange(name), routing_key=name) for name in QUEUES]
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
+        eventually(lambda: len(ran) >= expected, f"{expected} tasks ran")
+    app.close()
+    return ran
+
+
+def in_order(relay: Broker, queue: str = "celery") -> list[str]:
+    """The arguments of the tasks that are ready, in the order in which workers get them."""
+    jobs = relay.claim(queue, 100)
+    relay.ack_many(jobs)
+    return [summary.args for job in jobs if (summary := relay.plugins.describe(job)) is not None]
+
+
+def counts(told: Any, name: str = "found") -> dict[tuple[str, str], int]:
+    return {(one["queue"], one["state"]): one["count"] for one in told[name] if one["count"]}
+
+
+def test_queued_delayed_and_unacked_messages_arrive_as_they_were(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    send(stock, range(300, 500))
+    hold(origin, "celery", 200)
+    send(stock, range(300))
+    sent = time.time()
+    send(stock, range(500, 510), eta=datetime.now(timezone.utc) + timedelta(seconds=60))
+    send(stock, range(510, 520), "mail", eta=datetime.now(timezone.utc) + timedelta(seconds=60))
+    hold(origin, "mail", 10)
+    cli = Cli(server.url)
+    told = cli.json("migrate", "celery-redis", "--from", origin, "--dry-run")
+    # a list does not tell which of its messages have an ETA
+    assert counts(told) == {("celery", "ready"): 510, ("mail", "delayed"): 10}
+    assert (told["migrated"], told["dry_run"], relay.queues()) == (0, True, [])
+    assert cli.json("migrate", "celery-redis", "--from", origin) == told | {"migrated": 520, "dry_run": False}
+    assert left(server) == []
+
+    assert (relay.stats("celery").ready, relay.stats("celery").delayed) == (500, 10)
+    assert (relay.stats("mail").ready, relay.stats("mail").delayed) == (0, 10)
+    for queue in QUEUES:
+        assert all(job.due_at is not None and 59 < job.due_at - sent < 62 for job in relay.jobs(queue, "delayed"))
+        relay.purge(queue, ("delayed",))
+    (first,) = relay.jobs("celery", "ready", limit=1)
+    summary = relay.plugins.describe(first)
+    assert summary is not None
+    assert (summary.name, summary.args) == ("note", "(0,)")
+    assert relay.audit("celery", repair=False).clean
+    ran = ran_on_relay(server, 500)
+    assert Counter(ran) == Counter(range(500))
+    assert ran[:300] == sorted(ran[:300]), "the order of a list is kept"
+
+
+def test_priorities_keep_their_order_in_either_sense(stock: Celery, relay: Broker, server: Server, origin: str) -> None:
+    for priority in (9, 3, 0, 5):
+        send(stock, [priority], priority=priority)
+    send(stock, [100])
+    cli = Cli(server.url)
+    cli.run("migrate", "celery-redis", "--from", origin)
+    by_level = relay.stats("celery").ready_by_level
+    assert {level: count for level, count in enumerate(by_level) if count} == {0: 1, 4: 1, 6: 1, 9: 2}
+    assert in_order(relay) == ["(0,)", "(100,)", "(3,)", "(5,)", "(9,)"]
+    send(stock, [9], priority=9)
+    send(stock, [0], priority=0)
+    cli.run("migrate", "celery-redis", "--from", origin, "--priority-order", "amqp")
+    assert in_order(relay) == ["(9,)", "(0,)"]
+
+
+def test_what_living_workers_hold_stays_until_they_have_stopped(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    send(stock, range(3))
+    hold(origin, "celery", 2)
+    cli = Cli(server.url)
+    with server.client() as worker:
+        pubsub = worker.pubsub()
+        pubsub.psubscribe("/0.celery.pidbox")
+        eventually(lambda: b"psub=1" in server.cli("CLIENT", "LIST"), "it is subscribed")
+        told = cli.json("migrate", "celery-redis", "--from", origin, code=1)
+        assert (told["migrated"], counts(told, "left")) == (1, {("celery", "ready"): 2})
+        assert "migrate again" in told["left"][0]["note"]
+        told = cli.json("migrate", "celery-redis", "--from", origin, "--unacked", "none", code=1)
+        assert told["migrated"] == 0
+        pubsub.close()
+    eventually(lambda: b"psub=1" not in server.cli("CLIENT", "LIST"), "it is gone")
+    assert cli.json("migrate", "celery-redis", "--from", origin)["migrated"] == 2
+    assert left(server) == []
+    assert sorted(in_order(relay)) == ["(0,)", "(1,)", "(2,)"]
+
+
+def test_topic_routes_prefixes_and_other_queues_are_told_apart(server: Server, relay: Broker, origin: str) -> None:
+    apps = {prefix: application(origin, global_keyprefix=prefix) for prefix in ("my[1]*app:", "my1xapp:")}
+    topic = Exchange("news", type="topic")
+    queues = [Queue("sport", topic, routing_key="sport.#"), Queue("all", topic, routing_key="#")]
+    for app in apps.values():
+        with app.connection_for_write() as connection:
+            for queue in queues:
+                queue(connection.default_channel).declare()
+        app.send_task("note", (1,), exchange=topic, routing_key="sport.ski", declare=[topic])
+        app.send_task("note", (2,), exchange=topic, routing_key="weather", declare=[topic])
+        send(app, [3])
+        app.close()
+        pools.reset()
+    cli = Cli(server.url)
+    prefixed = ("migrate", "celery-redis", "--from", origin, "--key-prefix", "my[1]*app:")
+    assert cli.json(*prefixed, "--queue", "celery")["migrated"] == 1
+    assert cli.json(*prefixed)["migrated"] == 3
+    assert [relay.stats(queue).ready for queue in ("sport", "all", "celery")] == [1, 2, 1]
+    assert left(server, "my[[]1[]][*]app:") == []
+    assert len(left(server, "my1xapp:")) == 3
+
+
+def test_tasks_of_one_id_are_all_kept_and_what_is_no_message_is_put_aside(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    send(stock, [1, 2], task_id="same")
+    for text in (b"not JSON", b'{"body": "x"}', b"not JSON"):
+        server.cli("LPUSH", "celery", text)
+    cli = Cli(server.url)
+    told = cli.json("migrate", "celery-redis", "--from", origin, code=1)
+    assert (told["migrated"], counts(told, "left")) == (2, {("celery", "ready"): 2})
+    assert server.cli("SMEMBERS", "relay-refused\x06\x16celery")
+    assert "same" in {job.id for job in relay.jobs("celery", "ready")}
+    assert sorted(in_order(relay)) == ["(1,)", "(2,)"]
+
+
+def test_a_queue_whose_binding_is_gone_is_known_by_its_messages_and_other_lists_are_left(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    send(stock, range(3), priority=6)
+    server.cli("DEL", "_kombu.binding.celery")
+    server.cli("LPUSH", "shopping", "milk")
+    cli = Cli(server.url)
+    assert counts(cli.json("migrate", "celery-redis", "--from", origin)) == {("celery", "ready"): 3}
+    assert left(server) == [b"shopping"]
+
+
+@pytest.mark.slow
+def test_a_migration_killed_at_any_point_and_started_again_loses_nothing(
+    stock: Celery, relay: Broker, server: Server, origin: str, tmp_path: Path
+) -> None:
+    total = 4000
+    send(stock, range(total // 4))
+    hold(origin, "celery", total // 4)
+    send(stock, range(total // 4, total // 2), priority=6)
+    send(stock, range(total // 2, total), "mail")
+    arguments = ("migrate", "celery-redis", "--from", origin)
+    for round_ in range(3):
+        migration = spawn(*arguments, url=server.url, cwd=tmp_path)
+        enough = 300 + 1000 * round_
+        eventually(lambda enough=enough: moved(relay) >= enough, "it has begun")  # type: ignore[misc]
+        os.kill(migration.pid, signal.SIGKILL)
+        assert finished(migration)[0] == -signal.SIGKILL
+    assert moved(relay) < total
+    assert left(server) != []
+    code, out, err = finished(spawn(*arguments, url=server.url, cwd=tmp_path))
+    assert code == 0, (out, err)
+    assert left(server) == []
+    assert moved(relay) == total
+    for queue in QUEUES:
+        assert relay.audit(queue, repair=False).clean
+    assert Counter(ran_on_relay(server, total)) == Counter(range(total))
+
+
+def moved(relay: Broker) -> int:
+    return sum(relay.stats(queue).counters.get("enqueued", 0) for queue in QUEUES)
