@@ -11,7 +11,7 @@ from relay_core import commands, inspector
 from relay_core.commands import Adopted
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument
-from relay_core.job import Arrival
+from relay_core.job import Arrival, StoredJob
 from relay_core.operations import Flow, Operations, error_text
 from relay_core.validation import JobSpec
 
@@ -20,7 +20,8 @@ def adopt(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:
     """Store jobs in their states, with their times: True for each that is new here.
 
     Plugins route and encode them as any others. All are checked before the first is sent. The order within a queue
-    is kept. One whose id belongs to a job with another payload is stored under its `other_id`, if it has one.
+    is kept. One whose id belongs to a job with another payload or headers is stored under its `other_id`, if it has
+    one.
     """
     fresh = yield from _take_in(ops, arrivals)
     known = [i for i, new in enumerate(fresh) if not new and arrivals[i].other_id]
@@ -29,12 +30,16 @@ def adopt(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:
         mine = list(indices)
         stored = yield from inspector.show(ops, queue, [arrivals[i].id for i in mine])
         # one that was done lately cannot be compared: rather twice than never
-        others += [i for i, job in zip(mine, stored, strict=True) if job is None or job.payload != arrivals[i].payload]
+        others += [i for i, job in zip(mine, stored, strict=True) if job is None or not _same(job, arrivals[i])]
     if others:
         again = yield from _take_in(ops, [replace(arrivals[i], id=arrivals[i].other_id) for i in sorted(others)])
         for i, new in zip(sorted(others), again, strict=True):
             fresh[i] = new
     return fresh
+
+
+def _same(job: StoredJob, arrival: Arrival) -> bool:
+    return job.payload == arrival.payload and dict(job.options.headers) == dict(arrival.headers)
 
 
 def _take_in(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:

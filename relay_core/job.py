@@ -195,7 +195,7 @@ class Arrival:
     """A job of another system on its way into relay.
 
     :ivar id: 1 to 128 printable ASCII characters, the same whenever the job is read again, so that it is stored once
-    :ivar other_id: taken instead when `id` belongs to a job with another payload; empty: then it is not stored
+    :ivar other_id: taken instead when `id` belongs to a job with another payload or headers; empty: not stored then
     :ivar payload: as relay's own adapter would have enqueued it
     :ivar at: unix seconds at which a delayed one is due (past: ready at once) or a dead one died
     :ivar created_at: unix seconds; None for now

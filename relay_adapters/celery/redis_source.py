@@ -15,12 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from kombu.utils.json import object_hook
+
+from relay_adapters.celery.due import wait_of
+from relay_adapters.celery.envelope import pack, unpack
+from relay_adapters.celery.ids import job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
-from relay_adapters.celery.publishing import _due
 from relay_core.errors import RelayError
 from relay_core.job import Arrival, ArrivalState, new_id
 from relay_core.keys import LEVELS
@@ -93,7 +98,7 @@ class RedisSource:
                 counts[queue, "ready"] += self._store.raw("LLEN", self._prefix + name)
         if not self._why_unacked_stay():
             for _tag, queues, message in self._held():
-                state: ArrivalState = "delayed" if _due(message) else "ready"
+                state: ArrivalState = "delayed" if message.wait else "ready"
                 for queue in queues:
                     counts[queue, state] += 1
         return [Found(queue, state, count) for (queue, state), count in sorted(counts.items())]
@@ -115,7 +120,7 @@ class RedisSource:
         if why := self._why_unacked_stay():
             counts: Counter[tuple[str, ArrivalState]] = Counter()
             for _tag, queues, message in self._held():
-                counts[next(iter(queues), "?"), "delayed" if _due(message) else "ready"] += 1
+                counts[next(iter(queues), "?"), "delayed" if message.wait else "ready"] += 1
             rows += [Found(queue, state, count, why) for (queue, state), count in sorted(counts.items())]
         elif lost := self._unreadable["unacked"]:
             rows.append(
@@ -149,7 +154,7 @@ class RedisSource:
         except RelayError:  # it was a list a moment ago
             return False
         message = None if text is None else _message(text)
-        return message is not None and isinstance(message.get("headers"), dict) and "task" in message["headers"]
+        return message is not None and "task" in message.envelope["headers"]
 
     def _list(self, key: str, queue: str, step: int) -> Iterator[Sequence[Arrival]]:
         holding = self._prefix + _HOLDING + key
@@ -172,7 +177,7 @@ class RedisSource:
                     if message is None:
                         self._store.raw("SADD", self._prefix + _REFUSED + key, text)
                     else:
-                        arrivals.append(self._arrival(queue, message, text, step))
+                        arrivals.append(self._arrival(queue, message, step))
                 if arrivals:
                     yield arrivals
                 self._store.raw("EVAL", _TAKE_OUT, 1, holding, *texts)
@@ -189,20 +194,23 @@ class RedisSource:
 
     # what workers hold
 
-    def _held(self) -> Iterator[tuple[bytes, list[str], dict[str, Any]]]:
+    def _held(self) -> Iterator[tuple[bytes, list[str], Message]]:
         """(delivery tag, queues, message) of what is unacked; more than one queue where nothing tells from which."""
         self._unreadable["unacked"] = 0
+        seen: set[bytes] = set()  # HSCAN gives some of them twice
         cursor: Any = 0
         while True:
             cursor, flat = self._store.raw("HSCAN", self._prefix + "unacked", cursor, "COUNT", BATCH)
             for tag, text in flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True):
+                if tag in seen:
+                    continue
+                seen.add(tag)
                 try:
-                    message, exchange, routing_key = json.loads(text)
-                    queues = self._queues_of(exchange or "", routing_key or "")
-                    readable = _message(json.dumps(message).encode()) is not None
+                    envelope, exchange, routing_key = json.loads(text, object_hook=object_hook)
+                    message, queues = _message(envelope), self._queues_of(exchange or "", routing_key or "")
                 except (ValueError, TypeError):
-                    readable, queues = False, []
-                if not readable or not queues:
+                    message, queues = None, []
+                if message is None or not queues:
                     self._unreadable["unacked"] += 1
                 elif not self._only or self._only & set(queues):
                     yield tag, queues, message
@@ -214,8 +222,7 @@ class RedisSource:
         arrivals: list[Arrival] = []
         for tag, queues, message in self._held():
             tags.append(tag)
-            text = json.dumps(message).encode()
-            arrivals += [self._arrival(queue, message, text, 0) for queue in queues]
+            arrivals += [self._arrival(queue, message, 0) for queue in queues]
             if len(arrivals) >= BATCH:
                 yield arrivals
                 self._forget(tags)
@@ -282,50 +289,61 @@ class RedisSource:
 
     # messages
 
-    def _arrival(self, queue: str, message: dict[str, Any], text: bytes, step: int) -> Arrival:
+    def _arrival(self, queue: str, message: Message, step: int) -> Arrival:
         """The job that relay's transport would have made of it."""
-        due = _due(message)
-        priority = message["properties"].get("priority")
+        wait, priority = message.wait, message.envelope["properties"].get("priority")
         if not isinstance(priority, int) or isinstance(priority, bool):
             priority = step
         level = max(0, min(priority, LEVELS - 1))
-        id, other = _ids_of(message)
+        id, own = _ids_of(message.envelope)
         return Arrival(
             queue,
             id,
-            text,
-            "delayed" if due else "ready",
-            at=due or 0.0,
+            message.payload,
+            "delayed" if wait else "ready",
+            at=time.time() + wait if wait else 0.0,
             priority=LEVELS - 1 - level if self._zero_first else level,
-            headers={HEADER: ADAPTER},
-            other_id=other,
+            headers={HEADER: ADAPTER, "celery_redis": own},
+            other_id=own if id != own else "",
         )
 
 
-def _message(text: bytes) -> dict[str, Any] | None:
-    """A message in kombu's envelope, or None."""
+class Message(NamedTuple):
+    """One message: in kombu's envelope, and as relay's transport keeps it."""
+
+    envelope: dict[str, Any]
+    payload: bytes
+
+    @property
+    def wait(self) -> float:
+        """Seconds until its ETA, 0 without one."""
+        return wait_of(unpack(self.payload))
+
+
+def _message(envelope: Any) -> Message | None:
+    """A message from its envelope or the JSON of that; None for what is none."""
     try:
-        message = json.loads(text)
-    except ValueError:
+        if isinstance(envelope, bytes):
+            envelope = json.loads(envelope, object_hook=object_hook)
+        if not isinstance(envelope.get("headers"), dict) or "body" not in envelope:
+            return None
+        return Message(envelope, pack(envelope))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    if not isinstance(message, dict) or not isinstance(message.get("properties"), dict) or "body" not in message:
-        return None
-    return message
 
 
-def _ids_of(message: dict[str, Any]) -> tuple[str, str]:
+def _ids_of(envelope: dict[str, Any]) -> tuple[str, str]:
     """The id that relay's transport would have chosen, and one that is this very message's alone.
 
     Both are the same however often it is read; without a delivery tag nothing tells two alike apart.
     """
-    tag = message["properties"].get("delivery_tag")
+    tag = envelope["properties"].get("delivery_tag")
     if not tag:
-        return new_id(), ""
-    told = json.dumps([tag, message["body"]], default=str)
-    own = hashlib.blake2b(told.encode(), digest_size=13).hexdigest()
-    headers = message.get("headers") or {}
-    id, task_id = job_id_of(headers), headers.get("id")
-    return (id, own) if task_id and id.startswith(task_id) else (own, "")
+        own = new_id()
+        return own, own
+    own = hashlib.blake2b(json.dumps([tag, envelope["body"]], default=str).encode(), digest_size=13).hexdigest()
+    id, task_id = job_id_of(envelope["headers"]), envelope["headers"].get("id")
+    return (id, own) if task_id and id.startswith(task_id) else (own, own)
 
 
 def _workers(clients: bytes) -> int:
@@ -340,10 +358,3 @@ def _workers(clients: bytes) -> int:
         for row in rows
         if not ours or row.get("db") in ours
     )
-
-
-def job_id_of(headers: dict[str, Any]) -> str:
-    task_id, retries = str(headers.get("id") or ""), headers.get("retries")
-    if not re.fullmatch(r"[!-~]{1,100}", task_id):
-        return new_id()
-    return f"{task_id}.{retries}" if retries else task_id
