@@ -16,6 +16,8 @@ STATES: tuple[State, ...] = ("ready", "delayed", "inflight", "dead")
 ArrivalState = Literal["ready", "delayed", "dead"]
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as it counts
+_PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
+_SHIFTS = range(100, -1, -10)
 
 
 def new_id() -> str:
@@ -24,7 +26,7 @@ def new_id() -> str:
     48 bits of time and 60 random bits from the operating system, so children of a fork never share one.
     """
     number = (time.time_ns() // 1_000_000 & (1 << 50) - 1) << 60 | int.from_bytes(os.urandom(8), "big") >> 4
-    return "".join([_ALPHABET[number >> shift & 31] for shift in range(105, -1, -5)])
+    return "".join([_PAIRS[number >> shift & 1023] for shift in _SHIFTS])
 
 
 class Receipt(NamedTuple):
@@ -60,9 +62,11 @@ class Options:
 
     def to_json(self) -> str:
         """Compact JSON of the set fields, or an empty string when none is set."""
+        if self is NO_OPTIONS:
+            return ""
         pairs = {name: getattr(self, name) for name in self.__slots__}
         kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in pairs.items() if v not in (None, {})}
-        return json.dumps(kept, separators=(",", ":"), ensure_ascii=True) if kept else ""
+        return _to_json(kept) if kept else ""
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -75,6 +79,8 @@ class Options:
                 raise ValueError(f"option {name} is a {type(value).__name__}")
         return cls(**known)
 
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: json.dumps would make one per call
 
 _OPTION_KINDS: Mapping[str, tuple[type, ...]] = {
     "max_retries": (int,),

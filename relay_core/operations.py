@@ -150,8 +150,13 @@ class Operations:
         return [answer for answer in answers if answer is not None]
 
     def enqueue(self, queue: str, spec: JobSpec, again: bool = False) -> Flow[Enqueued]:
-        answers = yield from self.enqueue_many(queue, (spec,), again)
-        return answers[0]
+        """`enqueue_many` of one, the commonest call, without the lists that many need."""
+        queue, job = self.place(queue, spec)
+        if queue not in self._registered:
+            yield from self.register(queue)
+        (answer,) = yield commands.enqueue(self.settings.keys(queue), (job,), again=again)
+        self._tell_enqueued(queue, spec, answer)
+        return answer  # type: ignore[no-any-return]
 
     def register(self, queue: str) -> Flow[None]:
         """Put a queue among those that people are shown, once per process."""
@@ -163,8 +168,10 @@ class Operations:
         """The queue that a job goes to, and the job as it is stored, as the plugins make it."""
         payload = payload_bytes(spec.payload)
         self.settings.keys(queue)
-        queue = self.plugins.route(queue, payload, spec.headers or {})
-        self.settings.keys(queue)
+        routed = self.plugins.route(queue, payload, spec.headers or {})
+        if routed != queue:
+            self.settings.keys(routed)
+            queue = routed
         payload = self.plugins.encode(payload, queue)
         payload_size(payload, self.settings.max_payload)
         return queue, spec.stored(payload)

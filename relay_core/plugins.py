@@ -49,6 +49,7 @@ class Plugins:
     def __init__(self, plugins: Iterable[object] = (), *, installed: bool = True) -> None:
         self._manager = pluggy.PluginManager(hooks.PROJECT)
         self._manager.add_hookspecs(hooks)
+        self._known: dict[str, list[HookImpl]] = {}
         if installed:
             for entry in _entry_points():
                 self.register(_load(entry))
@@ -61,12 +62,13 @@ class Plugins:
         """Add a plugin; what it says wrong is a PluginError, and it is not added."""
         try:
             name = self._manager.register(plugin)
+            self._known.clear()
         except (ValueError, pluggy.PluginValidationError) as error:
             raise PluginError(f"plugin {plugin!r} cannot be registered: {error}") from error
         try:
             self._check(plugin)
         except PluginError:
-            self._manager.unregister(plugin)
+            self.unregister(plugin)
             raise
         if name is None:
             raise PluginError(f"plugin {plugin!r} is blocked")
@@ -74,6 +76,7 @@ class Plugins:
     def unregister(self, plugin: object) -> None:
         """Take a plugin out again; its hooks are not called any more."""
         self._manager.unregister(plugin)
+        self._known.clear()
 
     def _check(self, plugin: object) -> None:
         try:
@@ -91,8 +94,12 @@ class Plugins:
                     )
 
     def _impls(self, name: str) -> list[HookImpl]:
-        caller: pluggy.HookCaller = getattr(self._manager.hook, name)
-        return caller.get_hookimpls()
+        """Remembered until a plugin comes or goes: several hooks are asked for each job."""
+        known = self._known.get(name)
+        if known is None:
+            caller: pluggy.HookCaller = getattr(self._manager.hook, name)
+            known = self._known[name] = caller.get_hookimpls()
+        return known
 
     def _in_order(self, name: str) -> Iterator[HookImpl]:
         """As pluggy calls them: last registered first, `tryfirst` before, `trylast` after."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from relay_core.commands import NewJob
 from relay_core.errors import InvalidArgument
-from relay_core.job import Options, Record, new_id
+from relay_core.job import NO_OPTIONS, Options, Record, new_id
 from relay_core.keys import LEVELS
 from relay_core.retry import MAX_DELAY, RetryPolicy
 
@@ -20,6 +20,7 @@ MAX_PAYLOAD = 16 * 2**20
 _ID = re.compile(r"[!-~]{1,128}")
 _MAX_DEDUP_KEY = 512
 _MAX_AT = 2**33 * 30
+_NOTHING = (None,) * 6
 
 
 def _shown(value: Any) -> str:
@@ -122,6 +123,9 @@ class JobSpec:
 
     def options(self) -> Options:
         """What goes into the record beside the payload, checked."""
+        asked = (self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_for, self.headers, self.retry)
+        if asked == _NOTHING:
+            return NO_OPTIONS  # as most jobs
         if self.max_retries is not None:
             whole("max_retries", self.max_retries, least=0, most=10**6)
         if self.max_deliveries is not None:
