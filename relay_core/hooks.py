@@ -24,10 +24,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def relay_job_enqueued(queue: str, id: str, delay: float) -> None:
+def relay_job_enqueued(queue: str, id: str, delay: float, headers: Mapping[str, str]) -> None:
     """A job was stored. Not called for a duplicate.
 
     :param delay: seconds until it is ready, 0.0 for at once; of `at=`, as seen by this process's clock
+    :param headers: as they were stored, those of `relay_add_headers` included
     """
 
 
@@ -110,6 +111,26 @@ def relay_worker_stopped(worker: str, queues: tuple[str, ...], processed: int) -
     """
 
 
+@hookspec
+def relay_run_started(job: Job) -> None:
+    """A handler is about to run a job, here: on its thread, or in its task where it is a coroutine.
+
+    Called by relay workers and in Dramatiq's worker threads. Not by Celery's workers: it has signals of its own for
+    this, in the process that runs the task.
+    """
+
+
+@hookspec
+def relay_run_ended(job: Job, seconds: float, error: BaseException | None) -> None:
+    """The handler is done, on the same thread or in the same task; the ack or nack is still to come.
+
+    In a Celery worker it is called in the main process, when the pool says that the task is done.
+
+    :param seconds: for which it ran
+    :param error: what it raised, or None
+    """
+
+
 @hookspec(firstresult=True)
 def relay_retry_delay(job: Job, error: BaseException | str | None, delay: float) -> float | None:
     """Seconds until a failed job runs again. First answer that is not None wins; None keeps `delay`.
@@ -125,6 +146,17 @@ def relay_route_job(queue: str, payload: bytes, headers: Mapping[str, str]) -> s
     """The queue that a job goes to instead. First answer that is not None wins; None keeps `queue`.
 
     What it raises reaches the caller of `enqueue`; nothing was stored.
+    """
+
+
+@hookspec
+def relay_add_headers(queue: str, payload: bytes, headers: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Headers to add to a job on its way into the store: a trace context, a tenant. None adds none.
+
+    All implementations run, each with what the ones before it added; a name that is there already is replaced.
+    What one raises reaches the caller of `enqueue`; nothing was stored.
+
+    :param payload: before any encoding
     """
 
 
@@ -154,8 +186,12 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
 
 
 @hookspec
-def relay_register_adapter(register: Callable[[str, str], None]) -> None:
-    """Called once per broker: `register(name, description)` makes a framework known to `relay version`."""
+def relay_register_adapter(register: Callable[..., None]) -> None:
+    """Called once per broker: `register(name, description)` makes a framework known to `relay version`.
+
+    `register(name, description, internal=("*.pidbox",))` also names, by shell patterns, the queues in which the
+    framework's own processes talk to each other: metrics leave them out, for they come and go without bound.
+    """
 
 
 @hookspec

@@ -51,7 +51,11 @@ class Enqueued:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What travels with a job beside its payload. Unset fields cost no bytes in the store."""
+    """What travels with a job beside its payload. Unset fields cost no bytes in the store.
+
+    :ivar delay_ms: what the enqueue asked for, so that waiting for its time is told from waiting for a worker
+    :ivar at_ms: the same for a job that is due at a unix time
+    """
 
     max_retries: int | None = None
     max_deliveries: int | None = None
@@ -59,6 +63,8 @@ class Options:
     dedup_ms: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     retry: Mapping[str, float] | None = None
+    delay_ms: int | None = None
+    at_ms: int | None = None
 
     def to_json(self) -> str:
         """Compact JSON of the set fields, or an empty string when none is set."""
@@ -89,6 +95,8 @@ _OPTION_KINDS: Mapping[str, tuple[type, ...]] = {
     "dedup_ms": (int,),
     "headers": (dict,),
     "retry": (dict,),
+    "delay_ms": (int,),
+    "at_ms": (int,),
 }
 
 NO_OPTIONS = Options()
@@ -161,6 +169,13 @@ class Job:
     @property
     def fence(self) -> int:
         return int(self.token.split(":", 2)[1])
+
+    @property
+    def ready_at(self) -> float:
+        """When it was first ready to be claimed: its creation, or when it was due. Unix seconds of the server."""
+        options = self.options
+        due = self.created_at + (options.delay_ms or 0) / 1000
+        return due if options.at_ms is None else max(due, options.at_ms / 1000)
 
     def age(self) -> float:
         """Seconds since the enqueue, by the server's clock and this process's monotonic one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from relay_core import commands, keys
@@ -127,6 +127,8 @@ class Operations:
         :param again: an earlier call may have stored jobs of these ids: such a job is no duplicate, done or not
         """
         checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
+        if self.plugins.wants("relay_add_headers"):
+            checked = [self._with_headers(queue, spec) for spec in checked]
         placed = [self.place(queue, spec) for spec in checked]
         answers: list[Enqueued | None] = [None] * len(placed)
         batches = self._batches(placed)
@@ -164,6 +166,10 @@ class Operations:
             yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
             self._registered.add(queue)
 
+    def _with_headers(self, queue: str, spec: JobSpec) -> JobSpec:
+        spec.options()  # its own headers are checked before a plugin is shown them
+        return replace(spec, headers=self.plugins.headers(queue, payload_bytes(spec.payload), spec.headers or {}))
+
     def place(self, queue: str, spec: JobSpec) -> tuple[str, NewJob]:
         """The queue that a job goes to, and the job as it is stored, as the plugins make it."""
         payload = payload_bytes(spec.payload)
@@ -195,7 +201,9 @@ class Operations:
             self.plugins.notify("relay_job_deduplicated", queue=queue, id=answer.id, dedup_key=spec.dedup_key)
         elif self.plugins.wants("relay_job_enqueued"):
             delay = spec.delay or (max(0.0, spec.at - time.time()) if spec.at else 0.0)
-            self.plugins.notify("relay_job_enqueued", queue=queue, id=answer.id, delay=delay)
+            self.plugins.notify(
+                "relay_job_enqueued", queue=queue, id=answer.id, delay=delay, headers=spec.headers or {}
+            )
 
     # claim
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -56,7 +57,8 @@ class Plugins:
         for plugin in plugins:
             self.register(plugin)
         self.adapters: dict[str, str] = {}
-        self._call_each("relay_register_adapter", register=self.adapters.__setitem__)
+        self._internal: list[str] = []
+        self._call_each("relay_register_adapter", register=self._register_adapter)
 
     def register(self, plugin: object) -> None:
         """Add a plugin; what it says wrong is a PluginError, and it is not added."""
@@ -72,6 +74,14 @@ class Plugins:
             raise
         if name is None:
             raise PluginError(f"plugin {plugin!r} is blocked")
+
+    def _register_adapter(self, name: str, description: str, internal: Iterable[str] = ()) -> None:
+        self.adapters[name] = description
+        self._internal += internal
+
+    def is_internal(self, queue: str) -> bool:
+        """True for a queue in which the processes of a framework talk to each other."""
+        return any(fnmatchcase(queue, pattern) for pattern in self._internal)
 
     def unregister(self, plugin: object) -> None:
         """Take a plugin out again; its hooks are not called any more."""
@@ -161,6 +171,19 @@ class Plugins:
             if answer is not None:
                 return str(answer)
         return queue
+
+    def headers(self, queue: str, payload: bytes, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """The headers with what plugins add. What a plugin raises goes to the caller."""
+        for impl in self._in_order("relay_add_headers"):
+            added = self._call(impl, {"queue": queue, "payload": payload, "headers": headers})
+            if added is None:
+                continue
+            if not isinstance(added, Mapping):
+                raise PluginError(
+                    f"plugin {impl.plugin_name}: relay_add_headers must return a mapping, got {type(added).__name__}"
+                )
+            headers = {**headers, **added}
+        return headers
 
     def encode(self, payload: bytes, queue: str) -> bytes:
         """Run the payload through the chain. What a plugin raises goes to the caller."""

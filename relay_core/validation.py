@@ -146,6 +146,7 @@ class JobSpec:
                 raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise InvalidArgument(f"retry must be a RetryPolicy, got {_shown(self.retry)}")
+        due = self.due()
         return Options(
             max_retries=self.max_retries,
             max_deliveries=self.max_deliveries,
@@ -153,6 +154,8 @@ class JobSpec:
             dedup_ms=dedup_ms,
             headers=self.headers or {},
             retry=self.retry.to_dict() if self.retry else None,
+            delay_ms=int(due[1:]) if due[:1] == "+" else None,
+            at_ms=int(due[1:]) if due[:1] == "@" else None,
         )
 
     def stored(self, payload: bytes) -> NewJob:

@@ -6,6 +6,8 @@ The first word after `test_` is the hook's name, and a test here holds that each
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextvars
 import dataclasses
 import inspect
 import re
@@ -61,8 +63,8 @@ class Notebook:
         return [name for name, _arguments in self.take()]
 
     @hookimpl
-    def relay_job_enqueued(self, queue: str, id: str, delay: float) -> None:
-        self._note("relay_job_enqueued", queue=queue, id=id, delay=delay)
+    def relay_job_enqueued(self, queue: str, id: str, delay: float, headers: Mapping[str, str]) -> None:
+        self._note("relay_job_enqueued", queue=queue, id=id, delay=delay, headers=headers)
 
     @hookimpl
     def relay_job_deduplicated(self, queue: str, id: str, dedup_key: str | None) -> None:
@@ -95,6 +97,14 @@ class Notebook:
     @hookimpl
     def relay_lease_lost(self, queue: str, id: str, move: str) -> None:
         self._note("relay_lease_lost", queue=queue, id=id, move=move)
+
+    @hookimpl
+    def relay_run_started(self, job: Job) -> None:
+        self._note("relay_run_started", job=job)
+
+    @hookimpl
+    def relay_run_ended(self, job: Job, seconds: float, error: BaseException | None) -> None:
+        self._note("relay_run_ended", job=job, seconds=seconds, error=error)
 
     @hookimpl
     def relay_worker_started(self, worker: str, queues: tuple[str, ...], concurrency: int) -> None:
@@ -331,6 +341,88 @@ def run_one(broker: Broker, **options: Any) -> Worker:
     return worker
 
 
+def test_relay_job_enqueued_tells_the_headers_that_were_stored(server: Server, notebook: Notebook) -> None:
+    with Broker(server.url, plugins=[notebook, impl("relay_add_headers", lambda: {"b": "2"})]) as broker:
+        broker.enqueue_many("mail", [JobSpec(b"", headers={"a": "1"}), b""])
+        told = [note["headers"] for _, note in notebook.take()]
+        assert told == [{"a": "1", "b": "2"}, {"b": "2"}]
+        assert [dict(job.headers) for job in broker.claim("mail", 2)] == told
+
+
+@pytest.mark.parametrize("kind", ["thread", "coroutine"])
+def test_relay_run_started_fires_where_the_handler_runs(broker: Broker, notebook: Notebook, kind: str) -> None:
+    running = contextvars.ContextVar[str]("running", default="nothing")
+    seen: list[object] = []
+    worker: Worker
+
+    def look() -> None:
+        seen.extend((running.get(), threading.get_ident()))
+        worker.stop()
+
+    def plain(job: Job) -> None:
+        look()
+
+    async def coroutine(job: Job) -> None:
+        look()
+
+    def started(job: Job) -> None:
+        running.set(job.id)
+        seen.append(threading.get_ident())
+
+    broker.plugins.register(impl("relay_run_started", started))
+    id = broker.enqueue("mail", b"").id
+    worker = Worker(broker, plain if kind == "thread" else coroutine, ["mail"])
+    worker.run()
+    hook_thread, found, handler_thread = seen
+    assert (found, handler_thread) == (id, hook_thread)
+    assert running.get() == "nothing"
+    names = [name for name, _ in notebook.take()]
+    assert names[-5:] == ["job_claimed", "run_started", "run_ended", "job_acked", "worker_stopped"]
+
+
+@pytest.mark.parametrize("kind", ["thread", "coroutine"])
+def test_relay_run_ended_tells_how_long_it_ran_and_what_it_raised(
+    broker: Broker, notebook: Notebook, kind: str
+) -> None:
+    worker: Worker
+
+    def plain(job: Job) -> None:
+        worker.stop()
+        time.sleep(0.02)
+        raise ValueError("no")
+
+    async def coroutine(job: Job) -> None:
+        plain(job)
+
+    broker.enqueue("mail", b"")
+    worker = Worker(broker, plain if kind == "thread" else coroutine, ["mail"])
+    worker.run()
+    notes = notebook.take()
+    (ended,) = [note for name, note in notes if name == "run_ended"]
+    assert 0.02 <= ended["seconds"] < 10
+    assert repr(ended["error"]) == "ValueError('no')"
+    assert [name for name, _ in notes][-4:] == ["run_started", "run_ended", "job_retried", "worker_stopped"]
+
+
+def test_relay_run_ended_fires_for_a_coroutine_that_the_end_of_the_worker_cancels(
+    broker: Broker, notebook: Notebook
+) -> None:
+    worker: Worker
+
+    async def endless(job: Job) -> None:
+        worker.stop()
+        worker.stop()
+        await asyncio.sleep(3600)
+
+    broker.enqueue("mail", b"")
+    worker = Worker(broker, endless, ["mail"])
+    worker.run()
+    notes = notebook.take()
+    (ended,) = [note for name, note in notes if name == "run_ended"]
+    assert isinstance(ended["error"], asyncio.CancelledError)
+    assert broker.stats("mail").ready == 1
+
+
 def test_relay_worker_started_fires_before_the_first_claim(broker: Broker, notebook: Notebook) -> None:
     broker.enqueue("mail", b"")
     notebook.take()
@@ -347,7 +439,9 @@ def test_relay_worker_stopped_fires_last_and_counts_what_was_acked(broker: Broke
     worker = run_one(broker)
     names = notebook.take()
     assert names[-1] == ("worker_stopped", {"worker": worker.name, "queues": ("mail", "post"), "processed": 1})
-    assert [name for name, _ in names] == ["worker_started", "job_claimed", "job_acked", "worker_stopped"]
+    assert [name for name, _ in names] == [
+        *("worker_started", "job_claimed", "run_started", "run_ended", "job_acked", "worker_stopped")
+    ]
 
 
 def test_moves_without_a_hook_fire_nothing(server: Server, broker: Broker, notebook: Notebook) -> None:
@@ -375,8 +469,6 @@ def test_hooks_fire_on_the_thread_that_made_the_move(broker: Broker, notebook: N
 
 
 def test_an_async_broker_fires_the_same_hooks(server: Server, notebook: Notebook) -> None:
-    import asyncio
-
     async def live() -> None:
         async with AsyncBroker(server.url, plugins=[notebook]) as broker:
             await broker.enqueue("mail", b"", dedup_key="k")
@@ -496,6 +588,61 @@ def stored_payload(server: Server, broker: Broker, queue: str, id: str) -> bytes
     return record.partition(b"\n")[2]
 
 
+def test_relay_add_headers_sees_the_payload_and_what_others_added(server: Server) -> None:
+    shown: list[tuple[str, bytes, dict[str, str]]] = []
+
+    def first(queue: str, payload: bytes, headers: Mapping[str, str]) -> dict[str, str]:
+        shown.append((queue, payload, dict(headers)))
+        return {"a": "first", "b": "first"}
+
+    def second(headers: Mapping[str, str]) -> dict[str, str]:
+        return {"b": "second", "c": headers["a"]}
+
+    # the one registered last is called first
+    plugins = [Wrap(b"x"), impl("relay_add_headers", second), impl("relay_add_headers", first)]
+    with Broker(server.url, plugins=[*plugins, impl("relay_add_headers", lambda: None)]) as broker:
+        broker.enqueue("mail", b"body", headers={"mine": "kept"})
+        (job,) = broker.claim("mail")
+        assert dict(job.headers) == {"mine": "kept", "a": "first", "b": "second", "c": "first"}
+        assert shown == [("mail", b"body", {"mine": "kept"})]
+        broker.nack(job, delay=0)
+        (job,) = broker.claim("mail")
+        broker.nack(job, dead=True)
+        broker.requeue("mail")
+        (job,) = broker.claim("mail")
+        assert job.headers["c"] == "first", "headers survive a retry, the dead and a requeue"
+        assert len(shown) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("text", "must return a mapping, got str"), ({"a": 1}, "headers must map str to str")]
+)
+def test_relay_add_headers_that_gives_nonsense_or_raises_reaches_the_caller(
+    server: Server, answer: object, said: str
+) -> None:
+    with (
+        Broker(server.url, plugins=[impl("relay_add_headers", lambda: answer)]) as broker,
+        pytest.raises((PluginError, ValueError), match=said),
+    ):
+        broker.enqueue("mail", b"")
+    with (
+        Broker(server.url, plugins=[impl("relay_add_headers", lambda: {}["no context"])]) as broker,
+        pytest.raises(KeyError, match="no context"),
+    ):
+        broker.enqueue("mail", b"")
+    assert server.cli("KEYS", "*") == []
+
+
+def test_relay_add_headers_is_not_shown_headers_that_are_refused(server: Server) -> None:
+    shown: list[object] = []
+    with (
+        Broker(server.url, plugins=[impl("relay_add_headers", lambda headers: shown.append(headers))]) as broker,
+        pytest.raises(ValueError, match="headers must map"),
+    ):
+        broker.enqueue("mail", b"", headers={"a": 1})
+    assert shown == []
+
+
 def test_relay_encode_payload_is_a_chain_and_none_leaves_the_bytes(server: Server) -> None:
     with Broker(server.url, plugins=[Wrap(b"a"), Wrap(b"b")]) as broker:
         id = broker.enqueue("mail", b"body").id
@@ -575,6 +722,20 @@ def test_relay_describe_job_that_raises_is_passed_over(server: Server, caplog: p
     assert "relay_describe_job raised" in caplog.text
 
 
+def test_relay_register_adapter_may_name_the_queues_in_which_a_framework_talks_to_itself() -> None:
+    def adapt(register: Callable[..., None]) -> None:
+        register("mine", "my framework", internal=("*.talk", "events.*"))
+
+    found = Plugins([impl("relay_register_adapter", adapt)], installed=False)
+    internal = [name for name in ("a.talk", "events.a", "mail", "a.talks", "A.TALK") if found.is_internal(name)]
+    assert internal == ["a.talk", "events.a"]
+    assert not Plugins(installed=False).is_internal("a.talk")
+    installed = Plugins()
+    assert installed.is_internal("celery@host.celery.pidbox")
+    assert installed.is_internal("f00.reply.celery.pidbox")
+    assert not installed.is_internal("celery")
+
+
 def test_relay_register_adapter_is_called_once_per_broker_and_makes_a_framework_known() -> None:
     calls: list[int] = []
 
@@ -606,7 +767,10 @@ def test_relay_register_commands_adds_to_a_click_group_and_is_isolated(caplog: p
 
 # --- isolation
 
-NOTIFY = [name for name in NAMES if name not in ("relay_route_job", "relay_encode_payload", "relay_decode_payload")]
+HEARD = ("relay_route_job", "relay_add_headers", "relay_encode_payload", "relay_decode_payload")
+"""What these raise reaches the caller."""
+
+NOTIFY = [name for name in NAMES if name not in HEARD]
 
 
 class Saboteur:
@@ -830,7 +994,8 @@ def test_the_documentation_names_no_hook_that_is_not_there() -> None:
     assert sorted(set(re.findall(r"(?m)^### `(\w+)", DOCS.read_text()))) == NAMES
     assert set(
         re.findall(
-            r"\brelay_(?:job|jobs|lease|worker|retry|route|encode|decode|describe|register)\w*", DOCS.read_text()
+            r"\brelay_(?:job|jobs|lease|run|worker|retry|route|add|encode|decode|describe|register)\w*",
+            DOCS.read_text(),
         )
     ) <= set(NAMES)
 

@@ -26,7 +26,17 @@ _BROKER_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-_ADAPTER_OPTIONS = frozenset({"retry", "queue_retry", "priority_order", "visibility_timeout", "deadletter_queue"})
+_ADAPTER_OPTIONS = frozenset(
+    {
+        "retry",
+        "queue_retry",
+        "priority_order",
+        "visibility_timeout",
+        "deadletter_queue",
+        "metrics_addr",
+        "metrics_tasks",
+    }
+)
 
 _ELSEWHERE = frozenset(
     {

@@ -17,8 +17,10 @@ HEADER, ADAPTER = "relay_adapter", "celery"
 
 
 @hookimpl
-def relay_register_adapter(register: Callable[[str, str], None]) -> None:
-    register("celery", "Celery(broker='relay://…'), by relay_adapters.celery")
+def relay_register_adapter(register: Callable[..., None]) -> None:
+    # remote control, its replies and events: one queue per worker, client and monitor
+    internal = ("*.celery.pidbox", "celeryev.*")
+    register("celery", "Celery(broker='relay://…'), by relay_adapters.celery", internal)
 
 
 @hookimpl

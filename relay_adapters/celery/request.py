@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
@@ -13,6 +14,7 @@ from celery.worker.state import task_ready
 
 from relay_adapters.celery.inhand import LEASE, lease_of
 from relay_adapters.celery.leases import Leases
+from relay_core import Job
 
 logger = logging.getLogger("relay.celery")
 
@@ -30,9 +32,15 @@ class Request(Stock):
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         self._leases: Leases | None = getattr(message.channel, "leases", None)
-        if self._leases is None or not self.task.acks_late:
+        self._job: Job | None = None
+        if self._leases is None:
             return
         if (held := self._leases.get(message.delivery_tag)) is not None:
+            self._job = held.job
+            if self._leases.broker.plugins.wants("relay_run_ended"):
+                # Celery derives a class from this one, and overrides the method there
+                self.__dict__["on_success"] = self._succeeded
+        if held is not None and self.task.acks_late:
             self.request_dict[LEASE] = lease_of(held.job, self.request_dict)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
@@ -52,13 +60,28 @@ class Request(Stock):
             raise greenlet.GreenletExit
         raise Forgotten(self.id)
 
+    def _succeeded(self, failed__retval__runtime: Any, **options: Any) -> Any:
+        failed, _result, seconds = failed__retval__runtime
+        if not failed:
+            self._ran(seconds, None)
+        derived: Any = type(self)
+        return derived.on_success(self, failed__retval__runtime, **options)
+
+    def _ran(self, seconds: float, error: BaseException | None) -> None:
+        if self._leases is not None and self._job is not None:
+            plugins = self._leases.broker.plugins
+            plugins.notify("relay_run_ended", job=self._job, seconds=max(0.0, seconds), error=error)
+
     def on_retry(self, exc_info: Any) -> None:
         self._blame(None)
         super().on_retry(exc_info)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         error = exc_info.exception
-        self._blame(getattr(error, "exc", error) if type(error).__name__ == "ExceptionWithTraceback" else error)
+        error = getattr(error, "exc", error) if type(error).__name__ == "ExceptionWithTraceback" else error
+        self._blame(error)
+        if self.time_start is not None:
+            self._ran(time.time() - self.time_start, error)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:

@@ -12,7 +12,7 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import worker
+from relay_adapters.celery import monitoring, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.options import safe_url
@@ -70,6 +70,7 @@ class Transport(virtual.Transport):
 
         Leases that this process holds are extended first, before anybody's claim finds them at their end.
         """
+        monitoring.watch_workers()
         pace = Pace.of(self.client)
         if pace is not None:
             pace.wait()

@@ -21,6 +21,7 @@ from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer, dramati
 from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import JOB_ID, RelayMessage
+from relay_adapters.dramatiq.monitoring import Monitoring
 from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import new_id
@@ -54,6 +55,9 @@ class RelayBroker(Broker):
     :param url: where the store is, see relay_core.Broker. Default: the embedded server in `./.relay`
     :param middleware: as Dramatiq's Broker takes it
     :param plugins: objects with hook implementations, see relay_core/hooks.py
+    :param metrics_addr: where each worker process serves Prometheus metrics at `/metrics`: `host:port`, or
+        `host:first-last` for as many processes, each on the first port of these that is free. Default: nowhere
+    :param metrics_tasks: how many names of actors get a `task` label of their own there. Default 0: no such label
     :param options: those of relay_core.Broker: `prefix`, `lease` (seconds after which the messages of a dead
         worker run again, default 15), `max_deliveries` (default 5), `keep_dead`, `durability`, ...
 
@@ -66,6 +70,8 @@ class RelayBroker(Broker):
         *,
         middleware: list[Middleware] | None = None,
         plugins: Iterable[object] = (),
+        metrics_addr: str | None = None,
+        metrics_tasks: int = 0,
         **options: Any,
     ) -> None:
         self.core = relay_core.Broker(url, plugins=[*plugins, Burial(self)], **options)
@@ -73,6 +79,7 @@ class RelayBroker(Broker):
         self._forget_threads()
         super().__init__(middleware=middleware)
         self.queues: set[str] = set()
+        self._monitoring = Monitoring(self, metrics_addr, metrics_tasks)
         self.actor_options.add(PRIORITY)
         if hasattr(os, "register_at_fork"):
             method = weakref.WeakMethod(self._forget_threads)
@@ -231,9 +238,17 @@ class RelayBroker(Broker):
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
         if signal == "process_message" and isinstance(args[0], RelayMessage) and not args[0].lease.holds():
             self._renew(args[0])
+        if signal == "worker_boot":
+            self._monitoring.boot(args[0])
         super().emit_before(signal, *args, **kwargs)
+        if signal == "process_message":
+            self._monitoring.run_started(args[0])
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if signal in ("process_message", "skip_message"):
+            self._monitoring.run_ended(args[0], kwargs.get("exception"))
+        elif signal == "worker_shutdown":
+            self._monitoring.shutdown(args[0])
         if signal == "process_message" and isinstance(args[0], RelayMessage):
             current = self._current
             current.message, current.failed = args[0], kwargs.get("exception") is not None
@@ -243,6 +258,10 @@ class RelayBroker(Broker):
                 current.message = None
         elif signal != "skip_message" or not isinstance(args[0], RelayMessage) or not args[0].lease.lost:
             super().emit_after(signal, *args, **kwargs)
+
+    def held(self) -> int:
+        """How many messages this process has claimed and not yet settled."""
+        return sum(len(line.leases()) for line in list(self._lines.values()))
 
     def _renew(self, message: RelayMessage) -> None:
         """A process that slept past its lease starts nothing that may run elsewhere."""

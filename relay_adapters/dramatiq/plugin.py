@@ -19,7 +19,7 @@ HEADER = "relay_adapter"
 
 
 @hookimpl
-def relay_register_adapter(register: Callable[[str, str], None]) -> None:
+def relay_register_adapter(register: Callable[..., None]) -> None:
     register(ADAPTER, "Dramatiq messages, by relay_adapters.dramatiq.RelayBroker")
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "dlq": ("relay_core.cli.dlq:dlq", "List, show, requeue and purge dead jobs."),
     "migrate": ("relay_core.cli.migrate:migrate", "Move the jobs of another queue system into relay."),
     "audit": ("relay_core.cli.audit:audit", "Find jobs that are in no state or in two, and mend them."),
+    "exporter": ("relay_core.cli.exporter:exporter", "Serve Prometheus metrics of all queues."),
     "doctor": ("relay_core.cli.doctor:doctor", "Is the server fit to keep jobs?"),
     "server": ("relay_core.cli.server:server", "Start, stop and look at the embedded server."),
     "version": ("relay_core.cli.version:version", "Versions of relay and what it runs on."),

@@ -93,6 +93,9 @@ def _broken(name: str, module: str, error: Exception) -> InvalidArgument:
     "--metrics-addr", metavar="HOST:PORT", help="Serve Prometheus metrics there at /metrics. Default: nowhere."
 )
 @click.option(
+    "--metrics-tasks", type=int, default=0, help="Names of tasks that get a label of their own. Default: 0, no label."
+)
+@click.option(
     "--log-level",
     type=click.Choice(("debug", "info", "warning", "error"), case_sensitive=False),
     default="info",
@@ -110,6 +113,7 @@ def worker(
     max_deliveries: int,
     prefetch: int | None,
     metrics_addr: str | None,
+    metrics_tasks: int,
     log_level: str,
 ) -> None:
     """Run a handler on the jobs of some queues until SIGTERM or Ctrl-C.
@@ -134,6 +138,7 @@ def worker(
         grace=grace,
         prefetch=prefetch,
         metrics_addr=metrics_addr,
+        metrics_tasks=metrics_tasks,
     ).run()
     logger.info("stopped; %d jobs done", processed)
     if session.json:

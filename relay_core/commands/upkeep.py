@@ -21,7 +21,7 @@ class QueueStats:
     """One queue at one instant. Times are unix seconds of the server.
 
     :ivar ready: jobs per priority level, level 0 first
-    :ivar oldest_at: creation time of the oldest job at the head of a ready list
+    :ivar oldest_at: since when the oldest job at the head of a ready list has been ready: its creation, or due time
     :ivar settings: rate, burst, max_inflight as stored; absent when not set
     :ivar counters: lifetime counts of enqueued, claimed, processed, retried, dead, reaped, promoted, ...
     """

@@ -9,7 +9,7 @@
 -- KEYS[7] f LIST receipts of the latest acks
 -- KEYS[8..17] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version
--- returns {now, delayed, inflight, dead, creation time of the oldest ready job or -1, next due time or -1,
+-- returns {now, delayed, inflight, dead, since when the oldest ready job has been ready or -1, next due time or -1,
 --   settings as name, value, ..., counters as name, value, ..., ready jobs of level 0, ..., of level 9}
 -- moves: none | cost O(1)
 local config, counters, delayed, leases, dead, jobs, finished = unpack(KEYS, 1, 7)
@@ -23,7 +23,13 @@ for level = 1, 10 do
   lengths[level] = redis.call('LLEN', ready[level])
   local head = lengths[level] > 0 and redis.call('LINDEX', ready[level], 0)
   local record = head and redis.call('HGET', jobs, head)
-  local created = record and tonumber(string.match(record, '^%d+'))
+  local created, options = string.match(record or '', '^(%d+) %d %d+ ([^\n]*)')
+  created = tonumber(created)
+  if created and options ~= '' then
+    -- a job that was to wait has waited for a worker only since it was due
+    local delay, at = string.match(options, '"delay_ms":(%d+)'), string.match(options, '"at_ms":(%d+)')
+    if delay then created = created + delay elseif at then created = math.max(created, tonumber(at)) end
+  end
   if created and (not oldest or created < oldest) then oldest = created end
 end
 -- two counters follow from the rest, so that the moves of every job need not write them: see parts/ack, and

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from relay_core.job import Job
+from relay_core.plugins import Plugins
 from relay_core.worker.held import Held
 from relay_core.worker.outcome import Outcome
 
@@ -35,10 +36,11 @@ def is_async(handler: Handler) -> bool:
 class ThreadPool:
     """Daemon threads, so that a handler that never returns cannot keep the process from ending."""
 
-    def __init__(self, handler: Handler, concurrency: int, held: Held, done: Done) -> None:
+    def __init__(self, handler: Handler, concurrency: int, held: Held, done: Done, plugins: Plugins) -> None:
         self._handler = handler
         self._held = held
         self._done = done
+        self._plugins = plugins
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"relay-handler-{i}", daemon=True) for i in range(concurrency)
@@ -57,22 +59,26 @@ class ThreadPool:
         while (job := self._jobs.get()) is not None:
             if not self._held.start(job):
                 continue
+            self._plugins.notify("relay_run_started", job=job)
             began = time.monotonic()
             error: BaseException | None = None
             try:
                 self._handler(job)
             except BaseException as raised:  # SystemExit in a handler is a failed job, not the end of the worker
                 error = raised
-            self._done(Outcome(job, error, time.monotonic() - began))
+            seconds = time.monotonic() - began
+            self._plugins.notify("relay_run_ended", job=job, seconds=seconds, error=error)
+            self._done(Outcome(job, error, seconds))
 
 
 class LoopPool:
     """One event loop on a thread of its own."""
 
-    def __init__(self, handler: Handler, concurrency: int, held: Held, done: Done) -> None:
+    def __init__(self, handler: Handler, concurrency: int, held: Held, done: Done, plugins: Plugins) -> None:
         self._handler: Callable[[Job], Coroutine[Any, Any, Any]] = handler
         self._held = held
         self._done = done
+        self._plugins = plugins
         self._loop = asyncio.new_event_loop()
         self._turn = asyncio.Semaphore(concurrency)
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay-loop", daemon=True)
@@ -94,12 +100,17 @@ class LoopPool:
         async with self._turn:
             if not self._held.start(job):
                 return
+            self._plugins.notify("relay_run_started", job=job)
             began = time.monotonic()
             error: BaseException | None = None
             try:
                 await self._handler(job)
-            except asyncio.CancelledError:
+            except asyncio.CancelledError as cancelled:
+                # the worker ends: the job is handed back, and not told of as ended
+                self._plugins.notify("relay_run_ended", job=job, seconds=time.monotonic() - began, error=cancelled)
                 raise
             except BaseException as raised:
                 error = raised
-            self._done(Outcome(job, error, time.monotonic() - began))
+            seconds = time.monotonic() - began
+            self._plugins.notify("relay_run_ended", job=job, seconds=seconds, error=error)
+            self._done(Outcome(job, error, seconds))

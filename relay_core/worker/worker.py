@@ -34,7 +34,7 @@ _HOLD = 0.05
 _MOST_PREFETCHED = 150
 
 
-def _metrics_server(address: str, broker: Broker, queues: Sequence[str]) -> MetricsServer:
+def _metrics_server(address: str, broker: Broker, queues: Sequence[str], tasks: int) -> MetricsServer:
     """Imported only here, so that a worker without metrics needs no prometheus-client."""
     try:
         from relay_core.metrics import MetricsServer
@@ -42,7 +42,7 @@ def _metrics_server(address: str, broker: Broker, queues: Sequence[str]) -> Metr
         raise InvalidArgument(
             f"metrics_addr {address!r} needs prometheus-client ({error}): pip install 'relay-queue[metrics]'"
         ) from error
-    return MetricsServer(address, broker, queues)
+    return MetricsServer(address, broker, queues, tasks=tasks)
 
 
 class Worker:
@@ -55,7 +55,9 @@ class Worker:
     :param concurrency: handlers at a time. Default 1
     :param grace: seconds that a stop waits for running handlers before it releases their jobs. Default 30
     :param prefetch: jobs held beyond those that run. Default: what 50 ms of work amounts to
-    :param metrics_addr: `host:port` on which to serve `/metrics`. Default: none
+    :param metrics_addr: `host:port`, or `host:first-last` for the first free port of these, on which to serve
+        `/metrics`. Default: none
+    :param metrics_tasks: how many names of tasks get a `task` label of their own there. Default 0: no such label
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Worker:
         grace: float = 30.0,
         prefetch: int | None = None,
         metrics_addr: str | None = None,
+        metrics_tasks: int = 0,
     ) -> None:
         if isinstance(queues, str) or not queues:
             raise InvalidArgument(f"queues must be a list of at least one name, got {queues!r}")
@@ -81,7 +84,7 @@ class Worker:
         self.processed = 0
         self.name = worker_name()
         self._handler = handler
-        self._metrics = _metrics_server(metrics_addr, broker, self.queues) if metrics_addr else None
+        self._metrics = _metrics_server(metrics_addr, broker, self.queues, metrics_tasks) if metrics_addr else None
         self._held = Held()
         self._ended: deque[Outcome] = deque()
         self._alone: deque[Job] = deque()
@@ -104,7 +107,7 @@ class Worker:
         )
         with self._signals():
             pool: Pool = (LoopPool if is_async(self._handler) else ThreadPool)(
-                self._handler, self.concurrency, self._held, self._done
+                self._handler, self.concurrency, self._held, self._done, self.broker.plugins
             )
             markers = [self.broker.settings.keys(queue).marker for queue in self.queues]
             self._bell = self.broker.store.bell(markers)

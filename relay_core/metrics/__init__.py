@@ -1,0 +1,18 @@
+"""Prometheus metrics, by prometheus-client: `pip install 'relay-queue[metrics]'`. docs/metrics.md lists them all."""
+
+from relay_core.metrics.build import BuildCollector
+from relay_core.metrics.depths import DepthCollector
+from relay_core.metrics.exporter import StoreCollector
+from relay_core.metrics.recorder import LATENCY_BUCKETS, Recorder
+from relay_core.metrics.server import MetricsServer, Server, parse_address
+
+__all__ = [
+    "LATENCY_BUCKETS",
+    "BuildCollector",
+    "DepthCollector",
+    "MetricsServer",
+    "Recorder",
+    "Server",
+    "StoreCollector",
+    "parse_address",
+]
