@@ -153,6 +153,8 @@ class Operations:
 
     def enqueue(self, queue: str, spec: JobSpec, again: bool = False) -> Flow[Enqueued]:
         """`enqueue_many` of one, the commonest call, without the lists that many need."""
+        if self.plugins.wants("relay_add_headers"):
+            spec = self._with_headers(queue, spec)
         queue, job = self.place(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
