@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from relay_core.broker import Broker
 from relay_core.commands import Nack
 from relay_core.connection import Bell
-from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from relay_core.errors import InvalidArgument, LayoutError, LeaseLost, RelayError, Unavailable
 from relay_core.job import Job
 from relay_core.presence import Load, Presence, worker_name
 from relay_core.validation import seconds, whole
@@ -119,8 +119,10 @@ class Worker:
                 "relay_worker_started", worker=self.name, queues=self.queues, concurrency=self.concurrency
             )
             try:
-                self._work(pool)
-                self._drain()
+                try:
+                    self._work(pool)
+                finally:  # also when claims are refused for good: what runs may end, and need not run again
+                    self._drain()
             finally:
                 pool.close()
                 heartbeat.stop()
@@ -293,9 +295,21 @@ class Worker:
             while acks or nacks:
                 try:
                     self._exchange(queue, 0, False)
+                except LayoutError:
+                    self._end_by_hand(acks, nacks)
                 except RelayError as error:
                     logger.error("%d ended jobs of %r could not be told: %s", len(acks) + len(nacks), queue, error)
                     break
+
+    def _end_by_hand(self, acks: list[Job], nacks: list[tuple[Job, Nack]]) -> None:
+        """A newer relay has taken over the store, and refuses what could claim. It lets held jobs end."""
+        self.processed += sum(1 for verdict in self.broker.ack_many(acks) if verdict)
+        acks.clear()
+        while nacks:
+            job, item = nacks.pop()
+            dead = item.delay_ms < 0
+            with suppress(LeaseLost):
+                self.broker.nack(job, item.error, None if dead else item.delay_ms / 1000, dead=dead, reason=item.reason)
 
     def _release(self, *, started: bool, but: Job | None = None) -> None:
         jobs = self._held.take_all(started=started, but=but)
