@@ -348,6 +348,7 @@ def _understood(first: str, rest: list[str]) -> None:
         from relay_core.cli.app import relay as command
     else:
         from celery.bin.celery import celery as command
+
         rest = [word for word in rest if word != "-A"]
     _parse(command, rest, click.Context(command))
 

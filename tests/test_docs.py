@@ -70,14 +70,22 @@ def test_a_block_that_does_not_do_what_it_says_is_told_of(page: Page, tag: str, 
 
 def test_blocks_build_on_each_other_and_a_worker_works_until_the_page_ends(page: Page, port: int) -> None:
     for tag, text in (
-        ("python", "# tasks.py\nimport pathlib\n\ndef note(job):\n    pathlib.Path('noted').write_bytes(job.payload)\n"),
+        (
+            "python",
+            "# tasks.py\nimport pathlib\n\ndef note(job):\n    pathlib.Path('noted').write_bytes(job.payload)\n",
+        ),
         ("sh", "export RELAY_URL=relay://localhost:6379/0\nrelay worker tasks:note --queue q  # goes on\n"),
         ("python", "import tasks\nfrom relay_core import Broker\nbroker = Broker('relay://localhost:6379/0')\n"),
-        ("console", "$ relay job enqueue hello \\\n>   --queue q\n01m88cttkkhkhsc5ycfpm4\n$ relay stats q --json | cat\n"),
+        (
+            "console",
+            "$ relay job enqueue hello \\\n>   --queue q\n01m88cttkkhkhsc5ycfpm4\n$ relay stats q --json | cat\n",
+        ),
         ("python", "import time\nwhile broker.stats('q').counters.get('processed', 0) < 1:\n    time.sleep(0.01)\n"),
         ("python", "assert open('noted').read() == 'hello'\nbroker.close()\n"),
     ):
         page.run(Block(tag, text, 1))
-    assert page.mapped("a://localhost:6379/0 and b://127.0.0.1:6379") == f"a://localhost:{port}/0 and b://127.0.0.1:{port}"
+    assert (
+        page.mapped("a://localhost:6379/0 and b://127.0.0.1:6379") == f"a://localhost:{port}/0 and b://127.0.0.1:{port}"
+    )
     assert page.mapped("localhost:9191") == page.mapped("localhost:9191") != "localhost:9191"
     assert page.mapped("db.example.org:6379") == "db.example.org:6379"
