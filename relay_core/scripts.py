@@ -26,15 +26,15 @@ class Script:
     sha: str
 
 
-def source(name: str) -> str:
+def source(name: str, package: str = "relay_core") -> str:
     """The file as it is written, e.g. `source("claim")` or `source("parts/sweep")`."""
-    return resources.files("relay_core").joinpath(f"lua/{name}.lua").read_text("utf-8")
+    return resources.files(package).joinpath(f"lua/{name}.lua").read_text("utf-8")
 
 
 @cache
-def load(name: str) -> Script:
-    """The script of that name. A line `--@include x` is replaced by `lua/parts/x.lua`."""
-    shebang, _, body = source(name).partition("\n")
+def load(name: str, package: str = "relay_core") -> Script:
+    """The script of that name. A line `--@include x` is replaced by the core's `lua/parts/x.lua`."""
+    shebang, _, body = source(name, package).partition("\n")
 
     def include(match: re.Match[str]) -> str:
         return _PART.sub(include, source(f"parts/{match[1]}"))
@@ -43,7 +43,7 @@ def load(name: str) -> Script:
     return Script(name, text, hashlib.sha1(text.encode()).hexdigest())
 
 
-def names() -> list[str]:
+def names(package: str = "relay_core") -> list[str]:
     """Every script's name, sorted."""
-    folder = resources.files("relay_core").joinpath("lua")
+    folder = resources.files(package).joinpath("lua")
     return sorted(f.name[:-4] for f in folder.iterdir() if f.name.endswith(".lua"))

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from kombu.transport import virtual
 
 from relay_adapters.celery.consuming import Consuming
-from relay_adapters.celery.fanout import Fanout
 from relay_adapters.celery.leases import leases_of
+from relay_adapters.celery.mailing import Mailing
 from relay_adapters.celery.options import shared_broker
+from relay_adapters.celery.order import order_of
 from relay_adapters.celery.publishing import Publishing
 from relay_adapters.celery.qos import QoS
-from relay_adapters.celery.topology import Topology
+from relay_adapters.celery.upkeep import attendance_of
 
 
-class Channel(Consuming, Publishing, Fanout):
+class Channel(Mailing, Consuming, Publishing):
     """One kombu channel. Its queues are relay queues, its messages jobs, its delivery tags leases."""
 
     QoS = QoS
     supports_fanout = True
-    from_transport_options = (*virtual.Channel.from_transport_options, "priority_order")  # type: ignore[assignment]
+    queue_order_strategy: Any = "round_robin"
+    from_transport_options = (*virtual.Channel.from_transport_options, "priority_order", "queue_order_strategy")  # type: ignore[assignment]
 
     def __init__(self, connection: Any, **options: Any) -> None:
         super().__init__(connection, **options)
         self.broker = shared_broker(connection.client)
         self.leases = leases_of(self.broker)
-        self.topology = Topology(self.broker)
+        self.attendance = attendance_of(self.broker)
+        self.topology = self.attendance.topology
+        self.order = order_of(self.queue_order_strategy)
+        self.boxes = {}
+        self.mail = deque()
+        self._held = {}
+        self._used = {}
         self._unacked: set[str] = set()
         self._no_ack: set[str] = set()
-        self._touched = 0.0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from itertools import count
 from queue import Empty
 from typing import Any
 
 from relay_adapters.celery import due
-from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import unpack
+from relay_adapters.celery.order import in_order
 from relay_adapters.celery.settling import Settling
 from relay_core import Job
 from relay_core.errors import RelayError
@@ -23,11 +22,12 @@ Delivery = tuple[Any, str]
 """A message as kombu's channels take it, and the queue that it came from."""
 
 
-class Consuming(Settling, Declaring):
+class Consuming(Settling):
     """The part of a channel that claims."""
 
     _no_ack: set[str]
-    _touched: float
+    order: Any
+    boxes: dict[str, Any]
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
         if no_ack:
@@ -44,18 +44,15 @@ class Consuming(Settling, Declaring):
 
     @property
     def consumed(self) -> tuple[str, ...]:
-        """The queues that this channel consumes from."""
-        return tuple(dict.fromkeys(self._active_queues))
+        """The queues of jobs that this channel consumes from."""
+        return tuple(dict.fromkeys(queue for queue in self._active_queues if queue not in self.boxes))
 
     def claim(self, room: int, woken: bool) -> tuple[list[Delivery], float | None]:
         """Claim up to `room` messages, and send the acks that are pending in the same round trip.
 
         Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell.
         """
-        queues = self.consumed
-        if len(queues) > 1:
-            # turn about, so that no queue starves the others
-            self._active_queues.append(self._active_queues.pop(0))
+        queues = in_order(self.order, self.consumed)
         found: list[Delivery] = []
         again: float | None = None
         for queue in queues:
@@ -63,6 +60,8 @@ class Consuming(Settling, Declaring):
             found += [(raw, job.queue) for job in jobs if (raw := self._received(job)) is not None]
             if jobs.retry_after is not None:
                 again = min(jobs.retry_after, jobs.retry_after if again is None else again)
+            if jobs:
+                self.order.rotate(queue)
             if len(found) >= room:
                 break
         return found, again
@@ -84,13 +83,6 @@ class Consuming(Settling, Declaring):
         for queue in self.consumed:
             self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
 
-    def keep_alive(self) -> None:
-        """Say that the queues that expire are in use, every second at most."""
-        if time.monotonic() - self._touched > 1.0:
-            self._touched = time.monotonic()
-            for queue in self.consumed:
-                self.topology.touch(queue)
-
     def _received(self, job: Job) -> Any:
         """The message of a job, with a delivery tag of this very delivery."""
         try:
@@ -98,6 +90,8 @@ class Consuming(Settling, Declaring):
         except (ValueError, KeyError, TypeError) as error:
             logger.error("message %s of queue %r does not decode and goes to dead: %s", job.id, job.queue, error)
             self.broker.nack(job, error, dead=True, reason="undecodable")
+            return None
+        if self.expired(job, raw):
             return None
         tag, properties, headers = f"{next(_tags)}.{job.id}", raw["properties"], raw.get("headers")
         properties["delivery_tag"] = tag

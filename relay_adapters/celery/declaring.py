@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from amqp.protocol import queue_declare_ok_t
 from kombu.exceptions import ChannelError
 from kombu.transport import virtual
+from kombu.transport.base import to_rabbitmq_queue_arguments
+from kombu.utils.uuid import uuid
 
-from relay_adapters.celery.topology import Binding, Topology
+from relay_adapters.celery import exchanges, terms
+from relay_adapters.celery.attendance import Attendance
+from relay_adapters.celery.errors import not_found
+from relay_adapters.celery.exchanges import Binding
+from relay_adapters.celery.terms import Terms
+from relay_adapters.celery.topology import Topology
 from relay_core import Broker
 
 
 class Declaring(virtual.Channel):
     """The part of a channel that declares, binds and deletes, and looks up which queues a publish reaches."""
 
+    exchange_types = exchanges.TYPES
+
     broker: Broker
     topology: Topology
+    attendance: Attendance
+
+    # exchanges
 
     def exchange_declare(
         self, exchange: str | None = None, type: str = "direct", durable: bool = False, auto_delete: bool = False,
@@ -25,81 +38,107 @@ class Declaring(virtual.Channel):
         exchange = exchange or f"amq.{type}"
         if passive:
             if self.topology.exchange(exchange) is None:
-                raise _not_found("exchange", exchange)
+                raise not_found("exchange", exchange, "Exchange.declare")
             return
-        if type not in self.exchange_types:
-            known = ", ".join(sorted(self.exchange_types))
+        if type not in exchanges.TYPES:
+            known = ", ".join(sorted(exchanges.TYPES))
             raise ChannelError(f"exchange {exchange!r}: type {type!r} is not supported, these are: {known}")
-        properties = {"type": type, "durable": durable, "auto_delete": auto_delete, "arguments": arguments or {}}
-        held = self.topology.declare_exchange(exchange, properties)
-        if held["type"] != type:
-            raise ChannelError(f"exchange {exchange!r} is declared as {held['type']}, not as {type}")
+        properties = {
+            "type": type, "durable": bool(durable), "auto_delete": bool(auto_delete),
+            "arguments": dict(arguments or {}),
+        }  # fmt: skip
+        self.topology.declare_exchange(exchange, properties)
 
     def exchange_delete(self, exchange: str, if_unused: bool = False, nowait: bool = False) -> None:
-        if if_unused and self.topology.table(exchange, fresh=True):
-            raise ChannelError(f"exchange {exchange!r} is in use: it has bindings")
-        self.topology.delete_exchange(exchange)
-
-    def queue_bind(
-        self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any
-    ) -> None:
-        exchange = exchange or "amq.direct"
-        if self.topology.exchange_type(exchange) is None:
-            raise _not_found("exchange", exchange)
-        meta = self.typeof(exchange).prepare_bind(queue, exchange, routing_key, arguments)
-        self.topology.bind(exchange, Binding(*meta))
-
-    def queue_unbind(
-        self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any
-    ) -> None:
-        exchange = exchange or "amq.direct"
-        meta = self.typeof(exchange).prepare_bind(queue, exchange, routing_key, arguments)
-        self.topology.unbind(exchange, Binding(*meta))
-
-    def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **_: Any) -> None:
-        if if_empty and self._size(queue):
-            return
-        self._purge(queue)
-        self.topology.delete_queue(queue)
-
-    def list_bindings(self) -> Any:
-        for exchange in self.topology.exchanges():
-            for binding in self.topology.table(exchange, fresh=True):
-                yield binding.queue, exchange, binding.routing_key
+        """Forget an exchange and its bindings; its queues stay. Raises PreconditionFailed."""
+        self.topology.delete_exchange(exchange, if_unused)
 
     def get_exchanges(self) -> list[str]:
         return self.topology.exchanges()
 
-    def get_table(self, exchange: str) -> list[Binding]:
-        return self.topology.table(exchange)
-
     def typeof(self, exchange: str, default: str = "direct") -> Any:
-        return self.exchange_types[self.topology.exchange_type(exchange) or default]
+        found = self.topology.exchange(exchange)
+        return self.exchange_types[found["type"] if found else default]
 
-    def _lookup(self, exchange: str, routing_key: str, default: str | None = None) -> list[str]:
-        if not exchange:
-            return list(super()._lookup(exchange, routing_key, default))
-        found = self.typeof(exchange).lookup(self.get_table(exchange), exchange, routing_key, None)
-        if not found:
-            # bound a moment ago by another process, perhaps, as reply queues are
-            table = self.topology.table(exchange, fresh=True)
-            found = self.typeof(exchange).lookup(table, exchange, routing_key, None)
-        return list(found) or list(super()._lookup(exchange, routing_key, default))
+    # bindings
 
-    def _new_queue(self, queue: str, auto_delete: bool = False, arguments: Any = None, **_: Any) -> None:
+    def queue_bind(
+        self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any
+    ) -> None:
+        self.topology.bind(exchange or "amq.direct", self._binding(queue, exchange, routing_key, arguments))
+
+    def queue_unbind(
+        self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any
+    ) -> None:
+        self.topology.unbind(exchange or "amq.direct", self._binding(queue, exchange, routing_key, arguments))
+
+    def _binding(self, queue: str, exchange: str | None, routing_key: str, arguments: Any) -> Binding:
+        exchange = exchange or "amq.direct"
+        return Binding(*self.typeof(exchange).prepare_bind(queue, exchange, routing_key or "", arguments))
+
+    def list_bindings(self) -> Any:
+        for exchange, binding in self.topology.bindings():
+            yield binding.queue, exchange, binding.routing_key
+
+    def get_table(self, exchange: str) -> list[Binding]:
+        return self.topology.table(exchange).rows
+
+    # queues
+
+    def prepare_queue_arguments(self, arguments: Any, **options: Any) -> Any:
+        return to_rabbitmq_queue_arguments(arguments, **options)
+
+    def queue_declare(self, queue: str | None = None, passive: bool = False, **options: Any) -> Any:
+        """(queue, waiting messages, consumers in other processes). Raises NotFound, PreconditionFailed."""
+        queue = queue or f"amq.gen-{uuid()}"
+        if passive:
+            if not self._has_queue(queue):
+                raise not_found("queue", queue, "Queue.declare")
+            return queue_declare_ok_t(queue, self._size(queue), self.topology.consumers(queue))
+        consumers = self._new_queue(queue, **options)
+        return queue_declare_ok_t(queue, self._size(queue), consumers)
+
+    def _new_queue(
+        self, queue: str, auto_delete: bool = False, arguments: Any = None, durable: bool = True, **_: Any
+    ) -> int:
         self.broker.settings.keys(queue)
-        self.topology.declare_queue(queue, {**(arguments or {}), "auto_delete": auto_delete})
+        found = terms.parse(queue, arguments, auto_delete=auto_delete, durable=durable)
+        return self.topology.declare_queue(queue, found)
 
     def _has_queue(self, queue: str, **_: Any) -> bool:
-        return self.topology.has_queue(queue)
+        return self.topology.terms(queue, fresh=True) is not None
+
+    def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **_: Any) -> int | None:
+        """Delete a queue with its messages and bindings: how many messages; None when it stays.
+
+        With `if_empty` a message that arrives in this very moment is kept in the store, for who declares it again.
+        """
+        held = self._size(queue)
+        if if_empty and held:
+            return None
+        if if_unused:
+            self.attendance.say_goodbye()
+        if not self.topology.delete_queue(queue, "unused" if if_unused else ""):
+            return None
+        self.attendance.forget(queue)
+        if not if_empty:
+            self.broker.purge(queue)
+        return held
 
     def _size(self, queue: str) -> int:
+        if self._mailbox(queue) is not None:
+            box = self.topology.places.box(queue)
+            waiting = int(self.topology.raw("XLEN", box))
+            return waiting - int(self.topology.raw("XPENDING", box, "q")[0]) if waiting else 0
         stats = self.broker.stats(queue)
         return stats.ready + stats.delayed
 
     def _purge(self, queue: str) -> int:
+        if self._mailbox(queue) is not None:
+            return int(self.topology.raw("XTRIM", self.topology.places.box(queue), "MAXLEN", 0))
         return self.broker.purge(queue)
 
-
-def _not_found(what: str, name: str) -> ChannelError:
-    return ChannelError(f"NOT_FOUND - no {what} {name!r}", (50, 10), "Channel.declare", "404")
+    def _mailbox(self, queue: str) -> Terms | None:
+        """The terms of a queue that is a mailbox; None for a queue of jobs."""
+        found = self.topology.terms(queue)
+        return found if found is not None and found.mailbox else None

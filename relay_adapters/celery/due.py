@@ -22,10 +22,10 @@ def wait_of(message: Mapping[str, Any]) -> float:
     eta, expires = headers.get("eta"), headers.get("expires")
     if eta is None and "task" not in headers:
         eta, expires = _of_protocol_1(message)
-    due = _timestamp(eta)
+    due = timestamp(eta)
     if due is None:
         return 0.0
-    ends = _timestamp(expires)
+    ends = timestamp(expires)
     if ends is not None and ends < due:
         due = ends + _AFTER
     return max(0.0, due - time.time())
@@ -33,7 +33,7 @@ def wait_of(message: Mapping[str, Any]) -> float:
 
 def run_now(headers: MutableMapping[str, Any]) -> None:
     """The store says that a task is due. A worker whose clock is late must not hold it back by the eta."""
-    due, now = _timestamp(headers.get("eta")), time.time()
+    due, now = timestamp(headers.get("eta")), time.time()
     if due is not None and due > now:
         headers["eta"] = datetime.fromtimestamp(now, timezone.utc).isoformat()
 
@@ -54,7 +54,7 @@ def _text(body: Any) -> str:
     return body if isinstance(body, str) else bytes(body).decode("utf-8", "replace")
 
 
-def _timestamp(when: Any) -> float | None:
+def timestamp(when: Any) -> float | None:
     """Unix seconds of an ISO text or datetime with a time zone; else None."""
     if isinstance(when, str):
         try:

@@ -11,6 +11,11 @@ from relay_core import Broker, Verdict
 _SOONEST = 0.1
 
 
+def is_rejected(held: Held, requeue: bool) -> bool:
+    """True for a message that is refused for good: not one whose task failed and is retried by relay's policy."""
+    return not requeue and (held.cause is None or type(held.cause).__name__ == "Reject")
+
+
 def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
     """Move a refused message: seconds until it may run again, or None. Raises LeaseLost, Unavailable.
 
@@ -20,7 +25,7 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
     """
     job, cause = held.job, held.cause
     kind = "" if cause is None else type(cause).__name__
-    if not requeue and (cause is None or kind == "Reject"):
+    if is_rejected(held, requeue):
         why = getattr(cause, "reason", None)
         broker.nack(job, "rejected by the worker" if why is None else str(why), dead=True, reason="rejected")
         return None

@@ -6,13 +6,14 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from relay_adapters.celery import inhand
-from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import pack
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_adapters.celery.routing import Routing
+from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
 from relay_core.errors import InvalidArgument, Unavailable
 
@@ -20,7 +21,7 @@ _ID, _AGAIN = "relay_id", "relay_again"
 _HEADERS = {HEADER: ADAPTER}
 
 
-class Publishing(Declaring):
+class Publishing(Routing):
     """The part of a channel that stores messages."""
 
     leases: Leases
@@ -47,10 +48,14 @@ class Publishing(Declaring):
             properties[_AGAIN] = message[_ID]
             raise
 
-    def _put(self, queue: str, message: MutableMapping[str, Any], **_: Any) -> None:
-        """Store one job."""
+    def _put(self, queue: str, message: MutableMapping[str, Any], level: int | None = None, **_: Any) -> None:
+        """Store one job.
+
+        :param level: relay's level; default: by the priority of the message
+        """
         id = message.get(_ID) or job_id_of(message["headers"])
-        spec = self.spec_of(message, id)
+        terms = self.topology.terms(queue)
+        spec = self.spec_of(message, id, terms, level)
         flows, again = self.broker.operations, message.get(_AGAIN, False)
         answer = self.broker.drive(flows.enqueue(queue, spec, again))
         taken = 0
@@ -60,11 +65,13 @@ class Publishing(Declaring):
             if taken > TAKEN:
                 raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {id!r}; give each its own")
             message[_ID] = f"{id}~{taken}"
-            spec = self.spec_of(message, message[_ID])
+            spec = self.spec_of(message, message[_ID], terms, level)
             answer = self.broker.drive(flows.enqueue(queue, spec))
 
-    def spec_of(self, message: MutableMapping[str, Any], id: str) -> JobSpec:
-        """The job that a message becomes."""
+    def spec_of(
+        self, message: MutableMapping[str, Any], id: str, terms: Terms | None = None, level: int | None = None
+    ) -> JobSpec:
+        """The job that a message becomes in a queue of these terms."""
         wait = wait_of(message)
         # a retry is never a duplicate of what it retries
         dedup = {} if message["headers"].get("retries") else dedup_of(message)
@@ -72,10 +79,18 @@ class Publishing(Declaring):
             pack(message),
             id=id,
             delay=wait or None,
-            priority=self._get_message_priority(message, reverse=self.priority_order == "redis"),
+            priority=self.level_of(message, terms) if level is None else level,
             headers=_HEADERS,
+            **limits_of(terms),
             **dedup,
         )
+
+    def level_of(self, message: MutableMapping[str, Any], terms: Terms | None) -> int:
+        """relay's level 0 to 9, 9 first, of a message's priority."""
+        given = message["properties"].get("priority")
+        priority = given if isinstance(given, int) else 0
+        level = (terms or Terms()).level(priority)
+        return 9 - level if self.priority_order == "redis" else level
 
     def _moved(self, lease: Any, queues: list[str], message: MutableMapping[str, Any]) -> bool:
         """`self.retry` of a late-acked task: its job goes back to wait with the new message in one move."""

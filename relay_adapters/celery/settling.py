@@ -6,9 +6,8 @@ import logging
 import sys
 from typing import Any
 
-from kombu.transport import virtual
-
 from relay_adapters.celery import failing
+from relay_adapters.celery.deadletters import DeadLetters
 from relay_adapters.celery.leases import Leases
 from relay_core import Broker
 from relay_core.errors import LeaseLost, Unavailable
@@ -16,7 +15,7 @@ from relay_core.errors import LeaseLost, Unavailable
 logger = logging.getLogger("relay.celery")
 
 
-class Settling(virtual.Channel):
+class Settling(DeadLetters):
     """The part of a channel that ends messages. From any thread, and after it was closed: leases outlive channels."""
 
     broker: Broker
@@ -48,6 +47,8 @@ class Settling(virtual.Channel):
         if held is None or held.expected:
             return
         try:
+            if failing.is_rejected(held, requeue) and self.dead_letter(held.job, "rejected"):
+                return
             wait = failing.refuse(self.broker, held, requeue)
         except LeaseLost as error:
             logger.warning("%s", error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from kombu.transport import virtual
@@ -15,6 +15,7 @@ from relay_adapters.celery import channel as channels
 from relay_adapters.celery import monitoring, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.mailwatch import MailWatch
 from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.settling import shutting_down
 from relay_adapters.celery.watch import Watch
@@ -25,7 +26,8 @@ _SETTLE = 0.25
 """Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
 
 
-WATCHES: dict[str, tuple[type[Watch], Callable[[channels.Channel], Sequence[str]]]] = {
+WATCHES: dict[str, tuple[type[Watch] | type[MailWatch], Callable[[channels.Channel], Collection[str]]]] = {
+    "mail": (MailWatch, lambda channel: channel.boxes),
     "jobs": (Watch, lambda channel: channel.consumed),
 }
 """What a channel is watched for, and the queues of it for which that is done."""
@@ -36,7 +38,9 @@ class Transport(virtual.Transport):
 
     Channel = channels.Channel
     can_parse_url = True
-    driver_type = "relay"
+    driver_type = "redis"
+    """Celery asks for `redis` or `amqp` before it turns on mingle and gossip, and for `redis` before it takes
+    worker_disable_prefetch; `amqp` would turn on delayed delivery by RabbitMQ's plugin-like exchanges."""
     driver_name = "relay-queue"
 
     implements = virtual.Transport.implements.extend(
@@ -50,10 +54,10 @@ class Transport(virtual.Transport):
         keep_whole(client)
         worker.install()
         Pace.give(client)
-        self._watches: dict[tuple[channels.Channel, str], Watch] = {}
+        self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
         self._loop: Any = None
         self._loop_thread = 0
-        self._readers: dict[int, Watch] = {}
+        self._readers: dict[int, Watch | MailWatch] = {}
         self._timer: Any = None
         self._timer_at = 0.0
         self._busy: tuple[socket.socket, socket.socket] | None = None
@@ -204,7 +208,7 @@ class Transport(virtual.Transport):
             for end in pair:
                 end.close()
 
-    def _read(self, watch: Watch, bell: Bell | None) -> None:
+    def _read(self, watch: Watch | MailWatch, bell: Bell | None) -> None:
         wanted = set(bell.filenos()) if bell is not None else set()
         have = {fd for fd, owner in self._readers.items() if owner is watch}
         if wanted == have:
@@ -217,7 +221,7 @@ class Transport(virtual.Transport):
             # the work is done by the tick that follows every event
             self._loop.add_reader(fd, _nothing)
 
-    def _forget_readers(self, watch: Watch) -> None:
+    def _forget_readers(self, watch: Watch | MailWatch) -> None:
         for fd in [fd for fd, owner in self._readers.items() if owner is watch]:
             del self._readers[fd]
             if self._loop is not None:

@@ -51,7 +51,6 @@ class Watch:
         channel, bell = self.channel, self.bell
         if channel.closed or not channel.consumed:
             return 0
-        channel.keep_alive()
         rung = bell is not None and bell.rung()
         if not self.waiting:
             room = channel.qos.room()

@@ -217,10 +217,13 @@ def cancel(q: QueueKeys, ids: Sequence[str]) -> Command[list[State | None]]:
     )
 
 
-def purge(q: QueueKeys, state: State, limit: int) -> Command[int]:
-    """Drop at most `limit` jobs of a state that is not inflight: how many."""
+def purge(q: QueueKeys, state: State, limit: int, *, keep: int = 0) -> Command[int]:
+    """Drop at most `limit` jobs of a state that is not inflight: how many.
+
+    :param keep: ready jobs to leave, however many there are
+    """
     keys = (q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, *q.ready)
-    return Command(scripts.load("purge"), keys, (LAYOUT, state, limit), lambda reply, _resent: int(reply))
+    return Command(scripts.load("purge"), keys, (LAYOUT, state, limit, keep), lambda reply, _resent: int(reply))
 
 
 def configure(q: QueueKeys, changes: Mapping[str, str]) -> Command[None]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from relay_core.commands.command import Arg
 from relay_core.connection import clients, forks
 from relay_core.connection.replies import Judgement, Verdict, is_reply, judge_connect, judge_cut, judge_reply
 from relay_core.connection.steps import Address
@@ -121,6 +122,18 @@ class Bell:
         for channel in idle:
             self._arm(channel, found[channel.markers[0]], block_seconds(timeout))
 
+    def _question(self, channel: Channel, timeout: str) -> tuple[Arg, ...]:
+        """What blocks at the server until there is something to tell."""
+        return ("BZPOPMIN", *channel.markers, timeout)
+
+    def _heard(self, reply: Any) -> None:
+        """Take in the answer."""
+        self.popped += (reply[0],)
+
+    def _tolerates(self, error: BaseException, address: Address) -> bool:
+        """True for an answer after which the next `arm` asks anew: the slot has moved, and it asks who has it."""
+        return is_reply(error) and judge_reply(error, str(address)).verdict is Verdict.MOVED
+
     def _arm(self, channel: Channel, address: Address, timeout: str) -> None:
         if channel.address != address:
             channel.close()
@@ -138,7 +151,7 @@ class Bell:
                 raise refused_error(error, address) from error
             channel.connection = made
         try:
-            packed = clients.checked_pack(("BZPOPMIN", *channel.markers, timeout))
+            packed = clients.checked_pack(self._question(channel, timeout))
             channel.connection.send_packed_command([packed], check_health=False)
         except Exception as error:
             channel.close()
@@ -178,13 +191,12 @@ class Bell:
         except Exception as error:
             channel.close()
             self._store.doubt(address)
-            # After a move of the slot, the next `arm` asks who has it.
-            if is_reply(error) and judge_reply(error, str(address)).verdict is Verdict.MOVED:
+            if self._tolerates(error, address):
                 return
             raise cut_error(error, address) from error
         channel.armed = False
         if reply is not None:
-            self.popped += (reply[0],)
+            self._heard(reply)
 
     def wait(self, timeout: float) -> bool:
         """Block this thread until a marker is taken, `wake` is called or `timeout` seconds have passed.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
 from relay_core.connection.pool import Link, Pool
+from relay_core.connection.reader import Reader
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
 from relay_core.connection.topology import Router
 from relay_core.errors import RelayError, Unavailable
@@ -73,6 +74,15 @@ class SyncStore:
     def bell(self, markers: Sequence[bytes]) -> Bell:
         """A bell that rings when one of the markers is set. It has connections of its own."""
         return Bell(self, markers)
+
+    def reader(
+        self, streams: Sequence[bytes], group: str, consumer: str, last: Mapping[bytes, str] | None = None
+    ) -> Reader:
+        """A reader of streams of one Cluster slot. It has a connection of its own.
+
+        :param last: stream -> id of the entry that arrived last at an earlier reader of this consumer
+        """
+        return Reader(self, streams, group, consumer, last or {})
 
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Address]:
         """The server of each key, found fit. Tries once and raises what stands in the way."""

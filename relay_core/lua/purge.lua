@@ -10,16 +10,23 @@
 -- KEYS[8] s HASH counters
 -- KEYS[9..18] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version | ARGV[2] state: ready, delayed or dead | ARGV[3] most jobs to drop, 1..200
+-- ARGV[4] how many ready jobs to leave
 -- returns number of jobs dropped
 -- moves: ready, delayed, dead -> none | cost O(dropped log state)
 local config, jobs, delayed, dead, owners, errors, dedup, counters = unpack(KEYS, 1, 8)
 local ready = {unpack(KEYS, 9, 18)}
-local layout, state, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local layout, state, limit, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 --@include dedup
 local found = redis.call('HGET', config, 'v')
 --@include layout
 local ids = {}
 if state == 'ready' then
+  if keep > 0 then
+    local there = 0
+    for level = 1, 10 do there = there + redis.call('LLEN', ready[level]) end
+    limit = math.min(limit, there - keep)
+    if limit <= 0 then return 0 end
+  end
   for level = 10, 1, -1 do
     for _, id in ipairs(#ids < limit and redis.call('LPOP', ready[level], limit - #ids) or {}) do
       ids[#ids + 1] = id

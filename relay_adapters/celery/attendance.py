@@ -1,0 +1,190 @@
+"""Which queues this process consumes from: told to the store by a thread, so that no pool and no task can hold it up.
+
+A queue that expires lives for as long as somebody attends to it; a mailbox learns what was received and drops it; and
+a queue that was deleted under its consumers is declared and bound again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from relay_adapters.celery import moves
+from relay_adapters.celery.moves import Touched
+from relay_adapters.celery.terms import Terms
+from relay_adapters.celery.topology import GRACE_MS, Topology, process_name
+from relay_core.commands import Command
+from relay_core.errors import RelayError
+
+T = TypeVar("T")
+
+logger = logging.getLogger("relay.celery")
+
+LONGEST = 20.0
+"""Seconds between two touches where no queue expires sooner."""
+
+MANY = 500
+"""Messages received from mailboxes after which they are acknowledged without waiting for the next touch."""
+
+
+@dataclass
+class _Attended:
+    terms: Terms
+    channels: set[int] = field(default_factory=set)
+
+
+class Attendance:
+    """The queues that the channels over one topology consume from. Safe for threads and after a fork.
+
+    :param chores: run by the thread after each touch: what else is to be done from time to time. Answers the
+        seconds until it wants to run again.
+    """
+
+    def __init__(self, topology: Topology, chores: Callable[[], float] | None = None) -> None:
+        self.topology = topology
+        self._chores = chores
+        self._lock = threading.RLock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._attended: dict[str, _Attended] = {}
+        self._left: dict[str, Terms] = {}
+        self._last: dict[str, str] = {}
+        self._received = 0
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.consumer = process_name()
+
+    def join(self, channel: int, queue: str, terms: Terms) -> None:
+        """A channel begins to consume from a queue."""
+        with self._lock:
+            if self._pid != os.getpid():
+                self._forget()
+            attended = self._attended.setdefault(queue, _Attended(terms))
+            attended.terms = terms
+            attended.channels.add(channel)
+            self._left.pop(queue, None)
+            self._last.setdefault(queue, "")
+            if self._thread is None:
+                self._thread = threading.Thread(target=_attend, args=(weakref.ref(self),), daemon=True)
+                self._thread.name = "relay-celery-attendance"
+                self._thread.start()
+        self.touch([queue])
+
+    def part(self, channel: int, queue: str) -> None:
+        """A channel consumes no more. The thread tells the store, so that a lost connection holds nobody up."""
+        with self._lock:
+            attended = self._attended.get(queue)
+            if attended is None or self._pid != os.getpid():
+                return
+            attended.channels.discard(channel)
+            if not attended.channels:
+                del self._attended[queue]
+                self._left[queue] = attended.terms
+                self._wake.set()
+
+    def received(self, queue: str, id: str) -> None:
+        """A message of a mailbox was handed over."""
+        self._last[queue] = id
+        self._received += 1
+        if self._received >= MANY:
+            self._received = 0
+            self._wake.set()
+
+    def last(self, queue: str) -> str | None:
+        """The message of a mailbox that this process received last; "" for none yet, None if it never consumed it."""
+        return self._last.get(queue) if self._pid == os.getpid() else None
+
+    def forget(self, queue: str) -> None:
+        """The queue was deleted by this process."""
+        with self._lock:
+            self._last.pop(queue, None)
+            self._left.pop(queue, None)
+
+    @property
+    def period(self) -> float:
+        """Seconds between two touches: a third of the shortest time after which one of the queues ends."""
+        with self._lock:
+            idle = [attended.terms.idle_ms for attended in self._attended.values()]
+        return min([LONGEST, *(ms / 3000 for ms in idle if ms)])
+
+    def touch(self, queues: list[str] | None = None) -> None:
+        """Tell the store of these queues, or of all; declare anew what is not there."""
+        with self._lock:
+            chosen = {q: self._attended[q].terms for q in queues or list(self._attended) if q in self._attended}
+        if not chosen:
+            return
+        alive_ms = max(1000, round(self.period * 3000))
+        names = list(chosen)
+        for at in range(0, len(names), 100):
+            batch = names[at : at + 100]
+            told = [
+                Touched(
+                    queue,
+                    chosen[queue].idle_ms,
+                    (chosen[queue].ttl or 0) if chosen[queue].mailbox else -1,
+                    self._last.get(queue, ""),
+                )
+                for queue in batch
+            ]
+            answers = self._run(moves.touch(self.topology.places, self.consumer, alive_ms, told))
+            for queue, there in zip(batch, answers, strict=True):
+                if not there and queue in self.topology.declared:
+                    logger.info("queue %r is gone from the store and is declared again", queue)
+                    self.topology.revive(queue)
+
+    def say_goodbye(self) -> None:
+        """Tell the store at once of the queues that were left."""
+        with self._lock:
+            left, self._left = self._left, {}
+        for queue, terms in left.items():
+            grace = min(GRACE_MS, terms.idle_ms) if terms.auto_delete else 0
+            self._run(moves.leave(self.topology.places, queue, self.consumer, grace))
+
+    def _run(self, command: Command[T]) -> T:
+        return self.topology.broker.store.run(command)
+
+    def turn(self) -> float:
+        """What the thread does each time: seconds until the next time."""
+        self._wake.clear()
+        self._received = 0
+        self.say_goodbye()
+        self.touch()
+        pause = self.period
+        return min(pause, self._chores()) if self._chores is not None else pause
+
+
+def _attend(reference: weakref.ref[Attendance]) -> None:
+    me = threading.current_thread()
+    pause = 1.0
+    while True:
+        attendance = reference()
+        if attendance is None or attendance._thread is not me:
+            return
+        wake = attendance._wake
+        del attendance
+        wake.wait(pause)
+        attendance = reference()
+        if attendance is None or attendance._thread is not me:
+            return
+        with attendance._lock:
+            if not attendance._attended and not attendance._left:
+                attendance._thread = None
+                return
+        pause = attendance.period
+        try:
+            pause = attendance.turn()
+        except RelayError as error:
+            pause = min(pause, 1.0)
+            logger.warning(
+                "the store could not be told which queues are consumed, next try in %.1f s: %s", pause, error
+            )
+        except Exception:
+            logger.exception("attending to queues failed, next try in %.1f s", pause)
+        del attendance

@@ -1,0 +1,110 @@
+"""Consuming from mailboxes: control, replies, events. Their messages are taken when they come, without a lease."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from contextlib import suppress
+from itertools import count
+from queue import Empty
+from typing import Any
+
+from relay_adapters.celery import moves
+from relay_adapters.celery.declaring import Declaring
+from relay_adapters.celery.envelope import unpack
+from relay_adapters.celery.terms import Terms
+from relay_core.errors import RelayError
+
+logger = logging.getLogger("relay.celery")
+
+_tags = count(1)
+
+
+class Mailing(Declaring):
+    """The part of a channel that consumes from mailboxes. Stands before the parts that know queues of jobs only.
+
+    :ivar boxes: the mailboxes that this channel consumes from
+    :ivar mail: what has come and was not handed over yet: (queue, id, message)
+    """
+
+    boxes: dict[str, Terms]
+    mail: deque[tuple[str, str, bytes]]
+    _held: dict[str, tuple[str, bytes]]
+    _no_ack: set[str]
+
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
+        terms = self.topology.terms(queue, fresh=True) or Terms()
+        if terms.mailbox:
+            self.boxes[queue] = terms
+        self.attendance.join(id(self), queue, terms)
+        super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+
+    def basic_cancel(self, consumer_tag: str) -> None:
+        queue = self._tag_to_queue.get(consumer_tag)
+        if queue is not None and self._active_queues.count(queue) == 1:
+            self.boxes.pop(queue, None)
+            self.attendance.part(id(self), queue)
+        super().basic_cancel(consumer_tag)
+
+    def next_mail(self) -> tuple[Any, str] | None:
+        """The next (raw message, queue) that may be handed over: acknowledged ones wait for credit, others do not."""
+        while self.mail:
+            queue, id, packed = self.mail[0]
+            if queue in self.boxes and queue not in self._no_ack and not self.qos.can_consume():
+                return None
+            self.mail.popleft()
+            if queue not in self.boxes:
+                continue  # cancelled: what has come goes with the consumer, as in AMQP without acks
+            self.attendance.received(queue, id)
+            raw = self._opened(queue, packed)
+            if raw is not None:
+                return raw, queue
+        return None
+
+    def _opened(self, queue: str, packed: bytes) -> Any:
+        try:
+            raw = unpack(packed)
+            tag = f"m{next(_tags)}"
+            raw["properties"]["delivery_tag"] = tag
+        except (ValueError, KeyError, TypeError) as error:
+            logger.error("a message of queue %r does not decode and is dropped: %s", queue, error)
+            return None
+        if queue not in self._no_ack:
+            self._held[tag] = (queue, packed)
+        return raw
+
+    def _get(self, queue: str, timeout: float | None = None) -> Any:
+        terms = self._mailbox(queue)
+        if terms is None:
+            return super()._get(queue, timeout)
+        packed = self.broker.store.run(moves.take(self.topology.places, queue, terms.ttl or 0))
+        raw = self._opened(queue, packed) if packed is not None else None
+        if raw is None:
+            raise Empty
+        return raw
+
+    def settle(self, tag: str) -> None:
+        if self._held.pop(tag, None) is None:
+            super().settle(tag)  # type: ignore[misc]
+
+    def refuse(self, tag: str, requeue: bool) -> None:
+        """Reject: a mailbox's message that is requeued goes to its end."""
+        held = self._held.pop(tag, None)
+        if held is None:
+            super().refuse(tag, requeue)  # type: ignore[misc]
+        elif requeue:
+            self._put_back(tag, *held)
+
+    def _put_back(self, tag: str, queue: str, packed: bytes) -> None:
+        terms = self.topology.terms(queue)
+        if terms is not None and terms.mailbox:
+            box = (queue, terms.ttl or 0, terms.most)
+            self.broker.store.run(moves.publish(self.topology.places, "", "", tag, packed, [box]))
+
+    def close(self) -> None:
+        """What was not acked goes back to its mailbox."""
+        held, self._held = self._held, {}
+        for tag, (queue, packed) in held.items():
+            with suppress(RelayError):
+                self._put_back(tag, queue, packed)
+        super().close()

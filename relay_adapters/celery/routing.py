@@ -1,0 +1,149 @@
+"""Where a publish goes: one copy of the message into each queue that it reaches."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from relay_adapters.celery import moves
+from relay_adapters.celery.declaring import Declaring
+from relay_adapters.celery.envelope import pack
+from relay_adapters.celery.terms import Terms
+from relay_adapters.celery.topology import Table
+from relay_adapters.celery.upkeep import end
+from relay_core.job import new_id
+
+
+class Routing(Declaring):
+    """The part of a channel that routes what is published."""
+
+    priority_order: str
+    _used: dict[str, float]
+
+    def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:
+        """Put a message into every queue that it reaches. Raises NotFound when there is no such exchange."""
+        self._inplace_augment_message(message, exchange, routing_key)
+        self.route(message, exchange or "", routing_key or "", **options)
+
+    def route(
+        self, message: Any, exchange: str, routing_key: str, *, passed: tuple[str, ...] = (), **options: Any
+    ) -> int:
+        """Put a message into every queue that it reaches: how many; none when no binding matches, as in AMQP.
+
+        Raises NotFound when there is no such exchange.
+
+        :param passed: the exchanges for which this one is the alternate
+        """
+        if not exchange:
+            return self._to_queue(message, routing_key, **options)
+        served: set[str] = set()
+        table = self.topology.table(exchange, believe=True)
+        while True:
+            queues = [queue for queue in table.route(routing_key) if queue not in served]
+            boxes = [queue for queue in queues if queue in table.terms and table.terms[queue].mailbox]
+            if len(boxes) < len(queues) or not queues:
+                # no script of the topology's slot will check these: ask for the version first
+                checked = self.topology.table(exchange)
+                if checked is not table:
+                    table = checked
+                    continue
+            for queue in queues:
+                if queue not in boxes:
+                    self._to_jobs(message, queue, table, **options)
+                    served.add(queue)
+            if not boxes or self._to_boxes(message, table, boxes, _again(message)):
+                served.update(boxes)
+                break
+            table = self.topology.reload(exchange)
+        if served:
+            return len(served)
+        # nobody is bound: the exchange's alternate-exchange, or the option deadletter_queue, takes it
+        alternate = (table.properties.get("arguments") or {}).get("alternate-exchange")
+        passed = (*passed, exchange)
+        if alternate and alternate not in passed:
+            return self.route(message, alternate, routing_key, passed=passed, **options)
+        fallback: Any = self.deadletter_queue
+        if fallback:
+            self._new_queue(fallback)
+            return self._to_queue(message, fallback, **options)
+        return 0
+
+    def _to_queue(self, message: Any, queue: str, **options: Any) -> int:
+        terms = self.topology.terms(queue)
+        if terms is not None and terms.mailbox:
+            stored = self.broker.store.run(
+                moves.publish(
+                    self.topology.places, "", "", _id(message), pack(message), [_box(queue, terms)], _again(message)
+                )
+            )  # fmt: skip
+            return sum(stored)
+        self._use(queue, terms)
+        self._put(queue, message, **options)
+        self._bound(queue, terms)
+        return 1
+
+    def _to_jobs(self, message: Any, queue: str, table: Table, **options: Any) -> None:
+        terms = table.terms.get(queue)
+        if table.type != "fanout":
+            self._use(queue, terms)
+        elif terms is not None and terms.idle_ms and self.topology.has_ended(queue):
+            # a copy for a consumer that is gone: nobody misses it
+            end(self.topology, queue, terms)
+            return
+        self._put(queue, message, **options)
+        self._bound(queue, terms)
+
+    def _bound(self, queue: str, terms: Terms | None) -> None:
+        """After a publish into a queue of jobs."""
+
+    def _use(self, queue: str, terms: Terms | None) -> None:
+        """A queue that expires and is published to is in use: it lives on for its time."""
+        if terms is not None and terms.idle_ms:
+            now = time.monotonic()
+            if now - self._used.get(queue, 0.0) > terms.idle_ms / 4000:
+                self._used[queue] = now
+                self.topology.use(queue, terms)
+
+    def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> bool:
+        """False when the exchange's bindings have changed, and nothing was stored."""
+        boxes = [_box(queue, table.terms[queue]) for queue in queues]
+        for at in range(0, len(boxes), 200):
+            batch = boxes[at : at + 200]
+            stored = self.broker.store.run(
+                moves.publish(
+                    self.topology.places, "" if at else table.exchange, table.version,
+                    _id(message), pack(message), batch, again,
+                )
+            )  # fmt: skip
+            if not stored:
+                return False
+            for (queue, _keep, _most), there in zip(batch, stored, strict=True):
+                if not there:
+                    self.topology.delete_queue(queue, "vanished")
+        return True
+
+    def _lookup(self, exchange: str, routing_key: str, default: str | None = None) -> list[str]:
+        if not exchange:
+            return [routing_key or default or self.deadletter_queue or ""]
+        found = self.topology.table(exchange).route(routing_key)
+        default = default or self.deadletter_queue
+        if found or not default:
+            return found
+        self._new_queue(default)
+        return [default]
+
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **options: Any) -> None:
+        self.route(message, exchange, routing_key, **options)
+
+
+def _box(queue: str, terms: Terms) -> tuple[str, int, int]:
+    return queue, terms.ttl or 0, terms.most
+
+
+def _id(message: Any) -> str:
+    return str(message.get("relay_id") or new_id())
+
+
+def _again(message: Any) -> bool:
+    """True when an earlier call may have stored it."""
+    return bool(message.get("relay_again"))
