@@ -1,0 +1,170 @@
+"""The ACL user of docs/operations.md has what relay needs, and nothing that it does not."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import dramatiq
+import kombu
+import pytest
+
+from relay_adapters.dramatiq import RelayBroker
+from relay_core import Broker, JobSpec, Verdict
+from relay_core.job import Arrival
+from relay_core.worker import Worker
+from tests.command_line import Cli
+from tests.pages import ROOT, blocks
+from tests.servers import AclServer
+
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+LUA = [*ROOT.glob("relay_core/lua/**/*.lua"), *ROOT.glob("relay_adapters/**/*.lua")]
+ELSEWHERE = {"cluster|slots": "asked of Cluster nodes only", "waitaof": "Redis 7.2 and later know it"}
+
+
+def rules() -> list[str]:
+    """What follows the name in the page's `user relay …`: on, password, keys, channels, commands."""
+    (block,) = [block for block in blocks(PAGE) if block.tag == "acl"]
+    words = block.text.split()
+    assert words[:2] == ["user", "relay"]
+    return words[2:]
+
+
+def granted() -> set[str]:
+    return {word[1:] for word in rules() if word.startswith("+") and not word.startswith("+@")}
+
+
+def in_scripts() -> set[str]:
+    """Commands that Lua scripts call: the user needs them as if they were sent."""
+    calls = [re.findall(r"redis\.p?call\('(\w+)'", Path(file).read_text()) for file in LUA]
+    return {command.lower() for found in calls for command in found}
+
+
+@pytest.fixture
+def narrow(acl_server: AclServer) -> Iterator[str]:
+    """URL of a server that lets in the page's user. Rules for commands that this server does not know are left out."""
+    known = {name.decode() for name in acl_server.cli("COMMAND", "LIST")}
+    fitting = [rule for rule in rules() if rule[0] != "+" or rule[1] == "@" or rule[1:].split("|")[0] in known]
+    acl_server.cli("ACL", "SETUSER", "relay", "reset", *fitting)
+    yield f"relay://relay:secret@127.0.0.1:{acl_server.port}/0"
+    acl_server.cli("ACL", "DELUSER", "relay")
+
+
+def test_every_command_that_a_script_calls_is_on_the_page() -> None:
+    assert in_scripts() - granted() == set()
+
+
+def direct(url: str) -> None:
+    """Every move of the broker."""
+    with Broker(url, lease=5.0) as broker:
+        broker.enqueue("q", b"1", dedup_key="a", dedup_for=60)
+        broker.enqueue("q", b"2", delay=0.001)
+        broker.enqueue_many("q", [JobSpec(b"3", priority=9, dedup_key="b"), b"4"])
+        broker.adopt([Arrival("q", "id", b"5", state="dead")])
+        first, second = broker.claim("q", 2, wait=1.0)
+        broker.extend(first)
+        broker.release(first)
+        broker.nack(second, "why", 0.001)
+        broker.finish("q", count=1)
+        broker.limit("q", rate=1000, max_inflight=100)
+        broker.pause("q")
+        broker.resume("q")
+        for job in broker.claim("q", 10, wait=1.0):
+            broker.nack(job, "why", dead=True)
+        broker.reap("q")
+        broker.promote("q")
+        for state in ("ready", "delayed", "inflight", "dead"):
+            broker.jobs("q", state)
+        broker.show("q", first.id)
+        broker.requeue("q")
+        broker.cancel("q", first.id)
+        assert broker.queues() == ["q"]
+        broker.stats("q")
+        assert broker.audit("q").clean
+        broker.purge("q", ("ready", "delayed", "dead"))
+        broker.enqueue("q", b"6")
+        worker = Worker(broker, lambda job: worker.stop(), ["q"])
+        assert worker.run() == 1
+        assert broker.workers() == []
+        assert broker.claim("q", wait=0.01) == []
+
+
+def replicated(url: str) -> None:
+    """With a replica asked for, WAIT is sent; that there is none is not the user's rights."""
+    with (
+        Broker(url, durability="replica:1", durability_timeout=0.01) as broker,
+        pytest.raises(Exception, match=r"only 0 of 1 replicas"),
+    ):
+        broker.enqueue("q", b"7")
+
+
+def through_celery(url: str) -> None:
+    """What a Celery worker does by kombu: declare, publish to each kind of exchange, consume, ack, purge."""
+    with kombu.Connection(url) as connection:
+        channel = connection.channel()
+        for kind in ("direct", "topic", "fanout"):
+            exchange = kombu.Exchange(f"x-{kind}", kind)
+            queue = kombu.Queue(f"c-{kind}", exchange, routing_key="k")(channel)
+            queue.declare()
+            kombu.Producer(channel, exchange).publish({"n": 1}, routing_key="k")
+            message = queue.get()
+            assert message is not None
+            message.ack()
+            queue.purge()
+            queue.delete()
+            exchange(channel).delete()
+
+
+def through_dramatiq(url: str) -> None:
+    """Send and work off one message."""
+    broker = RelayBroker(url)
+    done = threading.Event()
+    actor = dramatiq.actor(done.set, broker=broker, actor_name="done")
+    worker = dramatiq.Worker(broker, worker_threads=1)
+    worker.start()
+    actor.send()
+    assert done.wait(30)
+    worker.stop()
+    broker.close()
+
+
+def by_command_line(url: str) -> None:
+    """What an operator looks at."""
+    cli = Cli(url)
+    cli.run("job", "enqueue", "x", "-q", "q")
+    job = cli.json("job", "ls", "-q", "q")
+    assert job
+    cli.run("stats")
+    cli.run("dlq", "requeue", "-q", "q", "--all")
+    cli.run("dlq", "purge", "-q", "q", "--all", "--yes")
+    cli.run("audit")
+    cli.run("doctor")
+
+
+def test_a_user_with_just_these_rights_can_do_everything(narrow: str, acl_server: AclServer) -> None:
+    acl_server.cli("CONFIG", "RESETSTAT")
+    acl_server.cli("ACL", "LOG", "RESET")
+    for use in (direct, replicated, through_celery, through_dramatiq, by_command_line):
+        use(narrow)
+    refused = {str(entry) for entry in acl_server.cli("ACL", "LOG")}
+    # doctor asks for a setting that it can do without
+    assert {one for one in refused if "config" not in one.lower()} == set()
+    # and each right was made use of
+    seen = {name.removeprefix("cmdstat_") for name in acl_server.info("commandstats")}
+    assert granted() - seen - in_scripts() - set(ELSEWHERE) == set()
+
+
+def test_durability_aof_works_with_these_rights(narrow: str, acl_server: AclServer) -> None:
+    if b"waitaof" not in acl_server.cli("COMMAND", "LIST"):
+        assert acl_server.flavour == "redis"
+        return
+    acl_server.cli("CONFIG", "SET", "appendonly", "yes")
+    try:
+        with Broker(narrow, durability="aof") as broker:
+            assert not broker.enqueue("q", b"8").duplicate
+            (job,) = broker.claim("q")
+            assert broker.ack_many([job]) == [Verdict.DONE]
+    finally:
+        acl_server.cli("CONFIG", "SET", "appendonly", "no")
