@@ -113,8 +113,17 @@ def through_celery(url: str) -> None:
             assert message is not None
             message.ack()
             queue.purge()
+            assert list(channel.list_bindings())
             queue.delete()
             exchange(channel).delete()
+        # as Celery declares where its control commands, replies and events go
+        box = kombu.Queue("c-box", durable=False, auto_delete=True, expires=10, message_ttl=5)
+        with kombu.Consumer(channel, [box], callbacks=[lambda body, message: message.ack()], no_ack=True) as consumer:
+            kombu.Producer(channel).publish({"n": 2}, routing_key="c-box")
+            connection.drain_events(timeout=10)
+            assert channel.queue_declare("c-box", passive=True).message_count == 0
+            consumer.purge()
+        assert channel.queue_delete("c-box", if_unused=True) == 0
 
 
 def through_dramatiq(url: str) -> None:
