@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.servers import FLAVOURS, cpu_seconds, private
-from relay_core import Broker, commands
+from relay_core import Broker, JobSpec, commands
 from relay_core.commands import Ack, Command, NewJob
 from relay_core.job import NO_OPTIONS, Record, new_id
 from relay_core.keys import QueueKeys
@@ -92,18 +92,31 @@ def processor(rounds: int = 7, jobs: int = 10_000) -> Table:
 
 
 def memory(jobs: int = 100_000) -> Table:
-    """Bytes of the server per waiting job."""
-    table = Table(title=f"Memory per waiting job, bytes ({jobs} jobs of 200 B)")
-    for column in ("server", "bytes per job", "target"):
+    """Bytes of the server per job in each state, one state after the other in the same queue."""
+    table = Table(title=f"Memory per job by state, bytes ({jobs} jobs of 200 B)")
+    for column in ("server", "ready", "inflight", "dead", "delayed", "target ready"):
         table.add_column(column, justify="right")
     for flavour in FLAVOURS:
-        with private(flavour) as server, Broker(server.url) as broker:
+        with private(flavour) as server, Broker(server.url, lease=3600) as broker:
             client = server.client()
+
+            def used(client: Any = client) -> int:
+                return int(client.info("memory")["used_memory"])
+
             broker.enqueue("bench", PAYLOAD)
-            before = client.info("memory")["used_memory"]
+            before = used()
             broker.enqueue_many("bench", [PAYLOAD] * jobs)
-            used = client.info("memory")["used_memory"] - before
-            table.add_row(flavour, f"{used / jobs:.0f}", "450")
+            sizes = [used() - before]
+            claimed = [job for _ in range(jobs // 200) for job in broker.claim("bench", 200)]
+            sizes.append(used() - before)
+            for job in claimed:
+                broker.nack(job, "why it failed", dead=True)
+            sizes.append(used() - before)
+            broker.purge("bench", ("dead",))
+            before = used()
+            broker.enqueue_many("bench", [JobSpec(PAYLOAD, delay=3600)] * jobs)
+            sizes.append(used() - before)
+            table.add_row(flavour, *(f"{size / jobs:.0f}" for size in sizes), "450")
     return table
 
 

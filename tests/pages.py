@@ -27,7 +27,8 @@ Every fenced block has a tag, and every tag and every command line has a rule he
 `acl`
     Held by tests/test_acl.py.
 
-`localhost:6379` on a page is the private server of the test, any other loopback port a free one; see `Page.mapped`.
+`localhost:6379` (and `redis-cli -p 6379`) on a page is the private server of the test, any other loopback port a free
+one; see `Page.mapped`.
 Each page has a folder of its own with a copy of `examples/` in it, so `relay://` is an embedded server of its own.
 """
 
@@ -113,6 +114,26 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def anchors(text: str) -> set[str]:
+    """What a link to a heading of the page may name, as GitHub makes it of the heading."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path: Path) -> list[str]:
+    """Links of a page to files and headings of this repository that are not there."""
+    text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file.read_text())):
+            broken.append(target)
+    return broken
+
+
 class Page:
     """A page on its way: its folder, the environment of its lines, and the processes that go on until it ends.
 
@@ -182,9 +203,9 @@ class Page:
         def port(match: re.Match[str]) -> str:
             if match[2] not in self._ports:
                 self._ports[match[2]] = free_port()
-            return f"{match[1]}:{self._ports[match[2]]}"
+            return f"{match[1]}{self._ports[match[2]]}"
 
-        return re.sub(r"\b(localhost|127\.0\.0\.1):(\d+)", port, text)
+        return re.sub(r"\b(localhost:|127\.0\.0\.1:|redis-cli -p )(\d+)", port, text)
 
     def _python(self, block: Block) -> None:
         text = self.mapped(block.text)
