@@ -124,7 +124,8 @@ class JobSpec:
     def options(self) -> Options:
         """What goes into the record beside the payload, checked."""
         asked = (self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_for, self.headers, self.retry)
-        if asked == _NOTHING:
+        due = self.due()
+        if asked == _NOTHING and not due:
             return NO_OPTIONS  # as most jobs
         if self.max_retries is not None:
             whole("max_retries", self.max_retries, least=0, most=10**6)
@@ -146,7 +147,6 @@ class JobSpec:
                 raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise InvalidArgument(f"retry must be a RetryPolicy, got {_shown(self.retry)}")
-        due = self.due()
         return Options(
             max_retries=self.max_retries,
             max_deliveries=self.max_deliveries,

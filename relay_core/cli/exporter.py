@@ -47,14 +47,14 @@ def exporter(session: Session, addr: str, patterns: tuple[str, ...], max_queues:
     try:
         from prometheus_client import CollectorRegistry
 
-        from relay_core.metrics import BuildCollector, Server, StoreCollector
+        from relay_core.metrics import BuildCollector, Endpoint, StoreCollector
     except ImportError as error:
         raise InvalidArgument(
             f"relay exporter needs prometheus-client ({error}): pip install 'relay-queue[metrics]'"
         ) from error
 
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    server = Server(addr)
+    server = Endpoint(addr)
     broker = session.open(client_name="relay-exporter")
     collector = StoreCollector(broker, patterns, max_queues)
     registry = CollectorRegistry()

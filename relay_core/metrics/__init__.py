@@ -4,15 +4,15 @@ from relay_core.metrics.build import BuildCollector
 from relay_core.metrics.depths import DepthCollector
 from relay_core.metrics.exporter import StoreCollector
 from relay_core.metrics.recorder import LATENCY_BUCKETS, Recorder
-from relay_core.metrics.server import MetricsServer, Server, parse_address
+from relay_core.metrics.server import Endpoint, MetricsServer, parse_address
 
 __all__ = [
     "LATENCY_BUCKETS",
     "BuildCollector",
     "DepthCollector",
+    "Endpoint",
     "MetricsServer",
     "Recorder",
-    "Server",
     "StoreCollector",
     "parse_address",
 ]

@@ -38,7 +38,7 @@ def parse_address(address: str) -> tuple[str, range]:
     )
 
 
-class Server:
+class Endpoint:
     """An HTTP server of a registry on a daemon thread.
 
     :param address: see `parse_address`; port 0 picks a free one
@@ -94,7 +94,7 @@ class MetricsServer:
         *,
         tasks: int = 0,
     ) -> None:
-        self._server = Server(address)
+        self._server = Endpoint(address)
         self._broker = broker
         self.recorder = Recorder(tasks=tasks, plugins=broker.plugins)
         self._depths = DepthCollector(broker, queues)
