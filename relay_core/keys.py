@@ -1,4 +1,4 @@
-"""Every key that relay writes, with its type. Nothing else in the code builds a key name.
+"""Every key of the core, with its type. Nothing else in it builds a key name.
 
 All keys of one queue partition carry the same hash tag, so a script touches one Cluster slot.
 """

@@ -134,6 +134,17 @@ def broken_links(path: Path) -> list[str]:
     return broken
 
 
+def missing_files(text: str) -> list[str]:
+    """Files of this repository that a page names in backticks and that are not there, and tests that no file has."""
+    missing = []
+    folders = "relay_core|relay_adapters|tests|examples|benchmarks|docs|tools"
+    for name, test in re.findall(rf"`((?:{folders})/[\w/.-]*)(?:::(\w+))?[^`]*`", text):
+        file = ROOT / name
+        if not file.exists() or (test and f"def {test}(" not in file.read_text()):
+            missing.append(f"{name}::{test}" if test else name)
+    return missing
+
+
 class Page:
     """A page on its way: its folder, the environment of its lines, and the processes that go on until it ends.
 

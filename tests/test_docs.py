@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Pool
-from tests.pages import ROOT, Block, Page, Wrong, blocks, pages
+from tests.pages import ROOT, Block, Page, Wrong, blocks, missing_files, pages
 from tests.servers import Server
 
 
@@ -29,6 +29,11 @@ def test_every_block_of_the_page_does_what_the_page_says(path: Path, port: int) 
     with Page(str(path.relative_to(ROOT)), port) as page:
         for block in blocks(path.read_text()):
             page.run(block)
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_and_test_that_the_page_names_is_there(path: Path) -> None:
+    assert missing_files(path.read_text()) == []
 
 
 # the rules themselves
