@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import celery_speed, engine, idle, peers
+from benchmarks import celery_speed, dramatiq_speed, engine, idle
 
 
 def main(names: list[str]) -> int:
@@ -23,9 +23,9 @@ def main(names: list[str]) -> int:
             "memory": engine.memory,
             "depth": engine.depth,
             "wake-up": idle.wake_up,
-            "frameworks": lambda: peers.frameworks(Path(folder)),
             "celery": lambda: celery_speed.celery(Path(folder)),
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
+            "dramatiq": lambda: dramatiq_speed.dramatiq(Path(folder)),
             "idle": lambda: idle.idle_commands(Path(folder)),
         }
         if unknown := set(names) - known.keys():
