@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from relay_core.errors import InvalidRecord
@@ -70,6 +71,11 @@ class Options:
         """Compact JSON of the set fields, or an empty string when none is set."""
         if self is NO_OPTIONS:
             return ""
+        others = (
+            self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_ms, self.retry, self.delay_ms, self.at_ms,
+        )  # fmt: skip
+        if others == _UNSET and len(self.headers) == 1:
+            return _one_header(*self.headers.items())  # as an adapter's jobs, with their mark
         pairs = {name: getattr(self, name) for name in self.__slots__}
         kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in pairs.items() if v not in (None, {})}
         return _to_json(kept) if kept else ""
@@ -87,6 +93,13 @@ class Options:
 
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: json.dumps would make one per call
+_UNSET = (None,) * 7
+
+
+@lru_cache(maxsize=64)
+def _one_header(header: tuple[str, str]) -> str:
+    return _to_json({"headers": dict([header])})
+
 
 _OPTION_KINDS: Mapping[str, tuple[type, ...]] = {
     "max_retries": (int,),

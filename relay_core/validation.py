@@ -20,7 +20,7 @@ MAX_PAYLOAD = 16 * 2**20
 _ID = re.compile(r"[!-~]{1,128}")
 _MAX_DEDUP_KEY = 512
 _MAX_AT = 2**33 * 30
-_NOTHING = (None,) * 6
+_NOTHING = (None,) * 7
 
 
 def _shown(value: Any) -> str:
@@ -81,6 +81,15 @@ def payload_size(payload: bytes, limit: int) -> None:
         )
 
 
+def _headers(headers: Any) -> None:
+    """Refuse what is no mapping of texts to texts."""
+    if not isinstance(headers, Mapping):
+        raise InvalidArgument(f"headers must map str to str, got {_shown(headers)}")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """A job to enqueue. All but the payload is optional.
@@ -123,10 +132,12 @@ class JobSpec:
 
     def options(self) -> Options:
         """What goes into the record beside the payload, checked."""
-        asked = (self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_for, self.headers, self.retry)
-        due = self.due()
-        if asked == _NOTHING and not due:
+        asked = (
+            self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_for, self.retry, self.delay, self.at,
+        )  # fmt: skip
+        if asked == _NOTHING and self.headers is None:
             return NO_OPTIONS  # as most jobs
+        due = self.due()
         if self.max_retries is not None:
             whole("max_retries", self.max_retries, least=0, most=10**6)
         if self.max_deliveries is not None:
@@ -140,11 +151,10 @@ class JobSpec:
             if self.dedup_key is None:
                 raise InvalidArgument(f"dedup_for ({self.dedup_for!r}) needs a dedup_key")
             dedup_ms = math.ceil(seconds("dedup_for", self.dedup_for, least=0.001) * 1000)
-        if self.headers is not None and not isinstance(self.headers, Mapping):
-            raise InvalidArgument(f"headers must map str to str, got {_shown(self.headers)}")
-        for name, value in (self.headers or {}).items():
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
+        if self.headers is not None:
+            _headers(self.headers)
+            if asked == _NOTHING:
+                return Options(headers=self.headers)  # as an adapter's jobs, with their mark
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise InvalidArgument(f"retry must be a RetryPolicy, got {_shown(self.retry)}")
         return Options(

@@ -11,7 +11,7 @@ from typing import Any
 
 from dramatiq.broker import Broker
 from dramatiq.common import current_millis
-from dramatiq.errors import QueueJoinTimeout, QueueNotFound
+from dramatiq.errors import ConnectionClosed, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, SkipMessage
 
@@ -29,6 +29,8 @@ from relay_core.keys import LEVELS
 
 PRIORITY = "broker_priority"
 """Actor and message option: 0 to 9, 9 is claimed first. Default 0. What is over 9 counts as 9."""
+
+_MARK = {HEADER: ADAPTER}
 
 
 def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
@@ -179,18 +181,15 @@ class RelayBroker(Broker):
         elif isinstance(eta, (int, float)) and eta > current_millis():
             due["at"] = eta / 1000
         payload, priority = message.encode(), self._priority(message)
-        with dramatiq_errors():
-            try:
-                self.core.enqueue(
-                    message.queue_name, payload, id=job_id, priority=priority, headers={HEADER: ADAPTER}, **due
-                )
-            except Unavailable as error:
-                current = self._current.message
-                if current is not None and current.pending is None:
-                    # Dramatiq logs what its middleware raises and acks all the same: see RelayConsumer.ack.
-                    item = self.core.operations.nack_of(current.lease.job, error, 1.0)
-                    current.pending = item._replace(max_retries=MAX_RETRIES)
-                raise
+        try:
+            self.core.enqueue(message.queue_name, payload, id=job_id, priority=priority, headers=_MARK, **due)
+        except Unavailable as error:
+            current = self._current.message
+            if current is not None and current.pending is None:
+                # Dramatiq logs what its middleware raises and acks all the same: see RelayConsumer.ack.
+                item = self.core.operations.nack_of(current.lease.job, error, 1.0)
+                current.pending = item._replace(max_retries=MAX_RETRIES)
+            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
 
     def _retry(self, message: RelayMessage, changed: Message[Any], delay: int) -> None:
         job, nack_of = message.lease.job, self.core.operations.nack_of

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dramatiq.broker import Consumer, MessageProxy
@@ -15,10 +15,11 @@ from dramatiq.worker import ConsumerThread
 
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered
-from relay_core import Broker
+from relay_core import Broker, Job
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import Unavailable
+from relay_core.operations import Flow, Wait
 
 logger = logging.getLogger("relay.dramatiq")
 
@@ -33,6 +34,11 @@ def dramatiq_errors() -> Iterator[None]:
         yield
     except Unavailable as error:
         raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
+
+
+def _wait(marker: bytes, timeout: float) -> Flow[bool]:
+    rung: bool = yield Wait((marker,), timeout)
+    return rung
 
 
 class RelayConsumer(Consumer):
@@ -53,6 +59,9 @@ class RelayConsumer(Consumer):
         self._steady = isinstance(threading.current_thread(), ConsumerThread)
         self._attending = False
         self._closed = False
+        # Until then only a wake-up can bring work: an idle worker listens, and asks nothing.
+        self._quiet_until = 0.0
+        self._woken = False
         line.join(self._holding)
 
     # claiming
@@ -96,25 +105,40 @@ class RelayConsumer(Consumer):
         while True:
             self._attend(self._steady)
             acks = self._line.gather(self._full, deadline - time.monotonic(), max(1, self.prefetch // 2))
-            if acks:
-                claimed = self._line.claim(acks, max(0, self._free()))
-            elif self._full():
-                return False
-            else:
+            if not acks:
+                if self._full():
+                    return False
                 self._attend(False)
                 acks = self._line.take()
-                wait = max(0.0, deadline - time.monotonic())
-                free = max(1, self._free())
-                claimed = self._line.claim(acks, free) if acks else self._core.claim(self.queue_name, free, wait)
-            for job in claimed:
-                lease = Lease(job)
-                self._holding[job.token] = lease
-                self._buffer.append(lease)
-            if claimed:
-                self._attend(self._steady)
-                return True
-            if time.monotonic() >= deadline:
+            if acks or self._woken or time.monotonic() >= self._quiet_until:
+                self._take_in(acks)
+                if self._buffer:
+                    self._attend(self._steady)
+                    return True
+            else:
+                self._woken = self._listen(min(deadline, self._quiet_until) - time.monotonic())
+            if time.monotonic() >= deadline and not self._woken:
                 return False
+
+    def _take_in(self, acks: Sequence[Job]) -> None:
+        """Send the acks, and claim what there is room for."""
+        free = max(0, self._free())
+        claimed = self._line.claim(acks, free, self._woken)
+        for job in claimed:
+            lease = Lease(job)
+            self._holding[job.token] = lease
+            self._buffer.append(lease)
+        if free:
+            self._woken = False
+            hint = self._core.settings.max_block if claimed.retry_after is None else claimed.retry_after
+            # not even full: whatever was ready is here
+            rest = min(hint, self._core.settings.max_block) if len(claimed) < free else 0.0
+            self._quiet_until = time.monotonic() + rest
+
+    def _listen(self, timeout: float) -> bool:
+        """Wait for a wake-up: whoever takes one has to claim, and to pass it on while work remains."""
+        marker = self._core.settings.keys(self.queue_name).marker
+        return self._core.drive(_wait(marker, max(0.001, timeout)))
 
     def _attend(self, attend: bool) -> None:
         if attend != self._attending:

@@ -122,10 +122,15 @@ class Line:
                 self._waiting -= 1
             return self._take()
 
-    def claim(self, acks: Sequence[Job], count: int) -> Claimed:
-        """Send the acks and claim up to `count` jobs, in one round trip."""
+    def claim(self, acks: Sequence[Job], count: int, woken: bool) -> Claimed:
+        """Send the acks and claim up to `count` jobs, in one round trip.
+
+        :param woken: the caller took the wake-up, and passes it on while work remains
+        """
+        if not acks and count:
+            return self.core.drive(self.core.operations.claim((self.queue,), count, woken=woken))
         try:
-            verdicts, _nacked, claimed = self.core.finish(self.queue, acks, (), count)
+            verdicts, _nacked, claimed = self.core.finish(self.queue, acks, (), count, woken and count > 0)
         except BaseException:
             self._put_back(acks)
             raise

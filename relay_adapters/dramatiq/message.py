@@ -87,5 +87,7 @@ def delivered(job: Job) -> Message[Any]:
     and the queue is the one it came from, by which the worker finds its consumer.
     """
     message: Message[Any] = Message.decode(job.payload)
-    message.options.pop("eta", None)
+    eta = message.options.get("eta")
+    if eta is None or isinstance(eta, (int, float)):
+        message.options.pop("eta", None)  # of anything else the worker says that it is no time
     return message if message.queue_name == job.queue else message.copy(queue_name=job.queue)

@@ -29,6 +29,8 @@ INTERNALS = {
     "test_redis_consumer_nack_can_retry_on_connection_error": "RedisBroker's scripts",
     "test_redis_join_race_condition": "RedisBroker's scripts",
     "test_stub_broker_can_be_flushed": "the stub broker's attributes",
+    # a RedisBroker takes messages for queues that only other applications declare, and so does relay
+    "test_stub_broker_raises_queue_error_when_enqueueing_messages_on_undeclared_queues": "the stub broker's rule",
 }
 
 
@@ -104,9 +106,14 @@ def info_logging() -> Iterator[None]:
     logger.setLevel(before)
 
 
+def _emptied(backend: Any) -> Any:
+    backend.client.flushall()
+    return backend
+
+
 @pytest.fixture
 def redis_result_backend() -> Any:
-    return results.RedisBackend(url=REDIS_URL)
+    return _emptied(results.RedisBackend(url=REDIS_URL))
 
 
 @pytest.fixture
@@ -116,9 +123,9 @@ def stub_result_backend() -> Any:
 
 @pytest.fixture(params=["redis", "stub"])
 def result_backend(request: pytest.FixtureRequest) -> Any:
-    return results.RedisBackend(url=REDIS_URL) if request.param == "redis" else results.StubBackend()
+    return _emptied(results.RedisBackend(url=REDIS_URL)) if request.param == "redis" else results.StubBackend()
 
 
 @pytest.fixture(params=["redis", "stub"])
 def rate_limiter_backend(request: pytest.FixtureRequest) -> Any:
-    return limits.RedisBackend(url=REDIS_URL) if request.param == "redis" else limits.StubBackend()
+    return _emptied(limits.RedisBackend(url=REDIS_URL)) if request.param == "redis" else limits.StubBackend()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from typing import Any
 
 from dramatiq import Message
@@ -16,6 +15,9 @@ from relay_adapters.dramatiq import RelayBroker
 PORT = int(os.environ["JUDGED_PORT"])
 REDIS_URL = f"redis://127.0.0.1:{PORT}/0"
 
+OWN = ("relay_job_id", "redis_message_id")
+"""Options that a broker adds to what it is given, for itself."""
+
 
 class Failures(Middleware):
     """Remembers what was dead-lettered, and of what it failed: the stub broker's `fail_fast` and `dead_letters`."""
@@ -25,11 +27,14 @@ class Failures(Middleware):
         self.exceptions: dict[str, list[BaseException]] = {}
         self.lock = threading.Lock()
 
-    def after_nack(self, broker: Any, message: Any) -> None:
+    def before_nack(self, broker: Any, message: Any) -> None:
+        # before, for a join may return as soon as the store knows
+        options = {name: value for name, value in message.options.items() if name not in OWN}
+        plain = Message(**{**message.asdict(), "args": message.args, "options": options})
+        raised = getattr(message, "_exception", None)
         with self.lock:
-            self.messages.append(message._message)
-            raised = getattr(message, "_exception", None)
-            if raised is not None and getattr(broker, "remember", True):
+            self.messages.append(plain)
+            if raised is not None:
                 self.exceptions.setdefault(message.queue_name, []).append(raised)
 
 
@@ -77,11 +82,10 @@ class Extras:
 
     def join(self, queue_name: str, *, fail_fast: bool = True, **options: Any) -> None:
         failures = self.failures
-        deadline = None if options.get("timeout") is None else time.monotonic() + options["timeout"] / 1000
         super().join(queue_name, **options)  # type: ignore[misc]
         with failures.lock:
             raised = failures.exceptions.pop(queue_name, [])
-        if fail_fast and raised and (deadline is None or time.monotonic() < deadline):
+        if fail_fast and raised:
             raise raised[0] from None
 
 
