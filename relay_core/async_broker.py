@@ -185,7 +185,7 @@ class AsyncBroker(BrokerBase):
     async def purge(
         self, queue: str, states: Sequence[State] = ("ready", "delayed"), progress: Progress | None = None
     ) -> int:
-        """Drop all jobs that are in these states: how many. What runs is left alone."""
+        """See Broker.purge."""
         return await self.drive(maintenance.purge(self.operations, queue, states, progress))
 
     async def pause(self, queue: str) -> None:

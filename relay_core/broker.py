@@ -107,7 +107,12 @@ def as_jobs(jobs: Job | Sequence[Job]) -> Sequence[Job]:
 
 
 class Broker(BrokerBase):
-    """The blocking broker. Safe to use from many threads, and in the children of a fork."""
+    """The blocking broker. Safe to use from many threads, and in the children of a fork.
+
+    Durations are float seconds, times unix seconds of the server. Every method raises InvalidArgument for a value that
+    is out of bounds, Unavailable when the server cannot serve it within `retry_for` seconds (default 10), and
+    StoreError when the server refuses it for good; what it raises beside these, it says.
+    """
 
     _store: SyncStore | None = None
     _opened_by = 0
@@ -190,36 +195,57 @@ class Broker(BrokerBase):
     # one line per operation, in the order of a job's life
 
     def enqueue(self, queue: str, payload: bytes, **options: Any) -> Enqueued:
-        """Store one job. Options: id, delay, at, priority, max_retries, max_deliveries, dedup_key, dedup_for,
-        headers, retry; see JobSpec. Raises InvalidArgument, Unavailable, NotDurable."""
+        """Store one job, ready at once unless `options` say otherwise. Repeating it with the same id stores one job.
+
+        :param payload: at most `max_payload` bytes, default 16 MiB
+        :param options: id, delay and dedup_for (seconds), at (unix seconds), priority (0 to 9, default 0), max_retries,
+            max_deliveries, dedup_key, headers, retry; see JobSpec
+
+        Raises NotDurable when it is stored, and `durability` was not confirmed in time.
+        """
         return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
 
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
-        """Store many jobs in few round trips. All are checked before the first is sent."""
+        """Store many `jobs` in few round trips, their order kept. All are checked before the first is sent.
+
+        Raises NotDurable. After an error some may be stored: repeat it with the same ids.
+        """
         return self.drive(self.operations.enqueue_many(queue, jobs))
 
     def adopt(self, arrivals: Sequence[Arrival]) -> list[bool]:
-        """Take in jobs of another queue system, each in its state and with its times: True for each that is new."""
+        """Take in jobs of another queue system (`arrivals`), each in its state and with its times: True for each that
+        is new. Raises NotDurable."""
         return self.drive(adoption.adopt(self.operations, arrivals))
 
     def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
-        """Lease up to `count` jobs of these queues, asked in their order; wait for the first up to `wait` seconds.
-        An empty answer says in `limited` and `retry_after` whether a limit or a pause held work back."""
+        """Lease jobs for the broker's `lease`. An empty answer says in `limited` and `retry_after` whether a limit or a
+        pause held work back.
+
+        :param queues: asked in their order
+        :param count: at most so many jobs, 1 to 200. Default 1
+        :param wait: seconds to wait for the first. Default 0, do not wait
+        """
         return self.drive(self.operations.claim(names(queues), count, wait))
 
     def ack(self, job: Job) -> None:
-        """The job is done. Raises LeaseLost."""
+        """The `job` is done and leaves the store. Raises LeaseLost."""
         return self.drive(self.operations.ack(job))
 
     def ack_many(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """The jobs are done: a verdict each, LOST where the lease was lost."""
+        """The `jobs` are done: a verdict each, LOST where the lease was lost."""
         return self.drive(self.operations.ack_many(jobs))
 
     def nack(
         self, job: Job, error: BaseException | str | None = None, delay: float | None = None, **options: Any
     ) -> Verdict:
-        """The job failed: DONE when it will be retried (after `delay` seconds, default: the policy's), DEAD when its
-        retries are used up. Options: dead=True (no retry), reason, payload (a new body). Raises LeaseLost."""
+        """The `job` failed: DONE when it will be retried, DEAD when its retries are used up.
+
+        :param error: kept with the job, at most 4 KiB of its repr or text. Default none
+        :param delay: seconds until it runs again. Default: what the policies and plugins say
+        :param options: dead=True (no retry), reason (one word), payload (a new body)
+
+        Raises LeaseLost.
+        """
         return self.drive(self.operations.nack(job, error, delay, **options))
 
     def finish(
@@ -230,43 +256,51 @@ class Broker(BrokerBase):
         count: int = 0,
         woken: bool = False,
     ) -> tuple[list[Verdict], list[Verdict], Claimed]:
-        """Ack and nack jobs of one queue and claim more of it, in one round trip. Nacks: (job, nack_of(job, ...))."""
+        """End jobs of one queue and claim more of it, in one round trip: verdicts of the acks, of the nacks, and jobs.
+
+        :param acks: jobs that are done, at most 200
+        :param nacks: (job, `operations.nack_of(job, ...)`) of jobs that failed, at most 200
+        :param count: jobs to claim, 0 to 200. Default 0
+        :param woken: True when the caller took the wake marker, to put it back while work remains. Default False
+        """
         return self.drive(self.operations.finish(queue, acks, nacks, count, woken))
 
     def extend(self, jobs: Job | Sequence[Job], lease: float | None = None) -> list[Verdict]:
-        """Heartbeat: the leases end `lease` seconds from now (default: the broker's). LOST where one was lost."""
+        """Heartbeat of `jobs`: their leases end `lease` seconds from now (default: the broker's). LOST where one was
+        lost."""
         return self.drive(self.operations.extend(as_jobs(jobs), lease))
 
     def release(self, jobs: Job | Sequence[Job]) -> list[Verdict]:
-        """Hand back jobs that were not started; the delivery does not count."""
+        """Hand back `jobs` that were not started; the delivery does not count. LOST where a lease was lost."""
         return self.drive(self.operations.release(as_jobs(jobs)))
 
     def reap(self, queue: str, limit: int = 200) -> int:
-        """End expired leases, at most `limit`: how many. Claims do this by themselves."""
+        """End expired leases, at most `limit` (default and most 200): how many. Claims do this by themselves."""
         return self.drive(self.operations.reap(queue, limit))
 
     def promote(self, queue: str, limit: int = 200) -> int:
-        """Make due jobs ready, at most `limit`: how many. Claims do this by themselves."""
+        """Make due jobs ready, at most `limit` (default and most 200): how many. Claims do this by themselves."""
         return self.drive(self.operations.promote(queue, limit))
 
     def cancel(self, queue: str, id: str) -> State | None:
-        """Take a job out: the state it was in; `inflight` means it runs and was left alone; None: no such job."""
+        """Take the job `id` out: the state it was in; `inflight`: it runs and was left alone; None: no such job."""
         return self.drive(maintenance.cancel(self.operations, queue, [id]))[0]
 
     def cancel_many(self, queue: str, ids: Sequence[str]) -> list[State | None]:
-        """`cancel` for many ids."""
+        """`cancel` for many `ids`: their states in the same order."""
         return self.drive(maintenance.cancel(self.operations, queue, ids))
 
     def dead(self, queue: str, limit: int = 100, skip: int = 0) -> list[StoredJob]:
-        """Dead jobs, the longest dead first."""
+        """At most `limit` (default 100) dead jobs, the longest dead first, after `skip` (default 0) of them."""
         return self.drive(inspector.list_jobs(self.operations, queue, "dead", skip, limit))
 
     def jobs(self, queue: str, state: State, limit: int = 100, skip: int = 0) -> list[StoredJob]:
-        """The jobs in a state: ready in the order of claims, delayed and inflight by time, dead by age."""
+        """At most `limit` (default 100) jobs in a `state`, after `skip` (default 0) of them: ready ones in the order of
+        claims, delayed and inflight by time, dead by age."""
         return self.drive(inspector.list_jobs(self.operations, queue, state, skip, limit))
 
     def show(self, queue: str, id: str) -> StoredJob | None:
-        """One job as it lies in the store."""
+        """The job `id` as it lies in the store; None when it is not there."""
         return self.drive(inspector.show(self.operations, queue, [id]))[0]
 
     def requeue(
@@ -276,13 +310,22 @@ class Broker(BrokerBase):
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> int:
-        """Dead jobs become ready again, these or all: how many. Their retries and deliveries count anew."""
+        """Dead jobs become ready again: how many. Their retries and deliveries count anew.
+
+        :param ids: these. Default: all that are dead now
+        :param limit: at most so many of all, the longest dead first. Default: no limit
+        :param progress: called with the number of jobs moved since its last call
+        """
         return self.drive(maintenance.requeue(self.operations, queue, ids, limit, progress))
 
     def purge(
         self, queue: str, states: Sequence[State] = ("ready", "delayed"), progress: Progress | None = None
     ) -> int:
-        """Drop all jobs that are in these states: how many. What runs is left alone."""
+        """Drop all jobs that are in these states: how many. What runs is left alone.
+
+        :param states: of ready, delayed and dead. Default: ready and delayed
+        :param progress: called with the number of jobs dropped since its last call
+        """
         return self.drive(maintenance.purge(self.operations, queue, states, progress))
 
     def pause(self, queue: str) -> None:
@@ -297,7 +340,7 @@ class Broker(BrokerBase):
         self, queue: str, rate: float | None = None, burst: int | None = None, max_inflight: int | None = None
     ) -> None:
         """Set a queue's limits for all workers: `rate` jobs per second with a bucket of `burst` (default: one second's
-        worth), at most `max_inflight` claimed at a time. What is None is unset."""
+        worth), at most `max_inflight` claimed at a time. What is None, the default, is no limit."""
         changes = maintenance.limits(rate, burst, max_inflight)
         return self.drive(maintenance.configure(self.operations, queue, changes))
 
@@ -310,9 +353,13 @@ class Broker(BrokerBase):
         return self.drive(inspector.workers(self.operations))
 
     def stats(self, queue: str) -> QueueStats:
-        """Depths, settings and counters at one instant."""
+        """Depths, settings and counters at one instant. A queue that was never used has zeros."""
         return self.drive(inspector.stats(self.operations, queue))
 
     def audit(self, queue: str, repair: bool = True, progress: Progress | None = None) -> AuditReport:
-        """Find ids that are in no state or in two, and mend them."""
+        """Find ids that are in no state or in two, and mend them.
+
+        :param repair: False only looks. Default True
+        :param progress: called with the number of jobs looked at
+        """
         return self.drive(maintenance.audit(self.operations, queue, repair, progress))

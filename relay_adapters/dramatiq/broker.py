@@ -96,7 +96,10 @@ class RelayBroker(Broker):
     # queues
 
     def declare_queue(self, queue_name: str) -> None:
-        """Make a queue known in this process. No I/O, and no delay queue: delayed messages wait in the store."""
+        """Make `queue_name` known in this process. No I/O, and no delay queue: delayed messages wait in the store.
+
+        Raises InvalidArgument for a name that cannot be used.
+        """
         if queue_name in self.queues:
             return
         self.core.settings.keys(queue_name)
@@ -105,31 +108,33 @@ class RelayBroker(Broker):
         self.emit_after("declare_queue", queue_name)
 
     def get_declared_queues(self) -> set[str]:
+        """Names of the queues that this process has declared."""
         return self.queues.copy()
 
     def get_declared_delay_queues(self) -> set[str]:
+        """None: delayed messages wait in the store."""
         return set()
 
     def get_queue_message_counts(self, queue_name: str) -> tuple[int, int, int]:
-        """How many messages are ready, delayed and dead, at one instant."""
+        """How many messages of `queue_name` are ready, delayed and dead, at one instant. Raises ConnectionClosed."""
         with dramatiq_errors():
             stats = self.core.stats(queue_name)
         return stats.ready, stats.delayed, stats.dead
 
     def flush(self, queue_name: str) -> None:
-        """Drop all messages of a queue but those that are running."""
+        """Drop all messages of `queue_name` but those that are running. Raises ConnectionClosed."""
         with dramatiq_errors():
             self.core.purge(queue_name, ("ready", "delayed", "dead"))
 
     def flush_all(self) -> None:
-        """Drop all messages of all declared queues but those that are running."""
+        """Drop all messages of all declared queues but those that are running. Raises ConnectionClosed."""
         for queue_name in self.get_declared_queues():
             self.flush(queue_name)
 
     def join(self, queue_name: str, *, interval: int = 100, timeout: int | None = None) -> None:
-        """Wait until no message of the queue is ready, delayed or running, looking every `interval` ms.
+        """Wait until no message of `queue_name` is ready, delayed or running; look every `interval` ms (default 100).
 
-        Raises QueueJoinTimeout after `timeout` ms, and QueueNotFound.
+        Raises QueueJoinTimeout after `timeout` ms (default: never), QueueNotFound, and ConnectionClosed.
         """
         self._known(queue_name)
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
@@ -217,7 +222,8 @@ class RelayBroker(Broker):
     # receiving
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> RelayConsumer:
-        """A consumer that keeps at most `prefetch` messages unsettled, and waits for up to `timeout` ms.
+        """A consumer of `queue_name` that keeps at most `prefetch` (default 1) messages unsettled, and waits for up to
+        `timeout` ms (default 5000) for the next.
 
         Raises QueueNotFound.
         """
@@ -235,6 +241,7 @@ class RelayBroker(Broker):
             return self._lines[queue_name]
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Dramatiq's signals. A message whose lease is over when it is about to start is skipped."""
         if signal == "process_message" and isinstance(args[0], RelayMessage) and not args[0].lease.holds():
             self._renew(args[0])
         if signal == "worker_boot":
@@ -244,6 +251,7 @@ class RelayBroker(Broker):
             self._monitoring.run_started(args[0])
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Dramatiq's signals. During `after_process_message`, an enqueue of that message is its retry."""
         if signal in ("process_message", "skip_message"):
             self._monitoring.run_ended(args[0], kwargs.get("exception"))
         elif signal == "worker_shutdown":

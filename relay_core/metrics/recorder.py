@@ -129,7 +129,7 @@ class Recorder:
         return self._now().registry
 
     def exposed(self, *others: Collector) -> CollectorRegistry:
-        """What to serve: the counts of this process, or of all in the multiprocess folder, with other collectors."""
+        """What to serve: the counts of this process, or of all in the multiprocess folder, with `others`."""
         registry = CollectorRegistry()
         if self._shared:
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]

@@ -102,6 +102,7 @@ class MetricsServer:
 
     @property
     def port(self) -> int:
+        """The port it listens on, once started."""
         return self._server.port
 
     def start(self) -> None:
