@@ -1,9 +1,14 @@
-"""RelayBroker under Dramatiq's own command line, its processes killed in the middle of their work."""
+"""RelayBroker under Dramatiq's own command line, its processes killed in the middle of their work.
+
+Each test starts whole processes, so it runs on one of the two server programs; the others run on both.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,21 +18,22 @@ from types import ModuleType
 import pytest
 
 from tests.dramatiq_workers import Workers, lines
-from tests.servers import Server, eventually
+from tests.servers import Flavour, Server, eventually
 
 pytestmark = pytest.mark.slow
 
 
+def application(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The application, as a process that sends imports it."""
+    monkeypatch.setenv("APP_URL", server.url)
+    monkeypatch.setenv("APP_FOLDER", str(folder))
+    sys.modules.pop("tests.dramatiq_app", None)
+    return importlib.import_module("tests.dramatiq_app")
+
+
 @pytest.fixture
 def app(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The application, as the process that sends imports it."""
-    monkeypatch.setenv("APP_URL", server.url)
-    monkeypatch.setenv("APP_FOLDER", str(tmp_path))
-    import importlib
-    import sys
-
-    sys.modules.pop("tests.dramatiq_app", None)
-    module = importlib.import_module("tests.dramatiq_app")
+    module = application(server, tmp_path, monkeypatch)
     yield module
     module.broker.close()
 
@@ -36,6 +42,7 @@ def booted(workers: Workers, count: int = 1) -> None:
     eventually(lambda: lines(workers.folder, "boots").count(workers.name) >= count, f"boot of {workers.name}")
 
 
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_two_processes_of_four_threads_run_every_message_once(app: ModuleType, server: Server, tmp_path: Path) -> None:
     for x in range(300):
         app.work.send(x)
@@ -47,6 +54,7 @@ def test_two_processes_of_four_threads_run_every_message_once(app: ModuleType, s
     assert app.broker.core.audit("default", repair=False).clean
 
 
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
 def test_what_a_killed_worker_held_runs_elsewhere_within_a_lease_and_a_second(
     app: ModuleType, server: Server, tmp_path: Path
 ) -> None:
@@ -69,6 +77,7 @@ def test_what_a_killed_worker_held_runs_elsewhere_within_a_lease_and_a_second(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_a_signal_in_mid_load_loses_nothing_and_repeats_nothing(
     app: ModuleType, server: Server, tmp_path: Path, how: signal.Signals
 ) -> None:
@@ -88,6 +97,7 @@ def test_a_signal_in_mid_load_loses_nothing_and_repeats_nothing(
     assert Counter(line.split()[0] for line in lines(tmp_path)) == Counter(str(x) for x in range(200))
 
 
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
 def test_workers_killed_again_and_again_lose_no_message(app: ModuleType, server: Server, tmp_path: Path) -> None:
     for x in range(120):
         app.work.send(x, 0.02)
@@ -106,6 +116,7 @@ def test_workers_killed_again_and_again_lose_no_message(app: ModuleType, server:
     assert app.broker.core.audit("default", repair=False).clean
 
 
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_a_message_that_kills_its_workers_ends_in_dead_and_tells_the_middleware(
     app: ModuleType, server: Server, tmp_path: Path
 ) -> None:
@@ -121,6 +132,7 @@ def test_a_message_that_kills_its_workers_ends_in_dead_and_tells_the_middleware(
     assert (dead.reason, dead.deliveries) == ("max_deliveries", 2)
 
 
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
 def test_retries_are_counted_once_across_processes(app: ModuleType, server: Server, tmp_path: Path) -> None:
     for x in range(20):
         app.flaky.send(x)
@@ -131,6 +143,7 @@ def test_retries_are_counted_once_across_processes(app: ModuleType, server: Serv
     assert (counters["enqueued"], counters["retried"], counters["processed"]) == (20, 40, 20)
 
 
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_a_worker_stopped_past_its_lease_starts_nothing_that_ran_elsewhere(
     app: ModuleType, server: Server, tmp_path: Path
 ) -> None:
@@ -146,3 +159,27 @@ def test_a_worker_stopped_past_its_lease_starts_nothing_that_ran_elsewhere(
             assert sleeper.stop() == 0
     late = [line for line in lines(tmp_path) if line.endswith("sleeper") and line.split()[0] in others]
     assert len(late) <= 2, "more than what was already running ran twice"
+
+
+@pytest.mark.parametrize("flavour", ["valkey", "redis"])
+def test_a_server_that_is_killed_and_started_again_under_load_loses_no_message(
+    flavour: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable = {"appendonly": "yes", "appendfsync": "always"}
+    with Server(flavour, options=durable) as server:
+        app = application(server, tmp_path, monkeypatch)
+        with Workers(server, tmp_path, processes=2, threads=2, name="w") as workers:
+            booted(workers, 2)
+            for x in range(300):
+                if x == 100:
+                    server.kill()
+                    server.start()
+                app.work.send(x, 0.01)  # waits for its server, and stores the message once
+            app.broker.join("default", timeout=60_000)
+            assert workers.stop() == 0
+        ran = Counter(line.split()[0] for line in lines(tmp_path))
+        assert ran.keys() == {str(x) for x in range(300)}
+        # only what ran, or waited for its ack, when the server went may have run again
+        assert sum(ran.values()) <= 300 + 2 * (2 + 4)
+        assert app.broker.core.audit("default", repair=False).clean
+        app.broker.close()

@@ -23,7 +23,7 @@ broker.add_middleware(CurrentMessage())
 dramatiq.set_broker(broker)
 
 
-@dramatiq.actor(max_retries=5, min_backoff=100, max_backoff=1000)
+@dramatiq.actor(min_backoff=100, max_backoff=1000)
 def deliver(address: str) -> None:
     """One mail in five meets a mail server that is busy, and is retried."""
     message = CurrentMessage.get_current_message()

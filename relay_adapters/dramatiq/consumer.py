@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import ConnectionClosed, DecodeError
+from dramatiq.middleware import SkipMessage
 from dramatiq.worker import ConsumerThread
 
 from relay_adapters.dramatiq.line import Line
@@ -193,8 +194,9 @@ class RelayConsumer(Consumer):
             payload = message.encode()
         except Exception:  # options that some middleware set, and that the encoder cannot take: keep the old body
             payload = None
+        ran = message.exception is not None and not isinstance(message.exception, SkipMessage)
         return self._core.operations.nack_of(
-            message.lease.job, error, dead=True, reason="failed" if error else "rejected", payload=payload
+            message.lease.job, error, dead=True, reason="failed" if ran else "rejected", payload=payload
         )
 
     def _strange(self, message: MessageProxy) -> None:
