@@ -15,6 +15,9 @@ from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
 from relay_core.operations import Flow, Raw, Step, Wait
+from relay_core.schedule import flows as schedule_flows
+from relay_core.schedule.flows import Round
+from relay_core.schedule.plan import Schedule, Scheduled
 from relay_core.validation import JobSpec
 
 T = TypeVar("T")
@@ -202,6 +205,22 @@ class AsyncBroker(BrokerBase):
         """See Broker.limit."""
         changes = maintenance.limits(rate, burst, max_inflight)
         return await self.drive(maintenance.configure(self.operations, queue, changes))
+
+    async def schedule(self, name: str, queue: str, payload: bytes = b"", **options: Any) -> Scheduled:
+        """See Broker.schedule."""
+        return await self.drive(schedule_flows.schedule(self.operations, Schedule(name, queue, payload, **options)))
+
+    async def unschedule(self, name: str) -> bool:
+        """See Broker.unschedule."""
+        return await self.drive(schedule_flows.unschedule(self.operations, name))
+
+    async def schedules(self) -> list[Scheduled]:
+        """See Broker.schedules."""
+        return await self.drive(schedule_flows.schedules(self.operations))
+
+    async def run_due(self) -> Round:
+        """See Broker.run_due."""
+        return await self.drive(schedule_flows.run_due(self.operations))
 
     async def queues(self) -> list[str]:
         """See Broker.queues."""

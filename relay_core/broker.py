@@ -20,6 +20,9 @@ from relay_core.maintenance import AuditReport, Progress
 from relay_core.operations import Flow, Operations, Raw, Settings, Step, Wait
 from relay_core.plugins import Plugins
 from relay_core.retry import RetryPolicy
+from relay_core.schedule import flows as schedule_flows
+from relay_core.schedule.flows import Round
+from relay_core.schedule.plan import Schedule, Scheduled
 from relay_core.settings import StoreSettings, StoreUrl, parse_url
 from relay_core.validation import MAX_PAYLOAD, JobSpec
 
@@ -343,6 +346,23 @@ class Broker(BrokerBase):
         worth), at most `max_inflight` claimed at a time. What is None, the default, is no limit."""
         changes = maintenance.limits(rate, burst, max_inflight)
         return self.drive(maintenance.configure(self.operations, queue, changes))
+
+    def schedule(self, name: str, queue: str, payload: bytes = b"", **options: Any) -> Scheduled:
+        """Store a recurring job, or change it. Options: cron or every, tz, missed, overlap, ...; see Schedule.
+        Storing the same again changes nothing. `ScheduleRunner` or `relay schedule run` carries it out."""
+        return self.drive(schedule_flows.schedule(self.operations, Schedule(name, queue, payload, **options)))
+
+    def unschedule(self, name: str) -> bool:
+        """Remove a recurring job: whether there was one. What is enqueued stays."""
+        return self.drive(schedule_flows.unschedule(self.operations, name))
+
+    def schedules(self) -> list[Scheduled]:
+        """All recurring jobs, by name, each with its next tick."""
+        return self.drive(schedule_flows.schedules(self.operations))
+
+    def run_due(self) -> Round:
+        """Enqueue the jobs of the ticks that have come; see ScheduleRunner for doing so all the time."""
+        return self.drive(schedule_flows.run_due(self.operations))
 
     def queues(self) -> list[str]:
         """Names of the queues ever enqueued to."""

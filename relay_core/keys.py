@@ -124,6 +124,11 @@ class QueueKeys:
         """HASH what a bulk command does -> how far it came; only while one runs, or after one was killed."""
         return self._key("b")
 
+    @cached_property
+    def ticks(self) -> bytes:
+        """ZSET schedule, score = its last tick that came to this queue, unix ms."""
+        return self._key("k")
+
 
 @lru_cache(maxsize=4096)
 def queue_keys(prefix: str, queue: str, partition: int = 0) -> QueueKeys:
@@ -152,6 +157,28 @@ class WorkerKeys:
 def worker_keys(prefix: str) -> WorkerKeys:
     """The keys of the live workers, built once per process."""
     return WorkerKeys(prefix)
+
+
+@dataclass(frozen=True)
+class ScheduleKeys:
+    """The keys of the recurring jobs of a prefix, in one slot. Their hash tag is no queue's: those have a colon."""
+
+    prefix: str
+
+    @cached_property
+    def plans(self) -> bytes:
+        """HASH schedule -> JSON of what it enqueues, and when."""
+        return f"{self.prefix}:{{schedules}}:p".encode()
+
+    @cached_property
+    def next_ticks(self) -> bytes:
+        """ZSET schedule, score = its next tick, unix ms."""
+        return f"{self.prefix}:{{schedules}}:n".encode()
+
+    @cached_property
+    def alarm(self) -> bytes:
+        """ZSET with at most one member: present when those who run schedules should look."""
+        return f"{self.prefix}:{{schedules}}:a".encode()
 
 
 def registry(prefix: str) -> bytes:

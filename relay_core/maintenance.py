@@ -180,7 +180,7 @@ def _stored(q: QueueKeys, listed: Mapping[bytes, int]) -> Flow[tuple[set[bytes],
     cursor: Any = b"0"
     while True:
         cursor, flat = yield Raw(("HSCAN", q.jobs, cursor, "COUNT", _RECORDS))
-        for id, record in _pairs(flat):
+        for id, record in pairs(flat):
             ids.add(id)
             if id in listed and record[:40].split(b" ")[1:2] != [b"%d" % listed[id]]:
                 misplaced.add(id)
@@ -197,12 +197,12 @@ def _scan_pairs(key: bytes, command: str = "HSCAN") -> Flow[list[tuple[bytes, by
     found: list[tuple[bytes, bytes]] = []
     while True:
         cursor, flat = yield Raw((command, key, cursor, "COUNT", _SCAN))
-        found += _pairs(flat)
+        found += pairs(flat)
         if int(cursor) == 0:
             return found
 
 
-def _pairs(
+def pairs(
     flat: Sequence[bytes] | Mapping[bytes, bytes] | Sequence[tuple[bytes, bytes]],
 ) -> Iterator[tuple[bytes, bytes]]:
     """HSCAN and ZSCAN pages, in whichever shape the client library gives them."""

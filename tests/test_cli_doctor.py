@@ -11,7 +11,7 @@ import pytest
 from relay_core import Broker
 from relay_core.keys import LAYOUT
 from tests.command_line import Cli
-from tests.servers import AclServer, Server, free_port
+from tests.servers import AclServer, Server, eventually, free_port
 from tests.topologies import Cluster
 
 
@@ -108,6 +108,16 @@ def test_the_narrow_user_of_the_operators_page_is_enough_and_leaves_nothing_behi
         assert acl_server.cli("KEYS", "*") == []
         cli.run("job", "enqueue", "x", "-q", "mail", "--delay", "60")
         for line in ("stats", "job ls -q mail", "audit", "queue pause mail", "queue purge mail --yes"):
+            cli.run(*line.split())
+        cli.run(*["schedule", "add", "a", "-q", "mail", "--every", "100ms"])
+        eventually(lambda: cli.json("schedule", "run", "--once")["enqueued"], "its tick")
+        for line in ("schedule ls", "schedule rm a --yes"):
+            cli.run(*line.split())
+        with Broker(acl_server.url) as broker:
+            broker.resume("mail")
+            for job in broker.claim("mail", count=10, wait=1.0):
+                broker.nack(job, "no", dead=True)
+        for line in ("dlq ls -q mail --error no", "dlq requeue -q mail --limit 1 --all", "dlq purge -q mail --all -y"):
             cli.run(*line.split())
     finally:
         acl_server.cli("ACL", "DELUSER", "narrow")

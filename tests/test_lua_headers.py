@@ -14,7 +14,7 @@ import pytest
 from relay_core import commands, scripts
 from relay_core.commands import Ack, Adopted, Command, Nack, NewJob
 from relay_core.job import NO_OPTIONS, Record
-from relay_core.keys import LAYOUT, QueueKeys, WorkerKeys
+from relay_core.keys import LAYOUT, QueueKeys, ScheduleKeys, WorkerKeys
 from tests.servers import Server
 
 NAMES = scripts.names()
@@ -25,10 +25,11 @@ PARTS = sorted(
 )
 Q = QueueKeys("relay", "q")
 W = WorkerKeys("relay")
+S = ScheduleKeys("relay")
 
 # What may be refused when memory is full: what makes the store larger for good.
-REFUSED_UNDER_OOM = {"adopt", "enqueue", "requeue"}
-READ_ONLY = {"list", "roster", "scan", "show", "stats"}
+REFUSED_UNDER_OOM = {"adopt", "enqueue", "requeue", "schedule", "tick"}
+READ_ONLY = {"due", "list", "roster", "scan", "show", "stats"}
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "HKEYS", "HVALS"}
 # LREM and HGETALL walk a whole key: where that is paid is decided by name.
 COSTLY = {"LREM": {"cancel", "audit"}, "HGETALL": {"stats"}}
@@ -318,12 +319,17 @@ BUILD: dict[str, Build] = {
     "audit": lambda n: commands.audit(Q, ids(n), repair=True),
     "beat": lambda n: commands.beat(W, "a", {}, age_ms=0, alive_ms=1000),
     "roster": lambda n: commands.roster(W),
+    "schedule": lambda n: commands.schedule(S, "a", b"", b"{}", 1),
+    "unschedule": lambda n: commands.unschedule(S, "a"),
+    "due": lambda n: commands.due(S),
+    "advance": lambda n: commands.advance(S, "a", b"{}", 1, 2),
+    "tick": lambda n: commands.tick(Q, "a", 1, NewJob("a@1", "", "", RECORD)),
 }
 WORDS = {"two": 2, "three": 3, "four": 4, "seven": 7}
 LETTERS = {
     "o": Q.owners, "j": Q.jobs, "l": Q.leases, "e": Q.errors, "u": Q.dedup, "t": Q.dedup_expiry, "f": Q.finished,
     "s": Q.counters, "m": Q.marker, "c": Q.config, "d": Q.delayed, "x": Q.dead,
-    "w": W.alive, "i": W.about,
+    "k": Q.ticks, "w": W.alive, "i": W.about, "p": S.plans, "n": S.next_ticks, "a": S.alarm,
     **{f"r{level}": key for level, key in enumerate(Q.ready)},
 }  # fmt: skip
 
@@ -367,7 +373,7 @@ def test_the_type_of_a_key_is_the_same_in_every_header_and_in_keys_py(name: str)
         if letter == "LIST":
             continue
         place = "ready" if letter[0] == "r" else next(p for p, key in _places().items() if key == LETTERS[letter])
-        owner = WorkerKeys if letter in "wi" else QueueKeys
+        owner = WorkerKeys if letter in "wi" else ScheduleKeys if letter in "pna" else QueueKeys
         doc = getattr(owner, place).func.__doc__
         assert re.search(rf"\b{kind}\b", doc), f"{letter}: {doc}"
 
@@ -375,7 +381,7 @@ def test_the_type_of_a_key_is_the_same_in_every_header_and_in_keys_py(name: str)
 def _places() -> dict[str, bytes]:
     return {
         name: getattr(keys, name)
-        for keys in (Q, W)
+        for keys in (Q, W, S)
         for name, value in vars(type(keys)).items()
         if name != "ready" and hasattr(value, "func")
     }

@@ -23,6 +23,7 @@ COMMANDS = {
     "job": ("relay_core.cli.jobs:job", "List, show, enqueue and cancel jobs."),
     "dlq": ("relay_core.cli.dlq:dlq", "List, show, requeue and purge dead jobs."),
     "migrate": ("relay_core.cli.migrate:migrate", "Move the jobs of another queue system into relay."),
+    "schedule": ("relay_core.cli.schedules:schedule", "Add, list, remove and run recurring jobs."),
     "audit": ("relay_core.cli.audit:audit", "Find jobs that are in no state or in two, and mend them."),
     "exporter": ("relay_core.cli.exporter:exporter", "Serve Prometheus metrics of all queues."),
     "doctor": ("relay_core.cli.doctor:doctor", "Is the server fit to keep jobs?"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
+from relay_core.broker import Broker
 from relay_core.cli import values
 from relay_core.cli.output import emit
 from relay_core.cli.session import Command, Session, pass_session
@@ -92,6 +95,7 @@ def _broken(name: str, module: str, error: Exception) -> InvalidArgument:
 @click.option(
     "--metrics-addr", metavar="HOST:PORT", help="Serve Prometheus metrics there at /metrics. Default: nowhere."
 )
+@click.option("--schedule", is_flag=True, help="Run the recurring jobs too, as `relay schedule run` does.")
 @click.option(
     "--metrics-tasks", type=int, default=0, help="Names of tasks that get a label of their own. Default: 0, no label."
 )
@@ -114,6 +118,7 @@ def worker(
     prefetch: int | None,
     metrics_addr: str | None,
     metrics_tasks: int,
+    schedule: bool,
     log_level: str,
 ) -> None:
     """Run a handler on the jobs of some queues until SIGTERM or Ctrl-C.
@@ -130,7 +135,7 @@ def worker(
     broker = session.open(retry_for=_RETRY_FOR, lease=lease, max_deliveries=max_deliveries, client_name="relay-worker")
     broker.store.raw("PING")  # a wrong URL ends it here; later on a worker waits for its server
     logger.info("serving %s, %d at a time, on %s", ", ".join(queues), concurrency, broker.url.safe())
-    processed = Worker(
+    made = Worker(
         broker,
         function,
         queues,
@@ -139,10 +144,27 @@ def worker(
         prefetch=prefetch,
         metrics_addr=metrics_addr,
         metrics_tasks=metrics_tasks,
-    ).run()
+    )
+    with _schedules(broker) if schedule else nullcontext():
+        processed = made.run()
     logger.info("stopped; %d jobs done", processed)
     if session.json:
         emit(session, {"queues": list(queues), "processed": processed})
+
+
+@contextmanager
+def _schedules(broker: Broker) -> Iterator[None]:
+    """Run the recurring jobs on a thread of their own."""
+    from relay_core.schedule import ScheduleRunner
+
+    runner = ScheduleRunner(broker)
+    thread = threading.Thread(target=runner.run, name="relay-schedule", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        runner.stop()
+        thread.join()
 
 
 class JobsLost(RelayError):

@@ -23,6 +23,7 @@ from relay_core.commands.moves import (
     reap,
     release,
 )
+from relay_core.commands.schedules import Due, advance, due, schedule, tick, unschedule
 from relay_core.commands.upkeep import (
     Adopted,
     QueueStats,
@@ -45,6 +46,7 @@ __all__ = [
     "Adopted",
     "ClaimReply",
     "Command",
+    "Due",
     "Finish",
     "Grant",
     "LongWay",
@@ -55,12 +57,14 @@ __all__ = [
     "WorkerInfo",
     "ack",
     "adopt",
+    "advance",
     "audit",
     "beat",
     "cancel",
     "claim",
     "configure",
     "drop",
+    "due",
     "enqueue",
     "extend",
     "finish",
@@ -73,6 +77,9 @@ __all__ = [
     "requeue",
     "roster",
     "scan",
+    "schedule",
     "show",
     "stats",
+    "tick",
+    "unschedule",
 ]
