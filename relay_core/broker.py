@@ -348,12 +348,18 @@ class Broker(BrokerBase):
         return self.drive(maintenance.configure(self.operations, queue, changes))
 
     def schedule(self, name: str, queue: str, payload: bytes = b"", **options: Any) -> Scheduled:
-        """Store a recurring job, or change it. Options: cron or every, tz, missed, overlap, ...; see Schedule.
-        Storing the same again changes nothing. `ScheduleRunner` or `relay schedule run` carries it out."""
+        """Store a recurring job called `name`, or change it: each tick enqueues `payload` (at most 64 KiB) to `queue`.
+        Storing the same again changes nothing. `ScheduleRunner` or `relay schedule run` carries it out.
+
+        :param options: `cron` or `every` (seconds), `tz`, `missed`, `catch_up`, `overlap`, `priority`,
+            `max_retries`, `max_deliveries`, `headers`; see Schedule
+
+        Raises InvalidArgument, Unavailable, NotDurable.
+        """
         return self.drive(schedule_flows.schedule(self.operations, Schedule(name, queue, payload, **options)))
 
     def unschedule(self, name: str) -> bool:
-        """Remove a recurring job: whether there was one. What is enqueued stays."""
+        """Remove the recurring job called `name`: whether there was one. What is enqueued stays."""
         return self.drive(schedule_flows.unschedule(self.operations, name))
 
     def schedules(self) -> list[Scheduled]:

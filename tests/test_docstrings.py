@@ -80,6 +80,7 @@ RAISES = {
     "enqueue": {"NotDurable"},
     "enqueue_many": {"NotDurable"},
     "adopt": {"NotDurable"},
+    "schedule": {"NotDurable"},
     "ack": {"LeaseLost"},
     "nack": {"LeaseLost"},
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from relay_core import commands, keys
-from relay_core.errors import InvalidArgument, InvalidRecord, StoreError
+from relay_core.errors import InvalidArgument, InvalidRecord, NotDurable, StoreError
 from relay_core.keys import ScheduleKeys
 from relay_core.maintenance import pairs
 from relay_core.operations import Flow, Operations, Raw
@@ -142,7 +142,7 @@ def run_due(ops: Operations) -> Flow[Round]:
                 continue
             try:
                 yield from _ticks(ops, plan, tick, found.now_ms, done)
-            except StoreError as error:
+            except (StoreError, NotDurable) as error:
                 logger.error("schedule %s: queue %r refuses its job: %s", name, plan.schedule.queue, error)
                 refused += 1
                 continue
