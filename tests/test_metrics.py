@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -639,3 +640,12 @@ def test_the_versions_are_told() -> None:
     ((_name, labels),) = scrape_registry(registry).samples
     assert dict(labels)["python"] == ".".join(map(str, sys.version_info[:3]))
     assert dict(labels)["version"]
+
+
+def test_the_example_in_the_documentation_runs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parent.parent / "docs" / "metrics.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(example.replace("relay://localhost:6379/0", server.url), str(page), "exec"), {})
+    shown = Scrape(capsys.readouterr().out)
+    assert shown("relay_jobs_enqueued_total", queue="mail") == 1
+    assert shown("relay_queue_depth", queue="mail", state="ready") == 1
