@@ -43,7 +43,7 @@ def document(face: type, name: str, function: Callable[..., Any]) -> str:
     return text
 
 
-@pytest.mark.parametrize(("face", "name", "function"), methods())
+@pytest.mark.parametrize(("face", "name", "function"), list(methods()))
 def test_each_method_has_a_docstring_that_names_its_parameters(
     face: type, name: str, function: Callable[..., Any]
 ) -> None:
