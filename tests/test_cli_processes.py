@@ -13,7 +13,6 @@ import termios
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -217,24 +216,3 @@ def test_version_imports_no_framework_and_no_table_printer() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
-
-
-# --- demo
-
-
-@pytest.mark.parametrize(("fine", "code"), [(True, 0), (False, 1)])
-def test_demo_passes_its_options_on_and_fails_when_something_was_lost(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fine: bool, code: int
-) -> None:
-    calls: list[tuple[Any, Any]] = []
-
-    def run(folder: Path | None = None, *, keep: bool = False, console: object = None) -> bool:
-        calls.append((folder, keep))
-        return fine
-
-    monkeypatch.setattr("relay_core.cli.demo.run", run)
-    cli = Cli("relay://127.0.0.1:1")
-    cli.run("demo", code=code)
-    assert cli.json("demo", str(tmp_path), "--keep", code=code) == {"lost": not fine}
-    assert calls == [(None, False), (tmp_path, True)]
-    cli.run("demo", str(tmp_path / "missing"), code=2)

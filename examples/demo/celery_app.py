@@ -9,7 +9,11 @@ from celery import Celery
 
 app = Celery("celery_app", broker=os.environ["RELAY_URL"])
 app.conf.update(
-    broker_transport_options={"lease": float(os.environ.get("DEMO_LEASE", "15"))},
+    broker_transport_options={
+        "lease": float(os.environ.get("DEMO_LEASE", "15")),
+        "max_deliveries": int(os.environ.get("DEMO_DELIVERIES", "5")),
+        "retry": {"base": 0.5},
+    },
     task_acks_late=True,
     task_ignore_result=True,
     worker_hijack_root_logger=False,
@@ -31,10 +35,22 @@ def postponed(key, sent):
     indexing.postponed("celery", key, sent)
 
 
+@app.task
+def slow(key, sent):
+    indexing.slow("celery", key, sent)
+
+
+@app.task(reject_on_worker_lost=True)
+def poison(key):
+    indexing.poison("celery", key)
+
+
 if __name__ == "__main__":
     paths, others = indexing.todo(sys.argv)
+    slow.delay("s0", time.time())
+    poison.delay("x0")
     for i in range(others):
         flaky.delay(f"f{i}", time.time())
         postponed.apply_async((f"p{i}", time.time()), countdown=indexing.DELAY)
-    for path in paths:
-        index.delay(path, time.time())
+    for path in paths + paths[:others]:  # the last are duplicates, and dropped
+        index.apply_async((path, time.time()), relay_dedup_key=path, relay_dedup_for=3600)

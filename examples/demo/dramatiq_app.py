@@ -9,7 +9,8 @@ import indexing
 
 from relay_adapters.dramatiq import RelayBroker
 
-dramatiq.set_broker(RelayBroker(url=os.environ["RELAY_URL"], lease=float(os.environ.get("DEMO_LEASE", "15"))))
+lease, deliveries = float(os.environ.get("DEMO_LEASE", "15")), int(os.environ.get("DEMO_DELIVERIES", "5"))
+dramatiq.set_broker(RelayBroker(url=os.environ["RELAY_URL"], lease=lease, max_deliveries=deliveries))
 
 
 @dramatiq.actor
@@ -27,6 +28,11 @@ def postponed(key, sent):
     indexing.postponed("dramatiq", key, sent)
 
 
+@dramatiq.actor
+def poison(key):
+    indexing.poison("dramatiq", key)
+
+
 if __name__ == "__main__":
     paths, others = indexing.todo(sys.argv)
     for i in range(others):
@@ -34,3 +40,6 @@ if __name__ == "__main__":
         postponed.send_with_options(args=(f"p{i}", time.time()), delay=int(indexing.DELAY * 1000))
     for path in paths:
         index.send(path, time.time())
+    # What a process has fetched dies with it and counts as delivered, so this one runs when all else is done.
+    dramatiq.get_broker().join("default")
+    poison.send("x0")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 LEDGER = Path(os.environ.get("DEMO_LEDGER", "demo-ledger"))
 WORD = re.compile(r"[A-Za-z_]{3,}")
-DELAY = 2.0
+DELAY = float(os.environ.get("DEMO_DELAY", "2"))
 """Seconds that a postponed task waits."""
 
 
@@ -48,6 +48,15 @@ def flaky(face: str, key: str, sent: float) -> None:
 def postponed(face: str, key: str, sent: float) -> None:
     """Must not run before its delay is over."""
     note(face, "postponed", key, sent)
+
+
+def slow(face: str, key: str, sent: float) -> None:
+    """Runs until its worker was killed once; the next worker finishes it."""
+    note(face, "begun", key, sent)
+    deadline = time.monotonic() + 60
+    while not (LEDGER / "killed").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    note(face, "slow", key, sent)
 
 
 def poison(face: str, key: str) -> None:

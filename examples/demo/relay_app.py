@@ -33,7 +33,7 @@ if __name__ == "__main__":
         quick = RetryPolicy(base=0.5)
         jobs = [spec("flaky", f"f{i}", retry=quick) for i in range(others)]
         jobs += [spec("postponed", f"p{i}", delay=indexing.DELAY) for i in range(others)]
-        jobs += [spec("poison", "x0", max_deliveries=2)]
-        jobs += [spec("index", path, dedup_key=path) for path in paths]
-        jobs += [spec("index", path, dedup_key=path) for path in paths[:5]]  # dropped: their keys are taken
+        jobs += [spec("poison", "x0")]
+        # the last are duplicates, and dropped
+        jobs += [spec("index", path, dedup_key=path, dedup_for=3600) for path in paths + paths[:others]]
         broker.enqueue_many("index", jobs)

@@ -174,8 +174,16 @@ class JobsLost(RelayError):
 @click.command("demo", cls=Command)
 @click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--keep", is_flag=True, help="Leave the demo's folder, with logs and data.")
+@click.option(
+    "--lease",
+    type=values.duration,
+    metavar="DURATION",
+    default=3.0,
+    show_default=True,
+    help="Time after which a killed worker's jobs go on.",
+)
 @pass_session
-def demo(session: Session, folder: Path | None, keep: bool) -> None:
+def demo(session: Session, folder: Path | None, keep: bool, lease: float) -> None:
     """Let Celery, Dramatiq and relay workers index the files of FOLDER while one of them is killed.
 
     Default: the standard library of the running Python. It uses an embedded server of its own. Exit code 1 when
@@ -186,10 +194,10 @@ def demo(session: Session, folder: Path | None, keep: bool) -> None:
     from relay_core.cli.demo import run
 
     try:
-        fine = run(folder, keep=keep, console=Console(stderr=session.json))
+        outcome = run(folder, keep=keep, lease=lease, console=Console(stderr=session.json))
     except ImportError as error:
         raise InvalidArgument(f"the demo needs {error.name}: pip install 'relay-queue[all]'") from error
     if session.json:
-        emit(session, {"lost": not fine})
-    if not fine:
-        raise JobsLost("the demo lost work or found something wrong, see above")
+        emit(session, outcome.to_json())
+    if outcome.problems:
+        raise JobsLost(f"the demo lost work or found something wrong: {outcome.problems[0]}")
