@@ -51,15 +51,14 @@ def fail(job: Job, why: str) -> None:
 def _context(app: Any, message: Any) -> Any:
     """The request of the task, as its callbacks and its chord need it."""
     from celery.app.task import Context
-    from kombu.serialization import loads
+    from kombu.serialization import loads, prepare_accept_content
 
     headers, properties = message["headers"], message["properties"]
     request: dict[str, Any] = {**headers, "reply_to": properties.get("reply_to"), "errbacks": None}
     request |= {"correlation_id": properties.get("correlation_id"), "delivery_info": properties.get("delivery_info")}
+    accept = prepare_accept_content(app.conf.accept_content)
     try:
-        body = loads(
-            message["body"], message["content-type"], message["content-encoding"], accept=app.conf.accept_content
-        )
+        body = loads(message["body"], message["content-type"], message["content-encoding"], accept=accept)
         request["args"], request["kwargs"], embedded = body
         request |= embedded or {}
     except Exception as error:  # a body that does not decode has no callbacks that could be read

@@ -36,6 +36,7 @@ class Publishing(Routing):
         message[_ID], message[_AGAIN] = again or job_id_of(headers), again is not None
         if lease is not None and again is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
+            self._inplace_augment_message(message, exchange, routing_key)
             try:
                 if self._moved(lease, queues, message):
                     return

@@ -1,0 +1,211 @@
+"""Existing tasks under real `celery worker` processes, in every pool. The workers are shared by all tests here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chord, group
+from celery.result import AsyncResult
+
+from relay_core import Broker
+from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
+from tests.servers import Server, eventually
+
+OPTIONS = {"lease": 3.0, "max_deliveries": 2, "retry": {"base": 0.1, "factor": 1.0, "max_retries": 2, "jitter": False}}
+
+
+class Site:
+    """One server and a worker per pool, each with a queue that is named as its pool."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.broker = Broker(server.url)
+        self.results = results_of(server)
+        self.app = client_of(server.url, folder, self.results)
+        self.workers = {
+            pool: CeleryWorker(
+                server.url, folder, *flags, "-Q", pool, name=pool, results=self.results, options=OPTIONS, ready=False
+            )
+            for pool, flags in POOLS.items()
+        }
+        for worker in self.workers.values():
+            worker.ready()
+
+    def task(self, name: str, *args: Any, **options: Any) -> Any:
+        return self.app.signature(f"tests.celery_app.{name}", args=args, options=options)
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.kill()
+        self.app.close()
+        self.broker.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with Server("redis") as server:
+        site = Site(server, tmp_path_factory.mktemp("celery"))
+        yield site
+        site.close()
+
+
+Send = Callable[..., AsyncResult]
+
+
+@pytest.fixture(params=POOLS)
+def pool(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def send(site: Site, pool: str) -> Send:
+    """Send a task of the app to the worker of the pool: `send(name, *args, **options)`."""
+    return lambda name, *args, **options: site.task(name, *args, queue=pool, **options).apply_async()
+
+
+def outcome(result: AsyncResult) -> Any:
+    """What a task returned or raised, by asking: a listening backend would outlive its server."""
+    eventually(result.ready, f"the result of {result.id}")
+    return result.result
+
+
+def ended(site: Site, pool: str) -> None:
+    """Until nothing is left in the pool's queue but what is dead."""
+
+    def empty() -> bool:
+        stats = site.broker.stats(pool)
+        return stats.ready + stats.delayed + stats.inflight == 0
+
+    eventually(empty, f"the queue {pool} to be empty")
+
+
+def test_tasks_of_a_group_and_their_chord_run_once_each(site: Site, pool: str) -> None:
+    header = group(site.task("run", f"group-{pool}-{n}", queue=pool) for n in range(30))
+    assert outcome(chord(header, site.task("count", queue=pool))()) == 30
+    ended(site, pool)
+    assert len(lines(site.folder, start=f"group-{pool}-")) == 30
+
+
+def test_a_task_with_a_countdown_waits_in_the_store_and_is_not_early(site: Site, pool: str, send: Send) -> None:
+    sent = time.time()
+    result = send("run", f"eta-{pool}", countdown=1.5)
+    stats = site.broker.stats(pool)
+    assert (stats.delayed, stats.ready + stats.inflight) == (1, 0)
+    outcome(result)
+    (line,) = lines(site.folder, start=f"eta-{pool} ")
+    assert sent + 1.5 <= float(line.split()[1]) + 0.001
+
+
+def test_a_retried_task_that_is_acked_late_is_one_job_throughout(site: Site, pool: str, send: Send) -> None:
+    before = site.broker.stats(pool).counters
+    result = send("again_late", f"again-{pool}", 3)
+    assert outcome(result) == f"again-{pool}"
+    ended(site, pool)
+    after = site.broker.stats(pool).counters
+    assert after["enqueued"] - before["enqueued"] == 1
+    assert lines(site.folder, start=f"again-{pool} ") == [f"again-{pool} {result.id} {n}" for n in range(4)]
+    assert not site.workers[pool].logged(f"{result.id} of queue {pool!r}: its ack came too late")
+
+
+def test_a_retried_task_that_is_acked_early_keeps_its_id(site: Site, pool: str, send: Send) -> None:
+    result = send("again_early", f"early-{pool}", 2)
+    assert outcome(result) == f"early-{pool}"
+    assert lines(site.folder, start=f"early-{pool} ") == [f"early-{pool} {result.id} {n}" for n in range(3)]
+    ended(site, pool)
+
+
+def test_a_reject_with_requeue_runs_the_task_again(site: Site, pool: str, send: Send) -> None:
+    assert outcome(send("refuse", f"requeue-{pool}", True)) == f"requeue-{pool}"
+    ended(site, pool)
+    assert len(lines(site.folder, start=f"requeue-{pool}")) == 2
+
+
+def test_a_reject_without_requeue_goes_to_dead_with_its_reason(site: Site, pool: str, send: Send) -> None:
+    result = send("refuse", f"drop-{pool}", False)
+    ended(site, pool)
+    job = site.broker.show(pool, result.id)
+    assert job is not None
+    assert (job.state, job.reason, job.error) == ("dead", "rejected", f"no use for drop-{pool}")
+
+
+def test_a_failure_that_is_not_acked_follows_relays_retries_then_goes_to_dead(
+    site: Site, pool: str, send: Send
+) -> None:
+    result = send("fail", f"fail-{pool}")
+    ended(site, pool)
+    job = site.broker.show(pool, result.id)
+    assert job is not None
+    assert (job.state, job.reason) == ("dead", "max_retries")
+    assert f"fail-{pool} is wrong" in (job.error or "")
+    assert len(lines(site.folder, start=f"fail-{pool}")) == 3
+
+
+def test_revoking_a_task_that_waits_in_the_store_cancels_it_there(site: Site, pool: str, send: Send) -> None:
+    kept, revoked = send("run", f"kept-{pool}", countdown=3600), send("run", f"revoked-{pool}", countdown=3600)
+    site.app.control.revoke(revoked.id)
+    eventually(lambda: site.broker.show(pool, revoked.id) is None, "the job to be cancelled")
+    eventually(lambda: revoked.state == "REVOKED", "the result to say so")
+    assert site.broker.cancel(pool, kept.id) == "delayed"
+    ended(site, pool)
+
+
+def test_inspect_scheduled_lists_what_waits_in_the_store(site: Site, pool: str, send: Send) -> None:
+    result = send("run", f"listed-{pool}", countdown=3600)
+    answer = site.app.control.inspect([f"{pool}@{_host()}"], timeout=10, limit=1).scheduled()
+    assert [task["request"]["id"] for task in next(iter(answer.values()))] == [result.id]
+    site.broker.cancel(pool, result.id)
+
+
+def test_a_task_that_expires_while_it_waits_is_revoked_then(site: Site, pool: str, send: Send) -> None:
+    result = send("run", f"expired-{pool}", countdown=3600, expires=0.5)
+    eventually(lambda: result.state == "REVOKED", "the result to be REVOKED")
+    ended(site, pool)
+    assert lines(site.folder, start=f"expired-{pool}") == []
+
+
+def test_a_message_that_expired_before_a_worker_had_it_is_not_run(site: Site, pool: str, send: Send) -> None:
+    site.broker.pause(pool)
+    result = send("run", f"stale-{pool}", expires=0.3)
+    time.sleep(0.4)
+    site.broker.resume(pool)
+    eventually(lambda: result.state == "REVOKED", "the result to be REVOKED")
+    ended(site, pool)
+    assert lines(site.folder, start=f"stale-{pool}") == []
+
+
+def test_a_task_that_kills_its_child_is_bounded_and_its_result_is_a_failure(site: Site) -> None:
+    header = [site.task("kill_child", "poison", queue="prefork"), site.task("add", 1, 1, queue="prefork")]
+    mourned = site.task("mourn", queue="solo")
+    body = site.task("count", queue="prefork").on_error(mourned)
+    result = chord(header)(body)
+    assert "delivered 2 times" in str(outcome(result))
+    ended(site, "prefork")
+    poison = result.parent.results[0]
+    assert poison.state == "FAILURE"
+    assert "delivered 2 times" in str(poison.result)
+    assert len(lines(site.folder, start="poison ")) == 2
+    assert lines(site.folder, "mourned")
+    job = site.broker.show("prefork", poison.id)
+    assert job is not None
+    assert (job.state, job.reason) == ("dead", "max_deliveries")
+
+
+def _host() -> str:
+    from celery.utils.nodenames import gethostname
+
+    return str(gethostname())
+
+
+def test_an_app_of_another_broker_in_the_same_process_is_left_alone(site: Site, tmp_path: Path) -> None:
+    other = client_of(site.server.url, tmp_path, site.results, broker_transport_options={"prefix": "other"})
+    site.task("run", "mine", queue="solo").apply_async()
+    other.send_task("tests.celery_app.run", ["theirs"], queue="solo")
+    ended(site, "solo")
+    with Broker(site.server.url, prefix="other") as apart:
+        assert apart.stats("solo").ready == 1
+    assert isinstance(other, Celery)
+    assert lines(site.folder, start="theirs") == []
