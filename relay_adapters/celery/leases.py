@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
 from relay_core.errors import RelayError
@@ -23,6 +24,9 @@ LINGER = 0.01
 
 _AGAIN = 0.25
 """Seconds until what an unreachable server left undone is tried again."""
+
+_NOTICE, _SELDOM = 1.0, 3600.0
+"""Seconds between looks at whether the worker was told to stop, while it holds messages, and while it holds none."""
 
 _MOST = 200
 
@@ -59,6 +63,7 @@ class Leases:
         self._acks: dict[str, list[Held]] = {}
         self._acks_since = 0.0
         self._releases: list[Job] = []
+        self._leave_at = 0.0
         self._event = threading.Event()
         self._watching = False
         self._thread: threading.Thread | None = None
@@ -172,12 +177,15 @@ class Leases:
                     self._releases += jobs
                 raise
 
-    def hand_back(self, tags: Iterable[str]) -> None:
-        """Release what was not started; what runs keeps its lease. An unreachable server is tried again later."""
+    def hand_back(self, tags: Iterable[str], *, started: bool = False) -> None:
+        """Release what was not started; what runs keeps its lease. An unreachable server is tried again later.
+
+        :param started: also what was started, and is being ended without an answer
+        """
         with self._lock:
             for tag in tags:
                 held = self._held.get(tag)
-                if held is not None and not (held.started or held.acked):
+                if held is not None and not held.acked and (started or not held.started):
                     del self._held[tag]
                     self._releases.append(held.job)
             busy = bool(self._releases or self._acks)
@@ -188,6 +196,23 @@ class Leases:
         except RelayError as error:
             logger.warning("messages that were not started are handed back when the server is there again: %s", error)
             self._event.set()
+
+    def leave(self, now: float) -> float:
+        """Hand back what was not started when the worker stops: its channels close only when the last task has ended,
+        which may take hours. Seconds until this thread should look again.
+
+        Half a second after it is noticed, for what a pool's child has just started is known by then.
+        """
+        if not self._held or not is_worker():
+            return _SELDOM
+        if not shutting_down():
+            return _NOTICE
+        if not self._leave_at:
+            self._leave_at = now + 0.5
+        if now < self._leave_at:
+            return self._leave_at - now
+        self.hand_back(set(self._held) - running_tags())
+        return _NOTICE
 
     # the heartbeat
 
@@ -215,6 +240,7 @@ class Leases:
             except RelayError as error:
                 self._next_beat = time.monotonic() + min(self.broker.settings.lease / 3, 1.0)
                 logger.warning("leases could not be extended, next try in 1 s: %s", error)
+        stopping = self.leave(now)
         if self._releases or (self._acks and now - self._acks_since >= LINGER):
             try:
                 self.flush()
@@ -225,7 +251,7 @@ class Leases:
             return LINGER
         self._watching = False
         # an ack may have become pending between these lines, unseen by the thread that left it
-        return LINGER if self._acks else max(0.0, self._next_beat - time.monotonic())
+        return LINGER if self._acks else max(0.0, min(self._next_beat - time.monotonic(), stopping))
 
 
 def _warn_lost(held: Held, what: str) -> None:

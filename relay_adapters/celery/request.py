@@ -54,7 +54,7 @@ class Request(Stock):
         green = greenlet is not None and pid == id(greenlet.getcurrent())
         if not green and pid != os.getpid():
             return
-        logger.warning("task %s[%s] is not started: its message is not held any more", self.name, self.id)
+        logger.info("task %s[%s] is not started: its message was handed back, or its lease is over", self.name, self.id)
         task_ready(self)
         if green:
             raise greenlet.GreenletExit
@@ -71,6 +71,13 @@ class Request(Stock):
         if self._leases is not None and self._job is not None:
             plugins = self._leases.broker.plugins
             plugins.notify("relay_run_ended", job=self._job, seconds=max(0.0, seconds), error=error)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Celery ends a running task without an answer, as `worker_cancel_long_running_tasks_on_connection_loss` asks:
+        another worker may have it now."""
+        super().cancel(pool, signal=signal, emit_retry=emit_retry)
+        if self._leases is not None:
+            self._leases.hand_back([self.message.delivery_tag], started=True)
 
     def on_retry(self, exc_info: Any) -> None:
         self._blame(None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 from relay_adapters.celery import failing
 from relay_adapters.celery.deadletters import DeadLetters
 from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker
 from relay_core.errors import LeaseLost, Unavailable
 
@@ -67,7 +67,7 @@ class Settling(DeadLetters):
     def close(self) -> None:
         """Hand back what Celery has not started. What runs keeps its lease, and its ack will be taken."""
         if not self.closed:
-            tags = self._unacked - _running_tags()
+            tags = self._unacked - running_tags()
             self._unacked = self._unacked - tags
             if self.connection is not None:
                 self.connection.forget(self, tags)
@@ -79,15 +79,3 @@ class Settling(DeadLetters):
         """Redeliver: `basic_recover`."""
         self._unacked.discard(message.delivery_tag)
         self.leases.hand_back([message.delivery_tag])
-
-
-def _running_tags() -> set[str]:
-    """Delivery tags of the tasks that this process's Celery worker has started, if it is one."""
-    state = sys.modules.get("celery.worker.state")
-    return {request.message.delivery_tag for request in list(state.active_requests)} if state else set()
-
-
-def shutting_down() -> bool:
-    """True in a Celery worker that was told to stop."""
-    state = sys.modules.get("celery.worker.state")
-    return state is not None and not (state.should_stop in (None, False) and state.should_terminate in (None, False))

@@ -17,8 +17,8 @@ from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
 from relay_adapters.celery.options import safe_url
-from relay_adapters.celery.settling import shutting_down
 from relay_adapters.celery.watch import Watch
+from relay_adapters.celery.workerstate import shutting_down
 from relay_core.connection import Bell, readable
 from relay_core.errors import StoreError, Unavailable
 

@@ -1,0 +1,23 @@
+"""What this process's Celery worker is doing, if it is one: read from Celery's own state, without importing it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def running_tags() -> set[str]:
+    """Delivery tags of the tasks that have started."""
+    state = sys.modules.get("celery.worker.state")
+    return {request.message.delivery_tag for request in list(state.active_requests)} if state else set()
+
+
+def is_worker() -> bool:
+    return "celery.worker.state" in sys.modules
+
+
+def shutting_down() -> bool:
+    """True when the worker was told to stop. Celery's flags hold an exit code then, which may be 0."""
+    state = sys.modules.get("celery.worker.state")
+    if state is None:
+        return False
+    return any(flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate))

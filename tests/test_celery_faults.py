@@ -1,0 +1,226 @@
+"""Celery workers that are killed or stopped, and brokers that go away: nothing is lost, and nothing starts twice."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from relay_core import Broker
+from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
+from tests.servers import Server, eventually
+
+SLOTS = {"prefork": 2, "solo": 1, "threads": 2, "gevent": 4}
+
+
+@pytest.fixture(scope="module")
+def kept() -> Iterator[Server]:
+    """A server on a port, whose data outlive it."""
+    with Server("valkey", tcp=True, options={"appendonly": "yes", "appendfsync": "no"}) as server:
+        yield server
+
+
+@pytest.fixture
+def broker(kept: Server) -> Iterator[Broker]:
+    kept.reset()
+    with Broker(kept.url, lease=1.5) as broker:
+        yield broker
+
+
+@pytest.fixture
+def client(kept: Server, broker: Broker, tmp_path: Path) -> Iterator[Celery]:
+    app = client_of(kept.url, tmp_path)
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def running() -> Iterator[ExitStack]:
+    """Workers that are entered here are killed at the end."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def send(client: Celery, queue: str, name: str, *args: Any) -> str:
+    return str(client.send_task(f"tests.celery_app.{name}", args, queue=queue).id)
+
+
+def started(folder: Path, key: str, times: int = 1) -> None:
+    eventually(lambda: len(lines(folder, "started", key)) >= times, f"{key} to start {times} times")
+
+
+def empty(broker: Broker, *queues: str) -> None:
+    def nothing() -> bool:
+        found = [broker.stats(queue) for queue in queues]
+        return not sum(stats.ready + stats.delayed + stats.inflight for stats in found)
+
+    eventually(nothing, f"{queues} to be empty", 60)
+
+
+def test_every_pool_goes_on_after_its_broker_was_away_and_starts_nothing_twice(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
+) -> None:
+    workers = [
+        running.enter_context(
+            CeleryWorker(kept.url, tmp_path, *flags, "-Q", pool, name=pool, options={"lease": 1.5}, ready=False)
+        )
+        for pool, flags in POOLS.items()
+    ]
+    for worker in workers:
+        worker.ready()
+    for pool, slots in SLOTS.items():
+        for n in range(slots):
+            send(client, pool, "hold", f"long-{pool}-{n}", "go")
+        for n in range(3):  # fetched, and not started when the connection is lost
+            send(client, pool, "late", f"short-{pool}-{n}")
+    for pool, slots in SLOTS.items():
+        started(tmp_path, f"long-{pool}-", slots)
+    kept.kill()
+    time.sleep(3)  # longer than a block, and than a lease
+    kept.start()
+    if not kept.cli("PING"):
+        pytest.fail("the server did not come back")
+    for pool in POOLS:
+        send(client, pool, "run", f"after-{pool}")
+    (tmp_path / "go").touch()
+    empty(broker, *POOLS)
+    for pool, slots in SLOTS.items():
+        for n in range(slots):
+            assert len(lines(tmp_path, "started", f"long-{pool}-{n} ")) == 1
+            assert len(lines(tmp_path, start=f"long-{pool}-{n} ")) == 1
+        for n in range(3):
+            assert len(lines(tmp_path, start=f"short-{pool}-{n} ")) == 1
+        assert len(lines(tmp_path, start=f"after-{pool} ")) == 1
+        assert broker.stats(pool).dead == 0
+
+
+def test_the_tasks_of_a_killed_worker_run_elsewhere(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
+) -> None:
+    options = {"lease": 1.5}
+    first = running.enter_context(
+        CeleryWorker(kept.url, tmp_path, "-P", "prefork", "-c", "1", name="first", options=options)
+    )
+    ids = [send(client, "celery", "hold", f"key-{n}", "go") for n in range(4)]
+    started(tmp_path, "key-")
+    first.kill()
+    (tmp_path / "go").touch()
+    running.enter_context(CeleryWorker(kept.url, tmp_path, "-P", "solo", name="second", options=options))
+    empty(broker, "celery")
+    runs = lines(tmp_path, start="key-")
+    assert sorted(line.split()[0] for line in runs) == [f"key-{n}" for n in range(4)]
+    assert {line.split()[2] for line in runs} == {"second"}
+    again = [line for line in lines(tmp_path, "started", "key-0") if line.split()[2] == "second"]
+    assert [line.split()[4] for line in again] == ["True"]
+    assert len(ids) == 4
+
+
+def test_a_solo_worker_keeps_the_leases_of_a_task_that_is_longer_than_them(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
+) -> None:
+    for name in ("one", "two"):
+        running.enter_context(
+            CeleryWorker(kept.url, tmp_path, "-P", "solo", name=name, options={"lease": 0.6}, ready=False)
+        )
+    send(client, "celery", "hold", "long", "go")
+    started(tmp_path, "long")
+    time.sleep(2.5)
+    (tmp_path / "go").touch()
+    empty(broker, "celery")
+    assert len(lines(tmp_path, "started", "long")) == 1
+
+
+def test_an_early_ack_does_not_wait_for_the_end_of_a_solo_task(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
+) -> None:
+    running.enter_context(CeleryWorker(kept.url, tmp_path, "-P", "solo", "--prefetch-multiplier", "1"))
+    for n in range(2):
+        send(client, "celery", "run", f"quick-{n}")
+    send(client, "celery", "hold", "long", "go")
+    started(tmp_path, "long")
+    eventually(lambda: broker.stats("celery").counters.get("processed") == 2, "the acks to arrive")
+    (tmp_path / "go").touch()
+    empty(broker, "celery")
+
+
+def test_a_warm_shutdown_finishes_what_runs_and_hands_back_the_rest_uncounted(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
+) -> None:
+    workers = [
+        running.enter_context(CeleryWorker(kept.url, tmp_path, *flags, "-Q", pool, name=pool, ready=False))
+        for pool, flags in POOLS.items()
+        if pool in ("prefork", "threads")  # solo hears of it when its task has ended, gevent blocks when it is full
+    ]
+    for worker in workers:
+        worker.ready()
+    rest: dict[str, list[str]] = {}
+    for worker in workers:
+        slots = SLOTS[worker.name]
+        for n in range(slots):
+            send(client, worker.name, "hold", f"long-{worker.name}-{n}", "go")
+        started(tmp_path, f"long-{worker.name}-", slots)
+        rest[worker.name] = [send(client, worker.name, "late", f"rest-{worker.name}-{n}") for n in range(2)]
+
+        def fetched(pool: str = worker.name, most: int = slots) -> bool:
+            return broker.stats(pool).inflight > most
+
+        eventually(fetched, "more to be fetched")
+        worker.send(signal.SIGTERM)
+    for worker in workers:
+        eventually(lambda worker=worker: worker.logged("Warm shutdown"), "the shutdown to begin")
+        for id in rest[worker.name]:
+            eventually(lambda q=worker.name, id=id: broker.show(q, id).state == "ready", "a message handed back")
+    (tmp_path / "go").touch()
+    for worker in workers:
+        assert worker.process.wait(30) == 0
+        assert len(lines(tmp_path, start=f"long-{worker.name}-")) == SLOTS[worker.name]
+        assert not lines(tmp_path, start=f"rest-{worker.name}-")
+        stats = broker.stats(worker.name)
+        assert (stats.ready, stats.inflight) == (2, 0)
+        for id in rest[worker.name]:
+            job = broker.show(worker.name, id)
+            assert job is not None
+            assert job.deliveries == 0
+
+
+def test_tasks_that_are_cancelled_with_the_connection_run_again(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
+) -> None:
+    running.enter_context(
+        CeleryWorker(
+            kept.url, tmp_path, "-P", "prefork", "-c", "1",
+            conf={"worker_cancel_long_running_tasks_on_connection_loss": True},
+        )
+    )  # fmt: skip
+    send(client, "celery", "hold", "long", "go")
+    started(tmp_path, "long")
+    kept.kill()
+    kept.start()
+    started(tmp_path, "long", 2)
+    (tmp_path / "go").touch()
+    empty(broker, "celery")
+    assert len(lines(tmp_path, start="long")) == 1
+
+
+def test_a_worker_moves_on_to_the_next_broker_of_its_list_and_publishers_do(
+    kept: Server, broker: Broker, tmp_path: Path, running: ExitStack
+) -> None:
+    with Server("redis") as spare:
+        urls = f"{kept.url};{spare.url}"
+        worker = running.enter_context(CeleryWorker(urls, tmp_path, "-P", "solo", conf={"task_acks_late": True}))
+        # kombu shares the pools of apps whose connections differ in nothing but the rest of their lists
+        client = client_of(urls, tmp_path, broker_transport_options={"client_name": "failover"})
+        send(client, "celery", "run", "before")
+        empty(broker, "celery")
+        kept.kill()
+        send(client, "celery", "run", "after")
+        eventually(lambda: lines(tmp_path, start="after"), "the task on the spare broker to run")
+        client.close()
+        assert worker.stop() == 0
+    kept.start()
