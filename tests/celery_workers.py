@@ -39,6 +39,7 @@ def client_of(url: str, folder: Path, results: str | None = None, **conf: Any) -
     app.conf.update({"broker_connection_retry_on_startup": True, **conf})
     if results is not None:
         app.backend.on_task_call = lambda *_args, **_options: None
+        app.backend.remove_pending_result = lambda result: result
     return app
 
 
