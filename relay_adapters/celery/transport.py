@@ -12,7 +12,7 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import monitoring, worker
+from relay_adapters.celery import flower_queues, monitoring, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
@@ -53,6 +53,7 @@ class Transport(virtual.Transport):
         super().__init__(client, **options)
         keep_whole(client)
         worker.install()
+        flower_queues.install()
         Pace.give(client)
         self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
         self._loop: Any = None

@@ -1,0 +1,86 @@
+"""The examples of examples/celery, run as their README says: on relay and on Celery's own Redis transport."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Server, eventually
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "celery"
+CELERY = str(Path(sysconfig.get_path("scripts"), "celery"))
+
+
+@pytest.fixture(params=["relay", "redis"])
+def environment(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> dict[str, str]:
+    """What chooses the broker, and keeps files out of the examples' folder."""
+    url = server.url if request.param == "relay" else f"redis+socket://{server.socket}"
+    own = {"BROKER_URL": url, "RESULTS": str(tmp_path / "results"), "DATABASE": str(tmp_path / "db")}
+    return {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
+
+
+@contextmanager
+def running(command: Sequence[str], folder: Path, environment: dict[str, str], log: Path) -> Iterator[None]:
+    """A process in a session of its own, stopped by SIGTERM at the end."""
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        yield
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def said(command: Sequence[str], folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_the_application_runs_unchanged(environment: dict[str, str], tmp_path: Path) -> None:
+    schedule = str(tmp_path / "schedule")
+    worker = [CELERY, "-A", "app", "worker", "-Q", "celery,mail", "-c", "2", "-B", "-s", schedule, "-l", "WARNING"]
+    log = tmp_path / "log"
+    with running(worker, EXAMPLES, environment, log):
+        out = said([sys.executable, "app.py", "10"], EXAMPLES, environment)
+        assert "10 orders are done" in out
+        text = log.read_text
+        for number in range(10):
+            for what in ("charged", "packed", "confirmed by mail"):
+                assert f"order {number}: {what}" in text()
+        eventually(lambda: "please rate it" in text() and "stock was taken" in text(), "countdown and beat")
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_the_django_project_runs_unchanged(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = EXAMPLES / "django"
+    manage = [sys.executable, "manage.py"]
+    said([*manage, "migrate"], folder, environment)
+    said([*manage, "schedule", "1"], folder, environment)
+    worker = [CELERY, "-A", "shop", "worker", "-c", "1", "-B", "-l", "WARNING"]
+    with running(worker, folder, environment, tmp_path / "log"):
+        told = said([*manage, "order", "tea"], folder, environment)
+        assert told == "order 1 of tea: shipped\n", (tmp_path / "log").read_text()
+
+        def reminders() -> int:
+            with sqlite3.connect(environment["DATABASE"], timeout=20) as database:
+                return int(database.execute("SELECT reminders FROM orders_order").fetchone()[0])
+
+        eventually(lambda: reminders() >= 2, "two reminders from beat's database")
