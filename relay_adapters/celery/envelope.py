@@ -16,6 +16,12 @@ from kombu.utils.json import JSONEncoder, object_hook
 _encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _decode = json.JSONDecoder().decode
 _PRIVATE = ("delivery_tag", "body_encoding")
+_AMQP = frozenset(
+    {
+        "delivery_mode", "priority", "correlation_id", "reply_to", "expiration", "message_id", "timestamp", "type",
+        "user_id", "app_id", "cluster_id", "delivery_info",
+    }
+)  # fmt: skip
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -26,14 +32,18 @@ def pack(message: Mapping[str, Any]) -> bytes:
         properties = {name: value for name, value in properties.items() if name not in _PRIVATE}
         if encoding == "base64":
             body = base64.b64decode(body)
-    head = _encode(
-        {
-            "content-type": message.get("content-type"),
-            "content-encoding": message.get("content-encoding"),
-            "headers": message.get("headers"),
-            "properties": properties,
-        }
-    )
+    parts = {
+        "content-type": message.get("content-type"),
+        "content-encoding": message.get("content-encoding"),
+        "headers": message.get("headers"),
+        "properties": properties,
+    }
+    try:
+        head = _encode(parts)
+    except TypeError:
+        # something that no JSON holds: AMQP sends the properties that it knows, and no other
+        parts["properties"] = {name: value for name, value in properties.items() if name in _AMQP}
+        head = _encode(parts)
     return head.encode() + b"\n" + (body.encode() if isinstance(body, str) else bytes(body))
 
 

@@ -6,12 +6,13 @@ it. `inspect scheduled` lists what waits in a worker's memory; here it is in the
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from relay_adapters.celery.envelope import head_of
+from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
 from relay_core import Broker
 from relay_core.errors import RelayError
@@ -83,24 +84,25 @@ class _Scheduled(_Command):
             for queue in queues:
                 for job in broker.jobs(queue, "delayed", limit=_LISTED):
                     try:
-                        found.append(_as_listed(head_of(job.payload), state.hostname))
-                    except (ValueError, KeyError):
+                        found.append(_as_listed(unpack(job.payload), state.hostname))
+                    except (ValueError, KeyError, TypeError):
                         continue
         return found
 
 
-def _as_listed(head: Mapping[str, Any], hostname: str) -> dict[str, Any]:
+def _as_listed(message: Mapping[str, Any], hostname: str) -> dict[str, Any]:
     """A waiting task as Celery lists those of its own timers."""
-    headers, properties = head["headers"], head["properties"]
+    headers, properties = message["headers"], message["properties"]
     info = properties.get("delivery_info") or {}
+    args, kwargs = _arguments(message)
     return {
         "eta": headers["eta"],
         "priority": 6,
         "request": {
             "id": headers["id"],
             "name": headers["task"],
-            "args": headers.get("argsrepr"),
-            "kwargs": headers.get("kwargsrepr"),
+            "args": args,
+            "kwargs": kwargs,
             "type": headers["task"],
             "hostname": hostname,
             "time_start": None,
@@ -114,6 +116,15 @@ def _as_listed(head: Mapping[str, Any], hostname: str) -> dict[str, Any]:
             "worker_pid": None,
         },
     }
+
+
+def _arguments(message: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The arguments where they are plain JSON; else what the client wrote of them, so that nothing is unpickled."""
+    headers = message["headers"]
+    if message.get("content-type") == "application/json" and not headers.get("compression"):
+        args, kwargs, _embed = json.loads(message["body"])
+        return args, kwargs
+    return headers.get("argsrepr"), headers.get("kwargsrepr")
 
 
 def _consumed(state: Any) -> list[tuple[Broker, tuple[str, ...]]]:
