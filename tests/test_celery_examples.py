@@ -1,4 +1,6 @@
-"""The examples of examples/celery, run as their README says: on relay and on Celery's own Redis transport."""
+"""The examples of examples/celery on another broker than in tests/test_docs.py, which runs their README on relay, and
+what of them goes on in the background.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "celery"
 CELERY = str(Path(sysconfig.get_path("scripts"), "celery"))
 
 
-@pytest.fixture(params=["relay", "redis"])
-def environment(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> dict[str, str]:
+def environment_of(url: str, tmp_path: Path) -> dict[str, str]:
     """What chooses the broker, and keeps files out of the examples' folder."""
-    url = server.url if request.param == "relay" else f"redis+socket://{server.socket}"
     own = {"BROKER_URL": url, "RESULTS": str(tmp_path / "results"), "DATABASE": str(tmp_path / "db")}
     return {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
 
@@ -54,7 +54,8 @@ def said(command: Sequence[str], folder: Path, environment: dict[str, str]) -> s
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
-def test_the_application_runs_unchanged(environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_application_runs_unchanged_on_celerys_redis_transport(server: Server, tmp_path: Path) -> None:
+    environment = environment_of(f"redis+socket://{server.socket}", tmp_path)
     schedule = str(tmp_path / "schedule")
     worker = [CELERY, "-A", "app", "worker", "-Q", "celery,mail", "-c", "2", "-B", "-s", schedule, "-l", "WARNING"]
     log = tmp_path / "log"
@@ -69,7 +70,8 @@ def test_the_application_runs_unchanged(environment: dict[str, str], tmp_path: P
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
-def test_the_django_project_runs_unchanged(environment: dict[str, str], tmp_path: Path) -> None:
+def test_beat_sends_what_is_scheduled_in_the_database_of_a_django_project(server: Server, tmp_path: Path) -> None:
+    environment = environment_of(server.url, tmp_path)
     folder = EXAMPLES / "django"
     manage = [sys.executable, "manage.py"]
     said([*manage, "migrate"], folder, environment)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from kombu import Connection
+from kombu.connection import Connection
 
 from relay_adapters.celery.options import shared_broker
 from relay_core import Broker

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 
 from orders.models import Order
@@ -25,4 +25,6 @@ class Command(BaseCommand):
         while order.status != "shipped" and time.monotonic() < deadline:
             time.sleep(0.05)
             order.refresh_from_db()
+        if order.status != "shipped":
+            raise CommandError(f"order {order.pk} of {item} is not shipped after a minute; does a worker run?")
         self.stdout.write(f"order {order.pk} of {item}: {order.status}")
