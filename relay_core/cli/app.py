@@ -17,7 +17,8 @@ FAILED, BAD_INPUT, UNREACHABLE = 1, 2, 3
 
 COMMANDS = {
     "demo": ("relay_core.cli.running:demo", "Three frameworks index real files while a worker is killed."),
-    "worker": ("relay_core.cli.running:worker", "Run a handler on the jobs of some queues."),
+    "worker": ("relay_core.cli.workers:worker", "Run a handler on the jobs of some queues, or list the live workers."),
+    "top": ("relay_core.cli.top:top", "Queues as they change: depths, rates, waits, workers."),
     "stats": ("relay_core.cli.stats:stats", "Depths, ages, limits and lifetime counters of queues."),
     "queue": ("relay_core.cli.queues:queue", "List, pause, resume, purge and limit queues."),
     "job": ("relay_core.cli.jobs:job", "List, show, enqueue and cancel jobs."),

@@ -22,6 +22,8 @@ class QueueStats:
 
     :ivar ready: jobs per priority level, level 0 first
     :ivar oldest_at: since when the oldest job at the head of a ready list has been ready: its creation, or due time
+    :ivar patient_at: the same of the job that has waited longer than 99 in 100 of its ready list; of several lists, the
+        earliest
     :ivar settings: rate, burst, max_inflight as stored; absent when not set
     :ivar counters: lifetime counts of enqueued, claimed, processed, retried, dead, reaped, promoted, ...
     """
@@ -33,6 +35,7 @@ class QueueStats:
     inflight: int
     dead: int
     oldest_at: float | None
+    patient_at: float | None
     next_due_at: float | None
     paused: bool
     settings: Mapping[str, float]
@@ -61,7 +64,7 @@ def stats(q: QueueKeys) -> Command[QueueStats]:
     """Depths, settings and counters at one instant."""
 
     def parse(reply: Sequence[Any], _resent: bool) -> QueueStats:
-        now, delayed, inflight, dead, oldest, next_due, config, counters, *ready = reply
+        now, delayed, inflight, dead, oldest, patient, next_due, config, counters, *ready = reply
         settings = _pairs(config)
         return QueueStats(
             queue=q.queue,
@@ -71,6 +74,7 @@ def stats(q: QueueKeys) -> Command[QueueStats]:
             inflight=inflight,
             dead=dead,
             oldest_at=_seconds(oldest),
+            patient_at=_seconds(patient),
             next_due_at=_seconds(next_due),
             paused="paused" in settings,
             settings={k: float(settings[k]) for k in ("rate", "burst", "max_inflight") if k in settings},

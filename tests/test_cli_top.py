@@ -1,0 +1,219 @@
+"""`relay top` and `relay worker ls`: what goes on now, over all faces, on wide and narrow terminals."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from relay_core import Broker, JobSpec, commands
+from relay_core.cli.top import Looks, render
+from relay_core.keys import worker_keys
+from relay_core.worker import Worker
+from tests.command_line import Cli, environment, working
+from tests.servers import Server, eventually
+
+
+@pytest.fixture(params=["valkey"])
+def flavour(request: pytest.FixtureRequest) -> str:
+    """One is enough: the scripts have tests of their own on both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def cli(server: Server) -> Cli:
+    return Cli(server.url)
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url, retry_for=2.0) as broker:
+        yield broker
+
+
+def beat(broker: Broker, name: str, face: str, *queues: str, inflight: int = 0) -> None:
+    """A worker process that tells of itself."""
+    host, pid, _random = name.split(":")
+    says = {"host": host, "pid": int(pid), "face": face, "queues": queues, "concurrency": 4, "inflight": inflight}
+    broker.store.run(commands.beat(worker_keys("relay"), name, says, age_ms=90_000, alive_ms=16_000))
+
+
+def test_live_workers_of_every_face_are_listed_and_picked(cli: Cli, broker: Broker) -> None:
+    assert "No such workers" in cli.run("worker", "ls").stdout
+    beat(broker, "web1:12:a", "celery", "mail", "other", inflight=7)
+    beat(broker, "web2:34:b", "dramatiq", "mail")
+    beat(broker, "web3:56:c", "worker", "reports")
+    listed = cli.json("worker", "ls")["workers"]
+    assert [(one["host"], one["pid"], one["face"]) for one in listed] == [
+        ("web1", 12, "celery"), ("web2", 34, "dramatiq"), ("web3", 56, "worker"),
+    ]  # fmt: skip
+    assert (listed[0]["queues"], listed[0]["inflight"], listed[0]["concurrency"]) == (["mail", "other"], 7, 4)
+    assert 0 <= listed[0]["silence"] < 5
+    assert listed[0]["beat_at"] - listed[0]["started_at"] == pytest.approx(90)
+    assert [one["pid"] for one in cli.json("worker", "ls", "-q", "mail")["workers"]] == [12, 34]
+    assert [one["pid"] for one in cli.json("worker", "ls", "--face", "worker")["workers"]] == [56]
+    shown = cli.run("worker", "ls").stdout
+    assert re.search(r"web3 +56 +relay +reports +4 +0 +1m 30s +\S+ ago", shown)
+
+
+def test_a_worker_process_is_listed_while_it_runs_and_gone_when_it_has_stopped(
+    server: Server, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "handlers.py").write_text("def note(job): pass\n")
+    with working("handlers:note", "-q", "mail", url=server.url, cwd=tmp_path) as stop:
+        eventually(lambda: cli.json("worker", "ls")["workers"], "it tells of itself")
+        (one,) = cli.json("worker", "ls")["workers"]
+        assert (one["face"], one["queues"], one["concurrency"]) == ("worker", ["mail"], 1)
+        assert stop()[0] == 0
+    assert cli.json("worker", "ls")["workers"] == []
+
+
+def test_the_name_of_the_run_command_may_be_left_out(cli: Cli) -> None:
+    for args in (["worker"], ["worker", "run"]):
+        assert "MODULE:HANDLER" in cli.run(*args, "--help").stdout
+        assert "Missing argument" in cli.run(*args, code=2).stderr
+        assert "module:function" in cli.run(*args, "-q", "mail", "nothing", code=2).stderr
+
+
+def test_rates_are_what_was_counted_between_two_looks(broker: Broker) -> None:
+    looks = Looks(broker, ["mail"])
+    broker.enqueue_many("mail", [b"x"] * 10)
+    (first,) = looks.look().rows
+    assert (first.enqueued, first.processed, first.failed) == (None, None, None)
+    broker.enqueue_many("mail", [JobSpec(b"x", max_retries=0)] * 30)
+    jobs = broker.claim("mail", count=40)
+    broker.ack_many(jobs[:10])
+    for job in jobs[10:14]:
+        broker.nack(job, "no", delay=60)
+    broker.nack(jobs[39], "no", dead=True)
+    time.sleep(0.05)
+    (second,) = looks.look().rows
+    passed = second.stats.now - first.stats.now
+    assert second.enqueued == pytest.approx(30 / passed)
+    assert second.processed == pytest.approx(10 / passed)
+    assert second.failed == pytest.approx(5 / passed)
+
+
+def test_p99_of_the_wait_leaves_out_one_in_a_hundred(server: Server, broker: Broker) -> None:
+    q = broker.settings.keys("mail")
+    now = int(server.cli("TIME")[0]) * 1000
+
+    def ready(level: int, waits: list[int]) -> None:
+        for at, wait in enumerate(waits):
+            id = f"{level}-{at}"
+            server.cli("HSET", q.jobs, id, f"{now - wait * 1000} {level} 0 \nx")
+            server.cli("RPUSH", q.ready[level], id)
+
+    ready(0, [3600, 1800] + [20] * 198)
+    assert Looks(broker, ["mail"]).look().rows[0].wait == pytest.approx(20, abs=3)
+    ready(5, [40])
+    assert Looks(broker, ["mail"]).look().rows[0].wait == pytest.approx(40, abs=3), "of several priorities the longest"
+    assert broker.stats("mail").oldest_at == pytest.approx(now / 1000 - 3600)
+
+
+def test_once_is_one_document_over_all_queues(cli: Cli, broker: Broker) -> None:
+    broker.enqueue("mail", b"x")
+    broker.enqueue("later", b"x", delay=60)
+    broker.pause("mail")
+    beat(broker, "web1:12:a", "celery", "mail", inflight=3)
+    told = cli.json("top", "--interval", "100ms")
+    assert (told["workers"], told["worker_inflight"]) == (1, 3)
+    later, mail = told["queues"]
+    assert (later["queue"], later["delayed"], later["p99_wait"]) == ("later", 1, None)
+    assert (mail["ready"], mail["paused"], mail["workers"], mail["enqueued_per_second"]) == (1, True, 1, 0)
+    assert [row["queue"] for row in cli.json("top", "later", "--interval", "0.1")["queues"]] == ["later"]
+    assert "did you mean 'mail'" in cli.run("top", "mial", code=1).stderr
+    shown = cli.run("top", "--once", "--interval", "100ms").stdout
+    assert "mail (paused)" in shown
+    assert "p99 wait" in shown
+
+
+@pytest.mark.parametrize("width", [10, 24, 40, 60, 80, 200])
+def test_on_a_narrow_terminal_columns_are_left_out_and_never_cut(broker: Broker, width: int) -> None:
+    for name in ("mail", "a-queue-with-quite-a-long-name-for-a-terminal"):
+        broker.enqueue(name, b"x")
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    console.print(render(Looks(broker, []).look(), width, 24))
+    head, columns, *rows = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in (head, columns, *rows))
+    assert set(re.split(r"\s{2,}", columns.strip())) <= {
+        "queue", "ready", "delayed", "inflight", "dead", "in/s", "done/s", "fail/s", "p99 wait", "workers",
+    }  # fmt: skip
+    assert ("ready" in columns) is (width > 20)
+    assert ("delayed" in columns) is (width > 100)
+    assert len(rows) == 2
+
+
+def test_queues_that_do_not_fit_the_terminal_are_counted(broker: Broker) -> None:
+    for n in range(30):
+        broker.enqueue(f"q{n:02}", b"x")
+    out = io.StringIO()
+    Console(file=out, width=80).print(render(Looks(broker, []).look(), 80, 12, "cannot be reached"))
+    lines = out.getvalue().splitlines()
+    assert len(lines) <= 12
+    assert "and 23 queues more" in lines[-2]
+    assert "cannot be reached" in lines[-1]
+
+
+def test_it_is_live_on_a_terminal_and_ctrl_c_ends_it_with_0(server: Server, broker: Broker, tmp_path: Path) -> None:
+    broker.enqueue("mail", b"x")
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 60, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relay_core.cli", "top", "--interval", "100ms"],
+        cwd=tmp_path, env=environment(server.url) | {"TERM": "xterm"}, stdin=other, stdout=other, stderr=other,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(other)
+    seen = b""
+
+    def shows(text: bytes) -> bool:
+        nonlocal seen
+        while select.select([main], [], [], 0.05)[0]:
+            try:
+                seen += os.read(main, 65536)
+            except OSError:  # the terminal is gone
+                break
+        return text in seen
+
+    try:
+        eventually(lambda: shows(b"1 ready"), "the first look")
+        broker.enqueue_many("mail", [b"x"] * 6)
+        eventually(lambda: shows(b"7 ready"), "a later look")
+        os.write(main, b"\x03")
+        eventually(lambda: shows(b"\x1b[?1049l"), "it leaves the screen as it was")
+        assert process.wait(10) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        os.close(main)
+    assert b"Traceback" not in seen
+
+
+def test_a_worker_that_is_killed_is_gone_from_the_list_after_its_beats_have_ended(cli: Cli, broker: Broker) -> None:
+    worker = Worker(broker, lambda job: None, ["mail"])
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    eventually(lambda: cli.json("worker", "ls")["workers"], "it tells of itself")
+    worker.stop()
+    thread.join()
+    beat(broker, "gone:1:a", "worker", "mail")
+    keys = worker_keys("relay")
+    broker.store.raw("ZADD", keys.alive, 1, "gone:1:a")
+    assert cli.json("worker", "ls")["workers"] == []
