@@ -53,7 +53,9 @@ def test_every_command_that_answers_has_json_of_one_document(cli: Cli, broker: B
         "version", "stats", "stats mail", "audit", "audit mail --no-repair", "doctor",
         "queue ls", "queue pause mail", "queue resume mail", "queue limit mail --rate 5", "queue purge mail --dry-run",
         "job ls -q mail", "job show one -q mail", "job enqueue hi -q mail", "job cancel one -q mail --yes",
-        "dlq ls -q bad", f"dlq show {dead} -q bad", f"dlq requeue {again} -q bad", f"dlq purge {gone} -q bad --yes",
+        "top --interval 100ms", "worker ls", "schedule add a -q mail --every 1h", "schedule ls", "schedule run --once",
+        "schedule rm a --yes", "dlq ls -q bad", f"dlq show {dead} -q bad", f"dlq requeue {again} -q bad",
+        f"dlq purge {gone} -q bad --yes",
         f"server start --dir {folder}", f"server status --dir {folder}", f"server stop --dir {folder}",
     ):  # fmt: skip
         answers[line] = cli.json(*line.split())
@@ -63,7 +65,7 @@ def test_every_command_that_answers_has_json_of_one_document(cli: Cli, broker: B
     assert answers["job show one -q mail"]["payload"] == "hello"
     assert answers["queue limit mail --rate 5"]["limits"] == {"rate": 5.0, "burst": 5.0, "max_inflight": None}
     named = {line.split()[0] for line in answers}
-    elsewhere = {"worker", "demo", "migrate", "exporter"}
+    elsewhere = {"demo", "migrate", "exporter"}
     assert named == COMMANDS.keys() - elsewhere, "these are tested in processes of their own"
 
 
