@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import celery_speed, dramatiq_speed, engine, idle
+from benchmarks import celery_speed, dramatiq_speed, engine, failover, idle
 
 
 def main(names: list[str]) -> int:
@@ -27,6 +27,7 @@ def main(names: list[str]) -> int:
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
             "dramatiq": lambda: dramatiq_speed.dramatiq(Path(folder)),
             "idle": lambda: idle.idle_commands(Path(folder)),
+            "failover": failover.failover,
         }
         if unknown := set(names) - known.keys():
             console.print(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
