@@ -15,6 +15,8 @@ Every fenced block has a tag, and every tag and every command line has a rule he
         options must be understood.
     `celery …`
         Run, but for what would never end.
+    `prometheus`
+        Not run: its configuration file lies beside the page, where tests/test_monitoring.py holds it.
     `cd`, `export`
         Are for the lines and blocks that follow.
     `make`, `pip`
@@ -238,6 +240,8 @@ class Page:
         lexer = shlex.shlex(text, posix=True, punctuation_chars="|&;<>")
         lexer.whitespace_split = True
         words = list(lexer)
+        if words[-1:] == ["&"]:  # what the shell would let go on, goes on by its rule
+            words, text = words[:-1], text.rstrip(" &")
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if not words:
@@ -252,6 +256,10 @@ class Page:
             self._exported.update(one.split("=", 1) for one in rest)
         elif first == "make":
             _make(rest)
+        elif first == "prometheus":
+            for name in re.findall(r"--config\.file=(\S+)", text):
+                if not (ROOT / self.name).with_name(name).is_file():
+                    raise Wrong(f"{self.name}:{line}: there is no {name} beside the page")
         elif first == "pip":
             _pip(rest)
         elif _elsewhere(text):

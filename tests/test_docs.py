@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Pool
-from tests.pages import ROOT, Block, Page, Wrong, blocks, missing_files, pages
+from tests.pages import ROOT, Block, Page, Wrong, blocks, broken_links, missing_files, pages
 from tests.servers import Server
+
+WRITTEN_AT_A_RELEASE = {"benchmarks/README.md", "../benchmarks/README.md"}
+"""The figures of the last measurement; between releases they may not be there."""
 
 
 @pytest.fixture
@@ -34,6 +37,11 @@ def test_every_block_of_the_page_does_what_the_page_says(path: Path, port: int) 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_and_test_that_the_page_names_is_there(path: Path) -> None:
     assert missing_files(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_the_page_leads_to_a_file_and_heading(path: Path) -> None:
+    assert [link for link in broken_links(path) if link not in WRITTEN_AT_A_RELEASE] == []
 
 
 # the rules themselves
@@ -66,6 +74,7 @@ def test_blocks_are_found_with_their_tags_and_lines() -> None:
         ("console", "$ relay migrate dramatiq-redis --from redis://old:6379 --nonsense\n", "[Nn]o such option"),
         ("console", "$ relay worker tasks:handle --queue q --url relay://localhost:6379/0\n", "no module 'tasks'"),
         ("sh", "cd examples/nonsense\n", "no folder"),
+        ("sh", "prometheus --config.file=nonsense.yml\n", "no nonsense.yml"),
     ],
 )
 def test_a_block_that_does_not_do_what_it_says_is_told_of(page: Page, tag: str, text: str, why: str) -> None:
