@@ -85,6 +85,14 @@ class Presence:
                 return
 
     def _beat(self, alive: float) -> None:
+        try:
+            self._broker.store.run(self._command(alive))
+        except RelayError as error:
+            logger.debug("worker %s is not seen in the roster until its next beat: %s", self.name, error)
+        except Exception:  # a worker's own trouble in telling its load must not end this thread
+            logger.exception("worker %s is not seen in the roster until its next beat", self.name)
+
+    def _command(self, alive: float) -> commands.Command[int]:
         load = self._load()
         says = {
             "host": socket.gethostname(),
@@ -95,8 +103,4 @@ class Presence:
             "inflight": load.inflight,
         }
         age_ms = round((time.monotonic() - self._began) * 1000)
-        command = commands.beat(self._keys, self.name, says, age_ms=age_ms, alive_ms=round(alive * 1000))
-        try:
-            self._broker.store.run(command)
-        except RelayError as error:
-            logger.debug("worker %s is not seen in the roster until its next beat: %s", self.name, error)
+        return commands.beat(self._keys, self.name, says, age_ms=age_ms, alive_ms=round(alive * 1000))

@@ -174,6 +174,25 @@ def test_an_idle_worker_on_the_roster_still_sends_less_than_a_command_a_second(s
             thread.join(30)
 
 
+def test_a_worker_that_cannot_tell_its_load_is_seen_when_it_can(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(presence, "BEAT", 0.01)
+    answers = iter([ValueError("not yet")])
+
+    def load() -> Load:
+        for error in answers:
+            raise error
+        return Load((), 1, 0)
+
+    one = Presence(broker, "worker", load)
+    one.start()
+    eventually(broker.workers, "a later beat")
+    assert "ValueError: not yet" in caplog.text
+    one.stop()
+    assert broker.workers() == []
+
+
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_a_server_that_is_away_keeps_no_worker_from_ending(broker: Broker, server: Server) -> None:
     one = Presence(broker, "worker", lambda: Load((), 1, 0))

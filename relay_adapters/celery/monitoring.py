@@ -53,7 +53,8 @@ class Monitoring:
 
     def _load(self) -> Load:
         # a task whose message is acked before it runs holds no lease, and is at hand all the same
-        reserved = len(sys.modules["celery.worker.state"].reserved_requests)
+        state = sys.modules.get("celery.worker.state")
+        reserved = len(state.reserved_requests) if state is not None else 0
         concurrency = getattr(self._consumer.controller, "concurrency", 0) or 0
         return Load(self._queues(), concurrency, max(leases_of(self._broker).holding, reserved))
 
@@ -82,7 +83,7 @@ def watch_workers() -> None:
 
 def _ready(sender: Any, **_: Any) -> None:
     transport = getattr(sender.connection, "transport", None)
-    if getattr(transport, "driver_type", None) != "relay" or id(sender.controller) in _running:
+    if getattr(transport, "driver_name", None) != "relay-queue" or id(sender.controller) in _running:
         return
     monitoring = _running[id(sender.controller)] = Monitoring(sender)
     monitoring.start()
