@@ -33,11 +33,12 @@ def source(name: str, package: str = "relay_core") -> str:
 
 @cache
 def load(name: str, package: str = "relay_core") -> Script:
-    """The script of that name. A line `--@include x` is replaced by the core's `lua/parts/x.lua`."""
+    """The script of that name. A line `--@include x` is replaced by `lua/parts/x.lua`, the package's or the core's."""
     shebang, _, body = source(name, package).partition("\n")
 
     def include(match: re.Match[str]) -> str:
-        return _PART.sub(include, source(f"parts/{match[1]}"))
+        own = resources.files(package).joinpath(f"lua/parts/{match[1]}.lua").is_file()
+        return _PART.sub(include, source(f"parts/{match[1]}", package if own else "relay_core"))
 
     text = shebang + "\n" + _NOTE.sub("", _PART.sub(include, body))
     return Script(name, text, hashlib.sha1(text.encode()).hexdigest())

@@ -38,3 +38,9 @@ class Channel(Mailing, Consuming, Publishing):
         self._used = {}
         self._unacked: set[str] = set()
         self._no_ack: set[str] = set()
+
+    def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:
+        """Store a message; a text or bytes, as `celery amqp basic.publish` gives it, becomes one."""
+        if isinstance(message, (str, bytes)):
+            message = self.prepare_message(message, content_type="text/plain", content_encoding="utf-8")
+        super().basic_publish(message, exchange, routing_key, **options)

@@ -114,7 +114,7 @@ class Declaring(virtual.Channel):
         With `if_empty` a message that arrives in this very moment is kept in the store, for who declares it again.
         """
         held = self._size(queue)
-        if if_empty and held:
+        if (if_empty and held) or not (held or self._has_queue(queue)):
             return None
         if if_unused:
             self.attendance.say_goodbye()
@@ -127,9 +127,7 @@ class Declaring(virtual.Channel):
 
     def _size(self, queue: str) -> int:
         if self._mailbox(queue) is not None:
-            box = self.topology.places.box(queue)
-            waiting = int(self.topology.raw("XLEN", box))
-            return waiting - int(self.topology.raw("XPENDING", box, "q")[0]) if waiting else 0
+            return self.topology.waiting(queue)
         stats = self.broker.stats(queue)
         return stats.ready + stats.delayed
 

@@ -35,7 +35,7 @@ class Places:
 
     @cached_property
     def versions(self) -> bytes:
-        """HASH exchange -> version of its properties and bindings; '' -> the highest of them."""
+        """HASH exchange -> version of its properties and bindings; '' -> how many there were."""
         return self._key("v")
 
     def bindings(self, exchange: str) -> bytes:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
+
+from kombu.transport.virtual import UndeliverableWarning
 
 from relay_adapters.celery import moves
 from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import pack
+from relay_adapters.celery.errors import NotFound
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Table
 from relay_adapters.celery.upkeep import end
@@ -62,11 +66,22 @@ class Routing(Declaring):
         passed = (*passed, exchange)
         if alternate and alternate not in passed:
             return self.route(message, alternate, routing_key, passed=passed, **options)
-        fallback: Any = self.deadletter_queue
-        if fallback:
+        queues = self._undeliverable(exchange, routing_key, self.deadletter_queue)
+        for queue in queues:
+            self._to_queue(message, queue, **options)
+        return len(queues)
+
+    def _undeliverable(self, exchange: str, routing_key: str, fallback: Any) -> list[str]:
+        """The queue for what reaches no other, if there is one."""
+        if not fallback:
+            return []
+        warnings.warn(
+            UndeliverableWarning(f"the message could not be delivered: {exchange!r} has no queue for {routing_key!r}"),
+            stacklevel=4,
+        )
+        if not self._has_queue(fallback):
             self._new_queue(fallback)
-            return self._to_queue(message, fallback, **options)
-        return 0
+        return [fallback]
 
     def _to_queue(self, message: Any, queue: str, **options: Any) -> int:
         terms = self.topology.terms(queue)
@@ -125,12 +140,11 @@ class Routing(Declaring):
     def _lookup(self, exchange: str, routing_key: str, default: str | None = None) -> list[str]:
         if not exchange:
             return [routing_key or default or self.deadletter_queue or ""]
-        found = self.topology.table(exchange).route(routing_key)
-        default = default or self.deadletter_queue
-        if found or not default:
-            return found
-        self._new_queue(default)
-        return [default]
+        try:
+            found = self.topology.table(exchange).route(routing_key)
+        except NotFound:
+            found = []
+        return found or self._undeliverable(exchange, routing_key, default or self.deadletter_queue)
 
     def _put_fanout(self, exchange: str, message: Any, routing_key: str, **options: Any) -> None:
         self.route(message, exchange, routing_key, **options)

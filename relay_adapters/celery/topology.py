@@ -266,6 +266,15 @@ class Topology:
         """How many processes consume from a queue."""
         return int(self.raw("ZCOUNT", self.places.consumers(name), self._now(), "+inf"))
 
+    def waiting(self, name: str) -> int:
+        """How many messages wait in a mailbox."""
+        box = self.places.box(name)
+        if not self.raw("XLEN", box):
+            return 0
+        # given and not yet acknowledged ones leave with their consumer: asked first, so none of them is counted
+        given = int(self.raw("XPENDING", box, "q")[0])
+        return max(0, int(self.raw("XLEN", box)) - given)
+
     def use(self, name: str, terms: Terms) -> None:
         """A queue that expires was used: it lives on for its time."""
         self.raw("ZADD", self.places.ends, "XX", "GT", self._now() + terms.idle_ms, name)

@@ -2,7 +2,7 @@
 -- delete: forget a queue and all its bindings; a mailbox goes with its messages
 -- KEYS[1] q HASH queue -> what it is, JSON
 -- KEYS[2] e ZSET queue, score = unix ms at which it ends unless it is used before
--- KEYS[3] v HASH exchange -> version of its bindings; '' -> the highest of them
+-- KEYS[3] v HASH exchange -> version of its bindings; '' -> how many there were
 -- KEYS[4] w SET where this queue is bound
 -- KEYS[5] c ZSET consumer of this queue, score = unix ms until which it counts as alive
 -- KEYS[6] b STREAM messages of this queue, where it is a mailbox
@@ -16,6 +16,7 @@ local queues, ends, versions, places, consumers, box = KEYS[1], KEYS[2], KEYS[3]
 local queue, condition, args = ARGV[1], ARGV[2], ARGV
 local TABLES = 6 -- the bindings of the nth exchange are KEYS[TABLES + n]
 --@include clock
+--@include stamp
 if condition == 'unused' and redis.call('ZCOUNT', consumers, now, '+inf') > 0 then return -1 end
 if condition == 'vanished' and redis.call('EXISTS', box) == 1 then return -1 end
 if condition == 'ended' then
@@ -25,7 +26,7 @@ end
 if redis.call('SCARD', places) ~= (#args - 2) / 2 then return 0 end
 for at = 3, #args, 2 do
   if redis.call('SREM', KEYS[TABLES + (at - 1) / 2], args[at + 1]) == 1 then
-    redis.call('HSET', versions, args[at], redis.call('HINCRBY', versions, '', 1))
+    redis.call('HSET', versions, args[at], stamp())
   end
 end
 redis.call('HDEL', queues, queue)

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- publish: put one message into mailboxes; what is too old or too much leaves them, the oldest first
--- KEYS[1] v HASH exchange -> version of its bindings; '' -> the highest of them
+-- KEYS[1] v HASH exchange -> version of its bindings; '' -> how many there were
 -- KEYS[2..] b STREAM messages of a queue, one per mailbox
 -- ARGV[1] 1 when an earlier send may have run | ARGV[2] exchange, '' straight to the queue
 -- ARGV[3] version of its bindings by which the mailboxes were chosen | ARGV[4] id of the message | ARGV[5] message
