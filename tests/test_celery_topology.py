@@ -329,6 +329,7 @@ def _drained(inbox: Inbox) -> list[Any]:
 # Celery's command line
 
 
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_celery_amqp_and_purge_work_from_processes_of_their_own(server: Server, tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(
         f"from celery import Celery\napp = Celery('shop', broker={server.url!r})\n@app.task\ndef work(): pass\n"
