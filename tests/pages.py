@@ -13,8 +13,8 @@ Every fenced block has a tag, and every tag and every command line has a rule he
         The first of a kind on a page, and the first after an `export`, runs until the end of the page; the line is
         left when it is ready. Of more of them, and of those whose module is called `my…`, which is the reader's, the
         options must be understood.
-    `celery …`
-        Run, but for what would never end.
+    `celery beat|events|multi|flower`, `relay top` and `relay schedule run` without `--once`
+        Never end: their options must be understood. Other `celery …` lines are run.
     `prometheus`
         Not run: its configuration file lies beside the page, where tests/test_monitoring.py holds it.
     `cd`, `export`
@@ -262,7 +262,7 @@ class Page:
                     raise Wrong(f"{self.name}:{line}: there is no {name} beside the page")
         elif first == "pip":
             _pip(rest)
-        elif _elsewhere(text):
+        elif _elsewhere(text) or _is_never_over(first, rest):
             _understood(first, rest)
         elif kind := _goes_on(first, rest):
             module = next((word for word in rest if re.match(r"my\w*[:.]?", word)), None)
@@ -361,10 +361,19 @@ def _goes_on(first: str, rest: list[str]) -> str | None:
     if first == "dramatiq":
         return "dramatiq"
     if first == "celery":
-        return "celery" if {"worker", "beat", "events", "multi"} & set(rest) else None
-    if first == "relay":
+        return "celery" if "worker" in rest else None
+    if first == "relay" and rest[:2] != ["worker", "ls"]:
         return next((word for word in rest[:1] if word in ("worker", "exporter")), None)
     return None
+
+
+def _is_never_over(first: str, rest: list[str]) -> bool:
+    """True for what goes on as well, and of which only the options are looked at."""
+    if first == "celery":
+        return bool({"beat", "events", "multi", "flower"} & set(rest))
+    return first == "relay" and (
+        (rest[:1] == ["top"] and "--once" not in rest) or (rest[:2] == ["schedule", "run"] and "--once" not in rest)
+    )
 
 
 def _elsewhere(text: str) -> bool:
@@ -407,7 +416,8 @@ def _parse(command: Any, words: list[str], parent: Any) -> None:
             _parse(child, rest[1:], parent)
             return
         rest.pop(0)  # an option of the group, or its value
-    raise Wrong(f"no command in {' '.join(words)!r}")
+    _name, child, rest = command.resolve_command(click.Context(command), list(words))  # a group may have a default
+    _parse(child, rest, parent)
 
 
 def _make(rest: list[str]) -> None:

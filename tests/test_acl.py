@@ -89,6 +89,10 @@ def direct(url: str) -> None:
         assert worker.run() == 1
         assert broker.workers() == []
         assert broker.claim("q", wait=0.01) == []
+        broker.schedule("s", "q", b"8", every=0.1, missed="all")
+        broker.run_due()
+        assert [stored.schedule.name for stored in broker.schedules()] == ["s"]
+        broker.unschedule("s")
 
 
 def replicated(url: str) -> None:
