@@ -416,8 +416,10 @@ def _parse(command: Any, words: list[str], parent: Any) -> None:
             _parse(child, rest[1:], parent)
             return
         rest.pop(0)  # an option of the group, or its value
-    _name, child, rest = command.resolve_command(click.Context(command), list(words))  # a group may have a default
-    _parse(child, rest, parent)
+    default = command.get_command(parent, "run")  # which may be left out where there is one
+    if default is None:
+        raise Wrong(f"no command in {' '.join(words)!r}")
+    _parse(default, words, parent)
 
 
 def _make(rest: list[str]) -> None:
