@@ -50,12 +50,20 @@ class MailWatch:
         store: SyncStore = self.channel.broker.store
         return store.reader([places.box(queue) for queue in boxes], "q", process_name(), last)
 
-    def look(self) -> int:
-        """Hand over what has come: how many messages. One at a time where a caller counts them by `drain_events`."""
+    def quiet(self, now: float) -> bool:
+        """True when a turn of a loop in which no descriptor spoke has nothing for this watch."""
+        bell = self.bell
+        return bell is not None and bell.armed and not bell.gone and not self.channel.mail and now < self.look_at
+
+    def look(self, ask: bool = True) -> int:
+        """Hand over what has come: how many messages. One at a time where a caller counts them by `drain_events`.
+
+        :param ask: whether something may have come; False where the descriptors are known to be silent
+        """
         channel = self.channel
         if channel.closed or not channel.boxes:
             return 0
-        if self.bell is not None and not self.bell.gone:
+        if ask and self.bell is not None and not self.bell.gone:
             queues = {channel.topology.places.box(queue): queue for queue in self._boxes}
             channel.mail.extend((queues[e.stream], e.id, e.fields[3]) for e in self.bell.read())
         delivered, most = 0, AT_ONCE if channel.connection.looping else 1

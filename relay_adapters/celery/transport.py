@@ -61,7 +61,10 @@ class Transport(virtual.Transport):
         self._readers: dict[int, Watch | MailWatch] = {}
         self._timer: Any = None
         self._timer_at = 0.0
+        self._spoke: set[Watch | MailWatch] = set()
+        """Watches whose descriptors had something to read since the last turn."""
         self._busy: tuple[socket.socket, socket.socket] | None = None
+        self._hurried = False
 
     def driver_version(self) -> str:
         return relay_core.__version__
@@ -110,6 +113,8 @@ class Transport(virtual.Transport):
                 self._unwatch(channel, kind)
             elif (channel, kind) not in self._watches:
                 self._watches[channel, kind] = made(channel)
+            else:
+                self._spoke.add(self._watches[channel, kind])
 
     def _unwatch(self, channel: channels.Channel, kind: str) -> None:
         if watch := self._watches.pop((channel, kind), None):
@@ -159,6 +164,10 @@ class Transport(virtual.Transport):
             for watch in list(self._watches.values()):
                 self._forget_readers(watch)
             self._rest()
+            if self._busy is not None:
+                for end in self._busy:
+                    end.close()
+                self._busy = None
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
@@ -166,15 +175,17 @@ class Transport(virtual.Transport):
     def _tick(self) -> None:
         """Before each wait of the loop: look, arm what has credit, and see to the next due time."""
         self._loop_thread = threading.get_ident()
-        busy, first = False, None
+        busy, first, now = False, None, time.monotonic()
+        spoke, self._spoke = self._spoke, set()
         for watch in list(self._watches.values()):
-            delivered = watch.look()
-            if watch.channel.closed or watch not in self._watches.values():
-                continue
-            bell = watch.arm()
-            self._read(watch, bell)
-            # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
-            busy = busy or delivered > 0 or watch.busy
+            asked = watch in spoke
+            if asked or not watch.quiet(now):
+                delivered = watch.look(asked)
+                if watch.channel.closed or watch not in self._watches.values():
+                    continue
+                self._read(watch, watch.arm())
+                # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
+                busy = busy or delivered > 0 or watch.busy
             if first is None or watch.look_at < first:
                 first = watch.look_at
         if self._loop is None:
@@ -200,14 +211,14 @@ class Transport(virtual.Transport):
         if self._busy is None:
             self._busy = socket.socketpair()
             self._busy[1].send(b"b")
+        if not self._hurried:
+            self._hurried = True
             self._loop.add_reader(self._busy[0].fileno(), _nothing)
 
     def _rest(self) -> None:
-        if self._busy is not None:
-            pair, self._busy = self._busy, None
-            self._loop.remove_reader(pair[0].fileno())
-            for end in pair:
-                end.close()
+        if self._hurried and self._busy is not None:
+            self._hurried = False
+            self._loop.remove_reader(self._busy[0].fileno())
 
     def _read(self, watch: Watch | MailWatch, bell: Bell | None) -> None:
         wanted = set(bell.filenos()) if bell is not None else set()
@@ -220,7 +231,10 @@ class Transport(virtual.Transport):
         for fd in wanted - have:
             self._readers[fd] = watch
             # the work is done by the tick that follows every event
-            self._loop.add_reader(fd, _nothing)
+            self._loop.add_reader(fd, self._spoke_up, watch)
+
+    def _spoke_up(self, watch: Watch | MailWatch) -> None:
+        self._spoke.add(watch)
 
     def _forget_readers(self, watch: Watch | MailWatch) -> None:
         for fd in [fd for fd, owner in self._readers.items() if owner is watch]:

@@ -21,3 +21,9 @@ def shutting_down() -> bool:
     if state is None:
         return False
     return any(flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate))
+
+
+def waiting_in_pool() -> int:
+    """Tasks that were given to the pool and have not started; 0 where there is no worker."""
+    state = sys.modules.get("celery.worker.state")
+    return max(0, len(state.reserved_requests) - len(state.active_requests)) if state else 0
