@@ -26,6 +26,7 @@ def main(names: list[str]) -> int:
             "celery": lambda: celery_speed.celery(Path(folder)),
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
             "dramatiq": lambda: dramatiq_speed.dramatiq(Path(folder)),
+            "dramatiq-pickup": lambda: dramatiq_speed.dramatiq_pickup(Path(folder)),
             "idle": lambda: idle.idle_commands(Path(folder)),
             "failover": failover.failover,
         }

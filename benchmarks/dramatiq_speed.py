@@ -21,6 +21,7 @@ from tests.servers import Server
 JOBS = 10_000
 ROUNDS = 5
 IDLE = 20.0
+PICKUPS = 150
 KINDS = ("stock", "relay")
 
 _APP = """
@@ -45,6 +46,13 @@ def noop(i):
             with open(path + ".part", "w") as file:
                 file.write(repr(seen[-1] - seen[0]))
             os.rename(path + ".part", path)
+
+@dramatiq.actor
+def stamp(due):
+    # how late it runs, in seconds
+    late = time.time() - due
+    with open(os.environ["DONE"], "a") as file:
+        file.write(f"{late!r}\\n")
 
 if __name__ == "__main__":
     noop.send(0)
@@ -81,6 +89,53 @@ def dramatiq(folder: Path) -> Table:
         ratio = f"{idle[0] / idle[1]:.0f}" if idle[1] else "-"
         table.add_row("1 process x 8 threads", "idle EVALSHA per s", f"{idle[0]:.2f}", f"{idle[1]:.2f}", ratio, "5")
     return table
+
+
+def dramatiq_pickup(folder: Path) -> Table:
+    """How late a message starts on an idle worker: one that is sent now, and one whose delay is over."""
+    table = Table(title=f"Dramatiq: from when a message is due to its run on an idle worker, ms ({PICKUPS} each)")
+    for column in ("message", "broker", "p50", "p99", "target p99"):
+        table.add_column(column, justify="left" if column in ("message", "broker") else "right")
+    (folder / "peer_dramatiq.py").write_text(_APP)
+    with Server("redis", tcp=True) as server:
+        for what, delay, target in (("sent now", 0, "5"), ("delayed by 0.5 s", 500, "50")):
+            for kind in KINDS:
+                late = _lateness(folder, server, kind, delay)
+                cuts = statistics.quantiles(late, n=100)
+                aim = target if kind == "relay" else "-"
+                table.add_row(what, kind, f"{cuts[49] * 1000:.1f}", f"{cuts[98] * 1000:.1f}", aim)
+    return table
+
+
+_SENDER = """
+import random, sys, time
+import peer_dramatiq
+delay, count = int(sys.argv[1]), int(sys.argv[2])
+peer_dramatiq.stamp.send(time.time())  # connects
+time.sleep(1.0)
+for _ in range(count):
+    due = time.time() + delay / 1000
+    peer_dramatiq.stamp.send_with_options(args=(due,), **({"delay": delay} if delay else {}))
+    time.sleep(random.uniform(0.05, 0.25))
+"""
+
+
+def _lateness(folder: Path, server: Server, kind: str, delay: int) -> list[float]:
+    server.cli("FLUSHALL")
+    done = folder / "done"
+    done.unlink(missing_ok=True)
+    with _worker(folder, server, kind, 8):
+        time.sleep(3.0)  # it has booted, and found nothing
+        sender = [sys.executable, "-c", _SENDER, str(delay), str(PICKUPS)]
+        subprocess.run(sender, env=_environment(folder, server, kind), cwd=folder, check=True)
+        deadline = time.monotonic() + 60
+        while len(late := _numbers(done)[1:]) < PICKUPS and time.monotonic() < deadline:
+            time.sleep(0.1)
+    return late
+
+
+def _numbers(file: Path) -> list[float]:
+    return [float(line) for line in file.read_text().split()] if file.exists() else []
 
 
 def _side_by_side(folder: Path, server: Server, threads: int) -> list[Cost]:
