@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,13 @@ def test_every_primary_of_a_cluster_is_looked_at(cluster: Cluster) -> None:
     assert sum(row["check"] == "eviction" for row in told["checks"]) == 3
     assert told["checks"][-1]["check"] == "write"
     assert told["checks"][-1]["level"] == "ok"
+
+
+def test_a_clock_that_is_a_day_off_is_told_with_what_it_affects(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() - 86_400)
+    level, detail = findings(Cli(server.url), 0)["clock"]
+    assert level == "info"
+    assert "ahead of this machine's; relay goes by the server's, only --at and logs are affected" in detail
