@@ -312,6 +312,7 @@ BUILD: dict[str, Build] = {
     "requeue": lambda n: commands.requeue(Q, ids(n)),
     "scan": lambda n: commands.scan(Q, (0, ""), 1, 10, records=True),
     "drop": lambda n: commands.drop(Q, ids(n)),
+    "shift": lambda n: commands.shift(Q, 1, leases=True),
     "cancel": lambda n: commands.cancel(Q, ids(n)),
     "purge": lambda n: commands.purge(Q, "ready", 10),
     "configure": lambda n: commands.configure(Q, dict.fromkeys(ids(n), "1")),

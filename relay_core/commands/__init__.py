@@ -36,6 +36,7 @@ from relay_core.commands.upkeep import (
     purge,
     requeue,
     scan,
+    shift,
     show,
     stats,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "roster",
     "scan",
     "schedule",
+    "shift",
     "show",
     "stats",
     "tick",

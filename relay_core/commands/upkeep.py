@@ -236,6 +236,15 @@ def configure(q: QueueKeys, changes: Mapping[str, str]) -> Command[None]:
     return Command(scripts.load("configure"), (q.config, q.marker), (LAYOUT, *args), lambda _reply, _resent: None)
 
 
+def shift(q: QueueKeys, ms: int, *, leases: bool) -> Command[int]:
+    """Let time pass at once, for relay_core.testing: how many delayed jobs there are.
+
+    :param leases: leases, dead jobs and timed dedup keys get older too
+    """
+    keys = (q.config, q.delayed, q.leases, q.dead, q.dedup_expiry, q.marker)
+    return Command(scripts.load("shift"), keys, (LAYOUT, ms, int(leases)), lambda reply, _resent: int(reply))
+
+
 def audit(q: QueueKeys, ids: Sequence[str], *, repair: bool) -> Command[list[str]]:
     """Look closely at up to 50 ids: a finding per id, empty when it is sound."""
     keys = (
