@@ -1,4 +1,6 @@
-"""`python -m benchmarks.soak --seconds 60`: workers are killed every few seconds, and every job is counted.
+"""`python -m benchmarks.soak --minutes 1`: workers are killed every few seconds, and every job is counted.
+
+`--face celery` does the same to Celery workers: see benchmarks/celery_soak.py.
 
 The ledger is files that the handlers append to, so that it does not depend on what is under test. Exits 1 when a job
 was lost, ran before its time, or the audit finds anything; jobs that ran twice are counted, and only kills cause them.
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks import celery_soak
 from benchmarks.servers import private
 from relay_core import Broker, JobSpec
 from tests.servers import Flavour
@@ -86,13 +89,23 @@ def ledger(folder: Path) -> tuple[Counter[str], list[str]]:
 
 
 @click.command()
-@click.option("--seconds", default=60.0, show_default=True, help="How long to enqueue and kill.")
-@click.option("--workers", default=3, show_default=True)
+@click.option("--face", type=click.Choice(["core", "celery"]), default="core", show_default=True, help="Whose workers.")
+@click.option("--minutes", default=1.0, show_default=True, help="How long to enqueue and kill.")
+@click.option("--workers", default=3, show_default=True, help="Of the core; of Celery there is one per pool.")
 @click.option("--kill-every", default=3.0, show_default=True, help="Mean seconds between kills.")
-@click.option("--rate", default=200, show_default=True, help="Jobs per second.")
+@click.option("--rate", default=None, type=int, help="Jobs per second. Default: 200, Celery 60.")
 @click.option("--server", "flavour", type=click.Choice(["redis", "valkey"]), default="valkey", show_default=True)
-def main(seconds: float, workers: int, kill_every: float, rate: int, flavour: Flavour) -> None:
+def main(face: str, minutes: float, workers: int, kill_every: float, rate: int | None, flavour: Flavour) -> None:
     """Run workers under load, kill them, and count every job."""
+    if face == "celery":
+        outcome = celery_soak.soak(minutes * 60, flavour=flavour, rate=rate or 60, kill_every=kill_every)
+        click.echo(f"{outcome} ({minutes:g} minutes on {flavour})")
+        sys.exit(0 if outcome.well else 1)
+    core(minutes * 60, workers, kill_every, rate or 200, flavour)
+
+
+def core(seconds: float, workers: int, kill_every: float, rate: int, flavour: Flavour) -> None:
+    """The same with `relay worker`."""
     with tempfile.TemporaryDirectory(prefix="relay-soak-") as name, private(flavour) as server:
         folder = Path(name)
         (folder / "soak_handler.py").write_text(_HANDLER)

@@ -1,0 +1,270 @@
+"""Real Celery workers of every pool under mixed load, while they, their children and the server are killed.
+
+Every task is acked late and notes in a file what it did; what was sent is noted here. Neither ledger depends on what
+is under test. A task may run twice when the worker that ran it first was killed, frozen, or told to quit, or when the
+server went away meanwhile; never after a warm shutdown.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from celery import Celery
+
+from relay_core import Broker
+from tests.servers import Flavour, Server
+
+LEASE = 2.0
+FREEZE = 1.5 * LEASE
+"""Seconds for which a worker is frozen: its leases run out meanwhile."""
+
+QUEUES = ("soak", "chained")
+POOLS = (("prefork", "2"), ("threads", "4"), ("gevent", "8"), ("solo", "1"))
+SERVER_SHARE = 0.1
+"""How many of the blows hit the server."""
+
+_APP = '''
+import os, random, time
+from celery import Celery
+
+app = Celery("soak_app", broker=os.environ["BROKER"])
+app.conf.update(
+    broker_transport_options={"lease": %(lease)r, "max_deliveries": 1000},
+    broker_connection_retry_on_startup=True, broker_connection_max_retries=None, broker_connection_timeout=2,
+    task_acks_late=True, task_reject_on_worker_lost=True, task_ignore_result=True, task_default_queue="soak",
+)
+
+def note(id, due):
+    """One line in one write: id, when it ran, by which worker, how late it was."""
+    now = time.time()
+    fd = os.open(f"ledger-{os.getpid()}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, f"{id} {now:.3f} {os.environ['WORKER']} {now - due:.3f}\\n".encode())
+    os.close(fd)
+
+@app.task
+def plain(id, due):
+    time.sleep(random.expovariate(200))
+    note(id, due)
+
+@app.task
+def second(id, due):
+    note(f"{id}-second", due)
+
+@app.task
+def first(id, due):
+    """Sends another task to another queue, as chains do."""
+    second.apply_async((id, due), queue="chained", countdown=random.choice((None, 0.3)))
+    note(id, due)
+
+@app.task(bind=True, max_retries=None)
+def moody(self, id, due):
+    """Succeeds in its third try."""
+    if self.request.retries < 2:
+        raise self.retry(args=(id, time.time() + 0.2), countdown=0.2)
+    note(id, due)
+'''
+
+
+@dataclass
+class Outcome:
+    """What the ledgers say. All lists but `twice` are to be empty."""
+
+    sent: int = 0
+    blows: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+    early: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    unexplained: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def well(self) -> bool:
+        return not (self.lost or self.early or self.unexplained or self.left or self.findings)
+
+    def __str__(self) -> str:
+        blows = ", ".join(f"{count} {what}" for what, count in sorted(self.blows.items()))
+        return (
+            f"{self.sent} tasks; {blows}: {len(self.lost)} lost, {len(self.twice)} ran twice or more, "
+            f"{len(self.unexplained)} of them without a cause, {len(self.early)} early, "
+            f"left in the broker: {', '.join(self.left) or 'nothing'}, the audit found {len(self.findings)}"
+        ) + "".join(f"\n  {story}" for story in self.unexplained)
+
+
+@dataclass
+class _Worker:
+    name: str
+    pool: tuple[str, str]
+    process: subprocess.Popen[bytes]
+
+
+class _Crew:
+    """One worker per pool; whoever is ended gets a successor."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder, self.count = url, folder, 0
+        self.log = open(folder / "workers.log", "ab")  # noqa: SIM115 - open as long as the soak
+        self.disturbed: list[tuple[float, str]] = []
+        """When, and which worker; `*` for all."""
+        self.running = [self._start(pool) for pool in POOLS]
+
+    def _start(self, pool: tuple[str, str]) -> _Worker:
+        self.count += 1
+        name = f"{pool[0]}{self.count}"
+        command = [sys.executable, "-m", "celery", "-A", "soak_app", "worker", "-n", f"{name}@soak", "-l", "WARNING"]
+        command += ["-P", pool[0], "-c", pool[1], "-Q", ",".join(QUEUES)]
+        environment = {**os.environ, "BROKER": self.url, "WORKER": name, "C_FORCE_ROOT": "1"}
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        return _Worker(name, pool, process)
+
+    def strike(self) -> str:
+        """Do something bad to one of them, and say what."""
+        index = random.randrange(len(self.running))
+        victim = self.running[index]
+        how = random.choice(("kill", "kill", "kill child", "term", "quit", "freeze"))
+        if how == "kill child" and victim.pool[0] != "prefork":
+            how = "kill"
+        if how != "term":
+            self.disturbed.append((time.time(), victim.name))
+        if how == "kill child":
+            children = _children(victim.process.pid)
+            if children:
+                with suppress(ProcessLookupError):
+                    os.kill(random.choice(children), signal.SIGKILL)
+            return how
+        if how == "freeze":
+            os.killpg(victim.process.pid, signal.SIGSTOP)
+            time.sleep(FREEZE)
+            os.killpg(victim.process.pid, signal.SIGCONT)
+            return how
+        self.running[index] = self._start(victim.pool)
+        if how == "kill":
+            os.killpg(victim.process.pid, signal.SIGKILL)
+        else:
+            victim.process.send_signal(signal.SIGTERM if how == "term" else signal.SIGQUIT)
+        self._end(victim)
+        return how
+
+    def _end(self, worker: _Worker) -> None:
+        try:
+            worker.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.disturbed.append((time.time(), worker.name))
+        with suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.wait(timeout=10)
+
+    def stop(self) -> None:
+        for worker in self.running:
+            worker.process.send_signal(signal.SIGTERM)
+        for worker in self.running:
+            self._end(worker)
+        self.log.close()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def soak(seconds: float, *, flavour: Flavour = "valkey", rate: int = 60, kill_every: float = 3.0) -> Outcome:
+    """Send, strike and count for so long, then wait until all is done.
+
+    :param rate: tasks sent per second
+    :param kill_every: mean seconds between blows
+    """
+    with tempfile.TemporaryDirectory(prefix="relay-celery-soak-") as name:
+        folder = Path(name)
+        (folder / "soak_app.py").write_text(_APP % {"lease": LEASE})
+        with Server(flavour, options={"appendonly": "yes"}) as server, Broker(server.url) as broker:
+            crew = _Crew(server.url, folder)
+            outcome = Outcome()
+            try:
+                sent = _load(server, crew, outcome, seconds, rate, kill_every)
+                _wait_until_done(broker, folder, sent)
+            finally:
+                crew.stop()
+            _judge(outcome, folder, sent, crew.disturbed)
+            for queue in QUEUES:
+                stats = broker.stats(queue)
+                kept = {"ready": stats.ready, "delayed": stats.delayed, "inflight": stats.inflight, "dead": stats.dead}
+                outcome.left += [f"{count} {state} in {queue}" for state, count in kept.items() if count]
+                outcome.findings += [str(finding) for finding in broker.audit(queue).findings]
+    return outcome
+
+
+def _load(
+    server: Server, crew: _Crew, outcome: Outcome, seconds: float, rate: int, kill_every: float
+) -> dict[str, float]:
+    """Send and strike. Answers with the ids that must run, and when they are due at the earliest."""
+    app = Celery("soak", broker=server.url, set_as_current=False)
+    app.conf.task_default_queue = "soak"
+    sent: dict[str, float] = {}
+    end = time.monotonic() + seconds
+    strike_at = time.monotonic() + 3.0 + random.expovariate(1 / kill_every)
+    while time.monotonic() < end:
+        began = time.monotonic()
+        for _ in range(max(1, rate // 10)):
+            kind = random.choice(("plain", "plain", "plain", "first", "moody"))
+            delay = random.choice((0.0, 0.0, random.uniform(0.1, 5.0)))
+            id, due = str(outcome.sent), time.time() + delay
+            options = {"countdown": delay} if delay else {}
+            app.send_task(f"soak_app.{kind}", (id, due), priority=random.randrange(10), **options)
+            outcome.sent += 1
+            sent[id] = due
+            if kind == "first":
+                sent[f"{id}-second"] = due
+        if time.monotonic() > strike_at:
+            if random.random() < SERVER_SHARE:
+                crew.disturbed.append((time.time(), "*"))
+                server.kill()
+                time.sleep(random.uniform(0.0, 2.0))
+                server.start()
+                crew.disturbed.append((time.time(), "*"))
+                outcome.blows["server"] += 1
+            else:
+                outcome.blows[crew.strike()] += 1
+            strike_at = time.monotonic() + random.expovariate(1 / kill_every)
+        time.sleep(max(0.0, 0.1 - (time.monotonic() - began)))
+    app.close()
+    return sent
+
+
+def _wait_until_done(broker: Broker, folder: Path, sent: dict[str, float], patience: float = 120.0) -> None:
+    """Until the broker holds nothing, for at most `patience` seconds: what is left then is told in the outcome."""
+    finish_by = time.monotonic() + patience
+    while time.monotonic() < finish_by and any(broker.stats(queue).pending for queue in QUEUES):
+        time.sleep(0.2)
+
+
+def _judge(outcome: Outcome, folder: Path, sent: dict[str, float], disturbed: list[tuple[float, str]]) -> None:
+    runs: dict[str, list[tuple[float, str, float]]] = defaultdict(list)
+    for path in folder.glob("ledger-*"):
+        for line in path.read_text().splitlines():
+            id, at, worker, late = line.split()
+            runs[id].append((float(at), worker, float(late)))
+    outcome.lost = [id for id in sent if id not in runs]
+    # the store counts in whole milliseconds
+    outcome.early = [id for id, times in runs.items() if any(late < -0.002 for _, _, late in times)]
+    outcome.twice = [id for id, times in runs.items() if len(times) > 1]
+    for id in outcome.twice:
+        # a task that runs twice may send its own follow-up twice
+        origin = sorted(runs[id] + runs.get(id.removesuffix("-second"), []))
+        # a frozen worker may end what it ran after another one did
+        workers = {worker for _at, worker, _late in origin}
+        began, ended = origin[0][0] - 2 * LEASE, origin[-1][0]
+        if not any((who == "*" or who in workers) and began <= at <= ended for at, who in disturbed):
+            story = ", ".join(f"by {worker} at {at - began:.2f} s" for at, worker, _late in origin)
+            blows = ", ".join(f"{who} at {at - began:.2f} s" for at, who in disturbed if abs(at - began) < 20)
+            outcome.unexplained.append(f"{id} ran {story}; blows: {blows or 'none'}")
