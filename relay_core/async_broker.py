@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
-from relay_core.broker import BrokerBase, as_jobs, names
+from relay_core.broker_base import BrokerBase, as_jobs, names
 from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import AsyncBell, AsyncStore
 from relay_core.errors import RelayError, Unavailable

@@ -3,110 +3,25 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from relay_core import adoption, embedded, inspector, maintenance
+from relay_core import adoption, inspector, maintenance
+from relay_core.broker_base import BrokerBase, as_jobs, names
 from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import Bell, SyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
-from relay_core.operations import Flow, Operations, Raw, Settings, Step, Wait
-from relay_core.plugins import Plugins
-from relay_core.retry import RetryPolicy
+from relay_core.operations import Flow, Raw, Step, Wait
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
 from relay_core.schedule.plan import Schedule, Scheduled
-from relay_core.settings import StoreSettings, StoreUrl, parse_url
-from relay_core.validation import MAX_PAYLOAD, JobSpec
+from relay_core.validation import JobSpec
 
 T = TypeVar("T")
-
-_NOTICE = "relay: using the embedded server in {} (give a URL such as relay://localhost:6379/0 for another)"
-
-
-class BrokerBase:
-    """What both brokers are made of. Building one does no I/O: the first call connects.
-
-    :param url: `relay://host:port/db`, `relays://` (TLS), `relay+unix:///path?db=0`,
-        `relay+sentinel://h1:p,h2:p/service/db`, `relay+cluster://h1:p,h2:p`, or `relay://` for the embedded
-        server in `./.relay`; `redis` and `valkey` are accepted as the first word too
-    :param prefix: what every key begins with. Default `relay`
-    :param plugins: objects with hook implementations, see relay_core/hooks.py
-    :param retry: when failed jobs run again. Default: exponential, full jitter, base 1 s, ceiling 10 min
-    :param queue_retry: a policy of its own for some queues
-    :param lease: seconds for which a claimed job is hidden. Default 15. Extend it every third of that
-    :param max_deliveries: deliveries without an answer after which a job goes to dead. Default 5
-    :param max_payload: bytes, after the plugins' encoding. Default 16 MiB
-    :param keep_dead: seconds for which dead jobs are kept. Default 7 days
-    :param durability: `none`, `replica:N` (WAIT) or `aof` (WAITAOF): what confirms an enqueue
-    :param quiet: do not print the notice about the embedded server
-    :param connection: further settings of the connection, see relay_core/settings.py StoreSettings
-    """
-
-    def __init__(
-        self,
-        url: str = "relay://",
-        *,
-        prefix: str = "relay",
-        plugins: Iterable[object] = (),
-        retry: RetryPolicy | None = None,
-        queue_retry: Mapping[str, RetryPolicy] | None = None,
-        lease: float = 15.0,
-        max_deliveries: int = 5,
-        max_payload: int = MAX_PAYLOAD,
-        keep_dead: float = 7 * 86400.0,
-        durability: str = "none",
-        quiet: bool = False,
-        **connection: Any,
-    ) -> None:
-        self.url: StoreUrl = parse_url(url)
-        self.settings = Settings(
-            prefix=prefix,
-            retry=retry or RetryPolicy(),
-            queue_retry=dict(queue_retry or {}),
-            lease=lease,
-            max_deliveries=max_deliveries,
-            max_payload=max_payload,
-            keep_dead=keep_dead,
-        )
-        self.plugins = Plugins(plugins)
-        self.operations = Operations(self.settings, self.plugins)
-        self._store_settings = StoreSettings(durability=durability, **connection)
-        self._quiet = quiet
-        self._lease: embedded.Lease | None = None
-        self._opening = threading.Lock()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url.safe()!r})"
-
-    def address(self) -> StoreUrl:
-        """Where the server is; starts the embedded one, or joins it."""
-        if self.url.topology != "embedded":
-            return self.url
-        if self._lease is not None:
-            # after a fork the child takes a share of its own, and a server that died is started again
-            self._lease.renew()
-        else:
-            directory = Path(self.url.path or ".relay")
-            self._lease = embedded.acquire(directory)
-            if not self._quiet:
-                print(_NOTICE.format(directory.absolute()), file=sys.stderr)
-        return self.url.at_socket(self._lease.socket_path)
-
-
-def names(queues: Sequence[str] | str) -> Sequence[str]:
-    return (queues,) if isinstance(queues, str) else queues
-
-
-def as_jobs(jobs: Job | Sequence[Job]) -> Sequence[Job]:
-    return (jobs,) if isinstance(jobs, Job) else jobs
 
 
 class Broker(BrokerBase):

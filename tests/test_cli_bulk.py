@@ -84,7 +84,7 @@ class Naming:
 
 @pytest.fixture
 def named_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relay_core.broker.Plugins", lambda plugins: Plugins([Naming()], installed=False))
+    monkeypatch.setattr("relay_core.broker_base.Plugins", lambda plugins: Plugins([Naming()], installed=False))
 
 
 @pytest.mark.usefixtures("small_replies")

@@ -93,7 +93,7 @@ def test_a_payload_is_decoded_by_plugins_and_one_that_does_not_decode_is_shown_a
 ) -> None:
     broker.enqueue("mail", zlib.compress(b'{"a": 1}'), id="packed")
     broker.enqueue("mail", b"plain", id="plain")
-    monkeypatch.setattr("relay_core.broker.Plugins", lambda plugins: Plugins([Packing()], installed=False))
+    monkeypatch.setattr("relay_core.broker_base.Plugins", lambda plugins: Plugins([Packing()], installed=False))
     told = cli.json("job", "show", "packed", "-q", "mail")
     assert (told["payload"], told["payload_error"]) == ('{"a": 1}', None)
     told = cli.json("job", "show", "plain", "-q", "mail")

@@ -162,7 +162,7 @@ class Describer:
 @pytest.fixture
 def described(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line with a plugin that knows the payloads."""
-    monkeypatch.setattr("relay_core.broker.Plugins", lambda _plugins: Plugins([Describer()], installed=False))
+    monkeypatch.setattr("relay_core.broker_base.Plugins", lambda _plugins: Plugins([Describer()], installed=False))
 
 
 @pytest.mark.usefixtures("described")

@@ -12,7 +12,7 @@ import pytest
 import relay_core
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import AsyncBroker, Broker, JobSpec, RetryPolicy, errors
-from relay_core.broker import BrokerBase
+from relay_core.broker_base import BrokerBase
 from relay_core.metrics import DepthCollector, MetricsServer, Recorder
 from relay_core.settings import StoreSettings
 from relay_core.worker import Reject, Retry, Worker

@@ -14,7 +14,7 @@ import pytest
 from relay_adapters.celery import options as celery_options
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, JobSpec, RetryPolicy
-from relay_core.broker import BrokerBase
+from relay_core.broker_base import BrokerBase
 from relay_core.errors import InvalidArgument, InvalidUrl
 from relay_core.maintenance import limits
 from relay_core.settings import StoreSettings, parse_url

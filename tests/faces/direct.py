@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from relay_core import Broker, Job, RetryPolicy
-from relay_core.broker import BrokerBase
+from relay_core.broker_base import BrokerBase
 from relay_core.errors import LeaseLost
 from relay_core.worker import Reject, Worker
 from tests.faces.face import QUEUE, Face, Handler, Rejected, Run, Taker, Terms
