@@ -25,7 +25,17 @@ def findings(cli: Cli, code: int) -> dict[str, tuple[str, str]]:
 
 def test_a_fit_server_passes_all_checks_and_nothing_is_left_behind(server: Server) -> None:
     found = findings(Cli(server.url), 0)
-    assert {"reachable", "version", "eviction", "memory", "persistence", "clock", "layout", "write"} == found.keys()
+    assert {
+        "reachable",
+        "topology",
+        "version",
+        "eviction",
+        "memory",
+        "persistence",
+        "clock",
+        "layout",
+        "write",
+    } == found.keys()
     assert {name for name, (level, _detail) in found.items() if level == "ok"} >= {"version", "eviction", "write"}
     assert server.flavour in found["version"][1]
     assert server.cli("KEYS", "*") == []

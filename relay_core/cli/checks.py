@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from relay_core import commands, keys
 from relay_core.broker import Broker
+from relay_core.cli import replicas
+from relay_core.cli.finding import Finding
 from relay_core.cli.output import age, plural
 from relay_core.cli.version import server_version
 from relay_core.errors import (
@@ -26,24 +27,11 @@ from relay_core.operations import Operations
 from relay_core.plugins import Plugins
 from relay_core.validation import JobSpec
 
-Level = Literal["ok", "info", "warn", "error"]
-
 _FULL = 0.9
 """Part of maxmemory in use from which on it is worth a warning."""
 
 _CLOCK_OFF = 1.0
 """Seconds of difference between the clocks that are worth a mention."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """:ivar name: what was checked
-    :ivar detail: what was found; for a warning or an error also what to do
-    """
-
-    name: str
-    level: Level
-    detail: str
 
 
 def examine(broker: Broker) -> Iterator[Finding]:
@@ -57,7 +45,22 @@ def examine(broker: Broker) -> Iterator[Finding]:
         yield from _refused(error)
         return
     yield Finding("reachable", "ok", f"{broker.address().safe()} answered in {age(time.monotonic() - began)}")
-    yield from _attempt("server", _servers(broker))
+    try:
+        infos = {node: _facts(reply) for node, reply in broker.store.raw_all("INFO").items()}
+    except StoreError as error:
+        yield Finding("server", "error", str(error))
+        return
+    whole = True
+    for finding in _attempt("topology", replicas.topology(broker, infos)):
+        whole = whole and finding.level != "error"
+        yield finding
+    yield from _attempt("server", _servers(broker, infos))
+    for finding in _attempt("replication", replicas.replication(broker, infos)):
+        whole = whole and finding.level != "error"
+        yield finding
+    if not whole:
+        yield Finding("other checks", "info", "not made: mend the error above and ask again")
+        return
     yield from _attempt("clock", _clocks(broker))
     yield from _attempt("layout", _layouts(broker))
     yield from _attempt("write", _round_trip(broker))
@@ -85,8 +88,7 @@ def _refused(error: RelayError) -> Iterator[Finding]:
     yield Finding("other checks", "info", "not made: mend the error above and ask again")
 
 
-def _servers(broker: Broker) -> Iterator[Finding]:
-    infos = {node: _facts(reply) for node, reply in broker.store.raw_all("INFO").items()}
+def _servers(broker: Broker, infos: replicas.Infos) -> Iterator[Finding]:
     for node, info in infos.items():
         at = f"{node}: " if len(infos) > 1 else ""
         mode = info.get("server_mode") or info.get("redis_mode", "unknown")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from relay_core.cli.checks import Finding, examine
+from relay_core.cli.checks import examine
+from relay_core.cli.finding import Finding
 from relay_core.cli.output import emit, table
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.errors import EmbeddedError, Unavailable
@@ -14,7 +15,7 @@ from relay_core.errors import EmbeddedError, Unavailable
 @pass_session
 @click.pass_context
 def doctor(ctx: click.Context, session: Session) -> None:
-    """Check reachability, version, eviction, memory, persistence, clock, layout, and that a job gets through.
+    """Check topology, version, eviction, memory, persistence, replicas, clock, layout, and that a job gets through.
 
     Exit code 1 when there is an error, 3 when there is no server; warnings are fine.
     """

@@ -1,0 +1,124 @@
+"""`relay doctor` on every way to run a store: one server, unix socket, TLS, embedded, Sentinel and Cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_line import Cli
+from tests.servers import Server, TlsServer, eventually
+from tests.topologies import Cluster, SentinelTrio
+
+
+def findings(cli: Cli, code: int = 0) -> dict[str, list[tuple[str, str]]]:
+    """Check -> what it found, once for each server."""
+    told: Any = cli.json("doctor", code=code)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in told["checks"]:
+        found.setdefault(row["check"], []).append((row["level"], row["detail"]))
+    return found
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_one_server_over_tcp_or_its_socket_is_fine(tcp_server: Server, unix_server: Server) -> None:
+    assert findings(Cli(tcp_server.url))["topology"] == [("ok", "one server")]
+    assert findings(Cli(unix_server.url))["topology"] == [("ok", "one server, over its unix socket")]
+
+
+def test_one_server_over_tls_is_fine(tls_server: TlsServer) -> None:
+    found = findings(Cli(tls_server.url))
+    assert found["topology"] == [("ok", "one server, over TLS")]
+    assert found["write"][0][0] == "ok"
+
+
+def test_an_embedded_server_is_told_as_one(tmp_path: Path) -> None:
+    cli = Cli(f"relay://?dir={tmp_path / 'data'}")
+    try:
+        found = findings(cli)
+    finally:
+        cli.run("server", "stop", "--dir", str(tmp_path / "data"))
+    ((level, detail),) = found["topology"]
+    assert level == "info"
+    assert str(tmp_path / "data") in detail
+    assert found["persistence"][0][0] == "ok"
+    assert found["write"][0][0] == "ok"
+
+
+@pytest.mark.slow
+def test_a_sentinel_trio_is_told_with_its_replicas_and_what_a_failover_would_lose(sentinel_trio: SentinelTrio) -> None:
+    cli = Cli(sentinel_trio.url)
+    primary = sentinel_trio.primary
+    found = findings(cli)
+    ((level, detail),) = found["topology"]
+    assert level == "ok"
+    assert f"'relay-main' is 127.0.0.1:{primary.port}" in detail
+    ((level, detail),) = found["replication"]
+    assert level == "warn"
+    assert "min-replicas-to-write is 0" in detail
+    assert "durability='replica:1'" in detail
+    try:
+        primary.cli("CONFIG", "SET", "min-replicas-to-write", "1")
+        assert findings(cli)["replication"] == [("ok", "1 replica in sync, min-replicas-to-write is 1")]
+        primary.cli("CONFIG", "SET", "min-replicas-to-write", "2")
+        found = findings(cli, 1)
+        assert found["replication"][0][0] == "error"
+        assert "every write is refused" in found["replication"][0][1]
+        assert "write" not in found
+    finally:
+        primary.cli("CONFIG", "SET", "min-replicas-to-write", "0")
+    one = Cli(f"relay+sentinel://127.0.0.1:{sentinel_trio.sentinels[0].port}/relay-main/0")
+    assert findings(one)["topology"][0][0] == "warn"
+    replica = next(server for server in sentinel_trio.servers if server is not primary)
+    found = findings(Cli(replica.url), 1)
+    assert found["topology"][0][0] == "error"
+    assert f"replica of 127.0.0.1:{primary.port}" in found["topology"][0][1]
+    replica.kill()
+    eventually(lambda: "no replica is connected" in str(findings(cli).get("replication")), "the replica is gone")
+
+
+@pytest.mark.slow
+def test_every_primary_of_a_cluster_is_looked_at_and_its_slots_and_replicas_counted(cluster: Cluster) -> None:
+    cli = Cli(cluster.url)
+    found = findings(cli)
+    assert found["topology"] == [("ok", "a cluster of 3 primaries, all 16384 slots are served")]
+    for check in ("version", "eviction", "memory", "persistence", "clock", "replication"):
+        assert len(found[check]) == 3, check
+    assert {level for level, _detail in found["replication"]} == {"warn"}
+    primaries = {node for node in cluster.nodes if node.info("replication")["role"] == "master"}
+    for node in primaries:
+        assert any(detail.startswith(f"127.0.0.1:{node.port}: ") for _level, detail in found["eviction"])
+    spoiled = next(iter(primaries))
+    spoiled.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        told = findings(cli, 1)
+        assert f"127.0.0.1:{spoiled.port}" in str([row for row in told["eviction"] if row[0] == "error"])
+    finally:
+        spoiled.cli("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+@pytest.mark.slow
+def test_a_primary_without_a_replica_and_slots_that_nobody_serves_are_told(cluster: Cluster) -> None:
+    cli = Cli(cluster.url)
+    replica = next(node for node in cluster.nodes if node.info("replication")["role"] == "slave")
+    followed = int(replica.info("replication")["master_port"])
+    replica.kill()
+    eventually(
+        lambda: f"without a replica: 127.0.0.1:{followed}" in str(findings(cli).get("replication")), "it is told"
+    )
+    owner = cluster.primary_of(16383)
+    low, high = next((low, high) for low, high, port in cluster._ranges(owner) if port == owner.port)
+    for node in cluster.nodes:
+        if node.running:
+            node.cli("CONFIG", "SET", "cluster-require-full-coverage", "no")
+            node.cli("CLUSTER", "DELSLOTSRANGE", low, high)
+    try:
+        found = findings(cli, 1)
+        assert found["topology"][0][0] == "error"
+        assert "slots are served" in found["topology"][0][1]
+    finally:
+        for node in cluster.nodes:
+            if node.running:
+                node.cli("CONFIG", "SET", "cluster-require-full-coverage", "yes")
+        owner.cli("CLUSTER", "ADDSLOTSRANGE", low, high)
