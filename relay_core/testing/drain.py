@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from relay_core.broker import Broker, names
+from relay_core.broker import Broker
+from relay_core.broker_base import names
 from relay_core.commands import Verdict
 from relay_core.errors import RelayError
 from relay_core.job import Claimed, Job

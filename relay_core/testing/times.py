@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from relay_core import commands
-from relay_core.broker import Broker, names
+from relay_core.broker import Broker
+from relay_core.broker_base import names
 from relay_core.validation import seconds
 
 
