@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from relay_adapters.celery import burial
 from relay_adapters.celery.leases import Held
 from relay_core import Broker, Verdict
@@ -29,7 +27,7 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
         why = getattr(cause, "reason", None)
         broker.nack(job, "rejected by the worker" if why is None else str(why), dead=True, reason="rejected")
         return None
-    if requeue and kind not in ("Reject", "TimeLimitExceeded") and "celery.worker.state" in sys.modules:
+    if requeue and kind not in ("Reject", "TimeLimitExceeded") and held.task:
         policy = broker.settings.policy(job)
         pause = max(_SOONEST, policy.delay(max(0, job.deliveries - job.retries - 1)))
         broker.extend(job, min(pause, 86_400.0))

@@ -40,6 +40,8 @@ class Held:
     until: float
     """Monotonic time at which the lease ends, as far as this process knows."""
     started: bool = False
+    task: bool = False
+    """True once a Celery worker made a task's request of it."""
     acked: bool = False
     lost: bool = False
     expected: bool = False

@@ -7,8 +7,11 @@ import logging
 import ssl
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
+
+from kombu.utils.imports import symbol_by_name
 
 from relay_adapters.celery.burial import Burial
 from relay_core import Broker, RetryPolicy
@@ -35,6 +38,7 @@ _ADAPTER_OPTIONS = frozenset(
         "deadletter_queue",
         "metrics_addr",
         "metrics_tasks",
+        "credential_provider",
     }
 )
 
@@ -48,7 +52,7 @@ _ELSEWHERE = frozenset(
         "unacked_key", "unacked_index_key", "unacked_mutex_key", "unacked_mutex_expire", "unacked_restore_limit",
         "global_keyprefix", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
         "retry_on_timeout", "health_check_interval", "master_name", "sentinel_kwargs", "min_other_sentinels",
-        "login_method", "read_timeout", "write_timeout", "queue_name_prefix", "credential_provider",
+        "login_method", "read_timeout", "write_timeout", "queue_name_prefix",
         "max_client_connections", "keyprefix_queue", "keyprefix_fanout", "connection_errors",
     }
 )  # fmt: skip
@@ -118,8 +122,9 @@ def options_of(client: Any) -> dict[str, Any]:
         raise InvalidArgument(f"{_WHERE}['priority_order'] must be {wanted}, got {order!r}")
     if isinstance(client.ssl, Mapping):
         options["ssl"] = _tls(client.ssl)
-    if client.credential_provider is not None:
-        options["credential_provider"] = _provider(client.credential_provider)
+    provider = given.get("credential_provider") or client.credential_provider
+    if provider is not None:
+        options["credential_provider"] = _provider(provider)
     return options
 
 
@@ -172,8 +177,12 @@ def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=64)
 def _provider(given: Any) -> Any:
-    """redis-py's providers, which kombu takes, have a method; relay's are called."""
+    """What is called at each connect. redis-py's providers, which kombu takes, have a method instead; both may be named
+    by their dotted path, as kombu allows."""
+    if isinstance(given, str):
+        given = symbol_by_name(given)()
     method = getattr(given, "get_credentials", None)
     if method is None:
         return given

@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from relay_adapters.celery import inhand
+from relay_adapters.celery.batching import BATCH, Batch
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import pack
@@ -26,6 +27,11 @@ class Publishing(Routing):
 
     leases: Leases
     priority_order = "amqp"
+    supports_batch_publish = True
+
+    def create_publish_batch(self, max_size: int) -> Batch:
+        """What kombu's `Producer.batch` collects messages in."""
+        return Batch(self, max_size)
 
     def basic_publish(self, message: MutableMapping[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message, confirmed. kombu repeats this call, with the same properties, when it was cut off: the id
@@ -57,6 +63,9 @@ class Publishing(Routing):
         id = message.get(_ID) or job_id_of(message["headers"])
         terms = self.topology.terms(queue)
         spec = self.spec_of(message, id, terms, level)
+        if (batch := message.get(BATCH)) is not None:
+            batch.add(queue, spec, message)
+            return
         flows, again = self.broker.operations, message.get(_AGAIN, False)
         answer = self.broker.drive(flows.enqueue(queue, spec, again))
         taken = 0

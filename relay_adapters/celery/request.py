@@ -36,7 +36,7 @@ class Request(Stock):
         if self._leases is None:
             return
         if (held := self._leases.get(message.delivery_tag)) is not None:
-            self._job = held.job
+            self._job, held.task = held.job, True
             if self._leases.broker.plugins.wants("relay_run_ended"):
                 # Celery derives a class from this one, and overrides the method there
                 self.__dict__["on_success"] = self._succeeded

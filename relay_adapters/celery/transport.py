@@ -26,6 +26,9 @@ _SETTLE = 0.25
 """Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
 
 
+_TURN = 1.0
+"""Seconds, the longest sleep of a loop."""
+
 WATCHES: dict[str, tuple[type[Watch] | type[MailWatch], Callable[[channels.Channel], Collection[str]]]] = {
     "mail": (MailWatch, lambda channel: channel.boxes),
     "jobs": (Watch, lambda channel: channel.consumed),
@@ -48,6 +51,9 @@ class Transport(virtual.Transport):
     )
     connection_errors = (*virtual.Transport.connection_errors, Unavailable)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
+    # without these two, kombu repeats what a channel refused as if the connection had been lost
+    recoverable_connection_errors = connection_errors
+    recoverable_channel_errors = ()
 
     def __init__(self, client: Any, **options: Any) -> None:
         super().__init__(client, **options)
@@ -192,7 +198,8 @@ class Transport(virtual.Transport):
             return
         self._hurry() if busy else self._rest()
         if first is not None and not busy:
-            self._turn_at(first)
+            # once a second at least: an embedded worker is told to stop by a flag that its loop has to look at
+            self._turn_at(min(first, now + _TURN))
 
     def _turn_at(self, when: float) -> None:
         """Let the loop turn by then. A timer that is due earlier is left alone: its turn sets the next one."""

@@ -1,0 +1,67 @@
+"""`with producer.batch(): …`: what is published there goes to the store in few round trips, when the batch ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from relay_core import JobSpec
+from relay_core.errors import Unavailable
+
+if TYPE_CHECKING:
+    from relay_adapters.celery.publishing import Publishing
+
+
+class Batch:
+    """What kombu's `Producer.batch` collects messages in.
+
+    A flush that is cut off keeps what it held: another flush stores what the first one did not, and nothing twice.
+
+    :param max_size: messages after which it is flushed without being asked
+    """
+
+    def __init__(self, channel: Publishing, max_size: int) -> None:
+        self.channel = channel
+        self._max_size = max_size
+        self._jobs: list[tuple[str, JobSpec, Any]] = []
+        self._again = False
+
+    def publish(self, message: Any, **options: Any) -> None:
+        """Route a message now, and store it with the others. Mailboxes, which are in memory, are written at once."""
+        message[BATCH] = self
+        self.channel.basic_publish(message, **options)
+        if len(self._jobs) >= self._max_size:
+            self.flush()
+
+    def add(self, queue: str, spec: JobSpec, message: Any) -> None:
+        self._jobs.append((queue, spec, message))
+
+    def flush(self) -> None:
+        """Store what was collected, confirmed. Raises Unavailable and the like."""
+        jobs, again = self._jobs, self._again
+        queues = dict.fromkeys(queue for queue, _spec, _message in jobs)
+        broker = self.channel.broker
+        for queue in queues:
+            mine = [(spec, message) for to, spec, message in jobs if to == queue]
+            try:
+                specs = [spec for spec, _message in mine]
+                answers = broker.drive(broker.operations.enqueue_many(queue, specs, again))
+            except Unavailable:
+                self._again = True
+                raise
+            for (spec, message), answer in zip(mine, answers, strict=True):
+                if answer.duplicate and answer.id == spec.id:
+                    del message[BATCH]
+                    self.channel._put(queue, message)
+            self._jobs = [job for job in self._jobs if job[0] != queue]
+        self._again = False
+
+    def discard(self) -> None:
+        """Forget what was not flushed."""
+        self._jobs = []
+
+    def close(self) -> None:
+        self._jobs = []
+
+
+BATCH = "relay_batch"
+"""Under this name a message on its way knows its batch; it is never stored."""

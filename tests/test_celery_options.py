@@ -1,0 +1,205 @@
+"""URL schemes, failover lists and `broker_transport_options`: what works, and what each mistake is told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kombu import Connection
+
+from relay_adapters.celery import failover, options
+from relay_core import Broker, RetryPolicy
+from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from tests.celery_workers import client_of
+from tests.servers import AclServer, Server, TlsServer, free_port
+from tests.topologies import Cluster, SentinelTrio
+
+
+def round_trip(url: str, **conf: Any) -> Connection:
+    """Publish and get one message through a connection of an app, which is given back open."""
+    conf["broker_transport_options"] = {"client_name": uuid.uuid4().hex, **conf.get("broker_transport_options", {})}
+    app = client_of(url, Path("."), **conf)
+    connection = app.connection_for_read()
+    queue = connection.SimpleQueue("trip")
+    queue.put({"a": 1})
+    message = queue.get(timeout=10)
+    assert message.payload == {"a": 1}
+    message.ack()
+    queue.close()
+    return connection
+
+
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
+def test_unix_sockets(unix_server: Server) -> None:
+    with round_trip(unix_server.url) as connection:
+        assert connection.as_uri() == unix_server.url
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_password_is_never_in_the_url_that_logs_show(acl_server: AclServer) -> None:
+    with round_trip(acl_server.url) as connection:
+        assert acl_server.password not in connection.as_uri()
+        assert acl_server.password not in repr(connection)
+        assert str(acl_server.port) in connection.as_uri()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_credential_provider_logs_in(acl_server: AclServer) -> None:
+    class Provider:
+        """As redis-py has them."""
+
+        def get_credentials(self) -> tuple[str, str]:
+            return acl_server.user, acl_server.password
+
+    url = f"relay://127.0.0.1:{acl_server.port}/0"
+    round_trip(url, broker_transport_options={"credential_provider": Provider()}).release()
+    with Connection(url, credential_provider=Provider()) as connection:
+        connection.ensure_connection(max_retries=1)
+    with pytest.raises(RelayError, match="wrong or missing"), Connection(url) as nobody:
+        nobody.ensure_connection(max_retries=1)
+
+
+def test_tls_by_scheme_and_by_setting(tls_server: TlsServer) -> None:
+    round_trip(tls_server.url).release()
+    plain = f"relay://localhost:{tls_server.port}/0"
+    round_trip(plain, broker_use_ssl={"ssl_ca_certs": str(tls_server.ca), "ssl_cert_reqs": "CERT_REQUIRED"}).release()
+    round_trip(plain, broker_use_ssl={"ca_certs": str(tls_server.ca)}).release()
+
+
+def test_sentinels(sentinel_trio: SentinelTrio) -> None:
+    with round_trip(sentinel_trio.url) as connection:
+        assert connection.as_uri().startswith("relay+sentinel://127.0.0.1:")
+
+
+def test_a_cluster(cluster: Cluster) -> None:
+    with round_trip(cluster.url) as connection:
+        assert connection.as_uri().startswith("relay+cluster://127.0.0.1:")
+
+
+def test_the_embedded_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with round_trip("relay://") as connection:
+        assert (tmp_path / ".relay").is_dir()
+        broker = options.shared_broker(connection)
+    broker.close()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_failover_list_of_several_hosts_and_sockets_moves_on(
+    unix_server: Server, sentinel_trio: SentinelTrio
+) -> None:
+    gone = f"relay://127.0.0.1:{free_port()}/0"
+    for spare in (unix_server.url, sentinel_trio.url):
+        with Connection(f"{gone};{spare}", transport_options={"retry_for": 0.0}) as connection:
+            connection.ensure_connection(max_retries=3, interval_start=0, interval_step=0)
+            assert options.url_of(connection) == spare
+            connection.SimpleQueue("list").put(1)
+
+
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
+def test_options_reach_the_broker(tcp_server: Server) -> None:
+    given = {
+        "prefix": "shop", "lease": 30, "max_deliveries": 3, "max_payload": 1000, "keep_dead": 60,
+        "retry": {"base": 0.5, "max_retries": 7}, "queue_retry": {"slow": RetryPolicy(base=9.0)},
+    }  # fmt: skip
+    with Connection(tcp_server.url, transport_options=given) as connection:
+        broker = options.shared_broker(connection)
+        settings = broker.settings
+        assert (settings.prefix, settings.lease, settings.max_deliveries) == ("shop", 30, 3)
+        assert (settings.retry.base, settings.retry.max_retries) == (0.5, 7)
+        assert settings.queue_retry["slow"].base == 9.0
+        assert options.shared_broker(connection) is broker
+        with pytest.raises(InvalidArgument, match=r"payload has \d+ bytes, at most 1000"):
+            connection.SimpleQueue("big").put("x" * 2000)
+
+
+WRONG = [
+    ({"leese": 3}, r"no option 'leese'; did you mean 'lease'"),
+    ({"lease": "long"}, r"broker_transport_options: lease must be .* got 'long'"),
+    ({"max_deliveries": 0}, r"max_deliveries must be a whole number from 1 .* got 0"),
+    ({"durability": "always"}, r"durability must be .* got 'always'"),
+    ({"prefix": "a{b"}, r"prefix must be .* got 'a\{b'"),
+    ({"retry": 3}, r"\['retry'\] must be a dict or a RetryPolicy, got 3"),
+    ({"retry": {"bass": 1}}, r"\['retry'\] has no field 'bass'; known: base, factor"),
+    ({"retry": {"base": -1}}, r"\['retry'\]: retry base must be .* got '-1'"),
+    ({"queue_retry": [1]}, r"\['queue_retry'\] must map queues to policies"),
+    ({"priority_order": "up"}, r"\['priority_order'\] must be 'amqp' \(9 first\) or 'redis' \(0 first\), got 'up'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), WRONG, ids=[next(iter(given)) + str(n) for n, (given, _) in enumerate(WRONG)]
+)
+def test_a_wrong_option_is_refused_by_name(given: dict[str, Any], told: str) -> None:
+    connection = Connection("relay://127.0.0.1:1/0", transport_options=given)
+    with pytest.raises(InvalidArgument, match=told):
+        connection.channel()
+
+
+def test_options_of_other_transports_are_taken_and_explained_once(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"visibility_timeout": 3600, "fanout_prefix": True, "max_retries": 3, f"mine_{uuid.uuid4().hex}": 1}
+    options._said.clear()
+    with caplog.at_level(logging.WARNING, "relay.celery"):
+        for _ in range(2):
+            with Connection("relay://127.0.0.1:1/0", transport_options=given) as connection:
+                options.options_of(connection)
+    told = [record.message for record in caplog.records if record.name == "relay.celery"]
+    assert len(told) == 2
+    assert "visibility_timeout'] has no effect on relay" in told[0]
+    assert "'mine_" in told[1]
+
+
+def test_a_server_that_is_not_there_is_a_connection_error_within_the_time_given() -> None:
+    url = f"relay://127.0.0.1:{free_port()}/0"
+    with Connection(url, transport_options={"retry_for": 0.0}) as connection, pytest.raises(Unavailable) as caught:
+        connection.connect()
+    assert isinstance(caught.value, connection.connection_errors)
+
+
+@pytest.fixture
+def late() -> Iterator[Server]:
+    """A server with a port, and not started yet."""
+    server = Server("redis", tcp=True)
+    server.pick_ports()
+    yield server
+    server.close()
+
+
+def test_a_worker_waits_for_its_broker_by_looking_not_by_sleeping(late: Server) -> None:
+    with Connection(late.url, transport_options={"retry_for": 0.0}) as connection:
+        pace = failover.Pace(connection)
+        assert pace(0) is False  # kombu does not sleep
+        pace._wait = 60.0
+        done = threading.Event()
+        waiting = threading.Thread(target=lambda: (pace.wait(), done.set()), daemon=True)
+        waiting.start()
+        assert not done.wait(0.5)
+        late.start()
+        assert done.wait(10)  # of the 60 s that kombu would have slept
+
+
+def test_the_connections_that_publish_keep_to_their_own_retry_policy(late: Server) -> None:
+    app = client_of(late.url, Path("."), broker_transport_options={"client_name": uuid.uuid4().hex, "retry_for": 0.0})
+    with app.pool.acquire() as connection:
+        failover.Pace.give(connection)
+        assert failover.Pace.of(connection) is None
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_two_apps_of_one_process_share_a_broker_only_where_they_agree(tcp_server: Server) -> None:
+    with (
+        Connection(tcp_server.url) as one,
+        Connection(tcp_server.url) as same,
+        Connection(tcp_server.url, transport_options={"prefix": "two"}) as other,
+    ):
+        one.SimpleQueue("q").put(1)
+        other.SimpleQueue("q").put(2)
+        assert options.shared_broker(one) is options.shared_broker(same)
+        assert other.SimpleQueue("q").get(timeout=5).payload == 2
+        with Broker(tcp_server.url) as broker:
+            assert broker.stats("q").ready == 1

@@ -1,0 +1,316 @@
+"""What a publish stores, and how often: ids, re-sends, dedup, due times, batches, threads, forks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu import Connection, Queue
+from kombu.exceptions import OperationalError
+
+from relay_adapters.celery import envelope
+from relay_core import Broker
+from relay_core.errors import InvalidArgument, Unavailable
+from tests.celery_workers import client_of
+from tests.servers import Server
+
+
+@pytest.fixture
+def server(tcp_server: Server) -> Server:
+    """Every test here is about what the client does: one flavour is enough."""
+    return tcp_server
+
+
+@pytest.fixture
+def flavour() -> str:
+    return "valkey"
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+@pytest.fixture
+def app(server: Server, tmp_path: Path) -> Iterator[Celery]:
+    # an app whose settings are like those of another test's would be given its connections
+    options = {"client_name": f"test-{uuid.uuid4().hex}"}
+    app = client_of(
+        server.url, tmp_path, broker_transport_options=options, task_publish_retry_policy={"max_retries": 3}
+    )
+    yield app
+    app.close()
+
+
+def stored(broker: Broker, queue: str = "celery") -> list[Any]:
+    return [*broker.jobs(queue, "ready"), *broker.jobs(queue, "delayed")]
+
+
+def test_a_body_lies_in_the_store_as_its_bytes_behind_one_line_of_headers(app: Celery, broker: Broker) -> None:
+    result = app.send_task("pay", [1, "é"], {"to": "you"})
+    (job,) = stored(broker)
+    head, _, body = job.payload.partition(b"\n")
+    assert json.loads(body)[:2] == [[1, "é"], {"to": "you"}]
+    assert json.loads(head)["headers"]["task"] == "pay"
+    assert b"base64" not in job.payload
+    assert job.id == result.id
+
+
+def test_every_kind_of_body_arrives_as_it_was_sent(server: Server, broker: Broker) -> None:
+    bodies: list[tuple[Any, dict[str, Any]]] = [
+        ({"a": [1, None]}, {}),
+        (b"\x00\n\xff", {"content_type": "application/data", "content_encoding": "binary"}),
+        ("text\nof lines", {"content_type": "text/plain", "content_encoding": "utf-8"}),
+        ({"big": "x" * 5000}, {"compression": "zlib"}),
+        (datetime(2030, 1, 1, tzinfo=timezone.utc), {"headers": {"when": datetime(2030, 1, 2)}}),
+    ]
+    with Connection(server.url) as connection:
+        queue = connection.SimpleQueue("bodies")
+        for body, options in bodies:
+            queue.put(body, **options)
+        for body, options in bodies:
+            message = queue.get(timeout=5)
+            assert message.payload == body
+            for name, value in options.get("headers", {}).items():
+                assert message.headers[name] == value
+            message.ack()
+        queue.close()
+
+
+def test_a_payload_of_a_kombu_redis_message_is_read_too() -> None:
+    raw = {"body": "W1sxXSwge30sIG51bGxd", "content-type": "application/json", "content-encoding": "utf-8"}
+    raw |= {"headers": {}, "properties": {"body_encoding": "base64", "delivery_tag": "t", "delivery_info": {}}}
+    found = envelope.unpack(envelope.pack(raw))
+    assert found["body"] == b"[[1], {}, null]"
+    assert found["properties"] == {"delivery_info": {}}
+
+
+def test_a_task_id_that_is_used_again_while_its_task_waits_is_another_task(app: Celery, broker: Broker) -> None:
+    for n in range(3):
+        app.send_task("nightly", [n], task_id="nightly")
+    assert {job.id for job in stored(broker)} == {"nightly", "nightly~1", "nightly~2"}
+
+
+@contextmanager
+def cut(broker_store: Any, times: int) -> Iterator[list[int]]:
+    """The next enqueues are stored, and their answers lost for longer than relay tries."""
+    run, lost = broker_store.run, [times]
+
+    def losing(command: Any) -> Any:
+        answer = run(command)
+        if command.resent_at is not None and command.durable and lost[0]:
+            lost[0] -= 1
+            raise Unavailable("cut", maybe_executed=True)
+        return answer
+
+    broker_store.run = losing
+    try:
+        yield lost
+    finally:
+        broker_store.run = run
+
+
+def _store_of(app: Celery) -> Any:
+    with app.producer_or_acquire() as producer:
+        return producer.channel.broker.store
+
+
+def test_a_publish_that_kombu_repeats_stores_one_task(app: Celery, broker: Broker) -> None:
+    app.send_task("warm-up", queue="other")
+    with cut(_store_of(app), 2) as lost:
+        result = app.send_task("pay", [1])
+    assert lost == [0]
+    assert [job.id for job in stored(broker)] == [result.id]
+
+
+def test_a_repeated_publish_of_a_task_that_ran_in_between_stores_none(app: Celery, broker: Broker) -> None:
+    app.send_task("warm-up", queue="other")
+    store = _store_of(app)
+    with cut(store, 1):
+        losing = store.run
+
+        def ran_meanwhile(command: Any) -> Any:
+            try:
+                return losing(command)
+            except Unavailable:
+                broker.ack(*broker.claim("celery"))
+                raise
+
+        store.run = ran_meanwhile
+        app.send_task("pay", [1])
+    assert stored(broker) == []
+
+
+def test_a_publish_that_fails_for_good_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:
+    app.send_task("warm-up", queue="other")
+    with cut(_store_of(app), 99), pytest.raises(OperationalError, match="cut"):
+        app.send_task("pay", [1])
+
+
+def test_a_dedup_key_stores_one_task_while_another_waits(app: Celery, broker: Broker) -> None:
+    first = app.send_task("pay", [1], relay_dedup_key="order-1")
+    app.send_task("pay", [2], relay_dedup_key="order-1")
+    app.send_task("pay", [3], headers={"relay_dedup_key": "order-1"})
+    app.send_task("pay", [4], relay_dedup_key="order-2", relay_dedup_for=60)
+    app.send_task("pay", [5], relay_dedup_key="order-2", relay_dedup_for=60)
+    jobs = stored(broker)
+    assert len(jobs) == 2
+    assert jobs[0].id == first.id
+    broker.ack_many(broker.claim("celery", 2))
+    app.send_task("pay", [6], relay_dedup_key="order-1")
+    app.send_task("pay", [7], relay_dedup_key="order-2", relay_dedup_for=60)
+    assert len(stored(broker)) == 1
+
+
+def test_a_dedup_key_may_be_made_of_the_name_and_the_arguments(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [1], {"b": 2, "a": 1}, relay_dedup_key=True)
+    app.send_task("pay", [1], {"a": 1, "b": 2}, relay_dedup_key=True)
+    app.send_task("pay", [2], {"a": 1, "b": 2}, relay_dedup_key=True)
+    app.send_task("bill", [1], {"a": 1, "b": 2}, relay_dedup_key=True)
+    assert len(stored(broker)) == 3
+    with pytest.raises(InvalidArgument, match=r"relay_dedup_key=True.*'pay'.*task_serializer='json'"):
+        app.send_task("pay", [1], relay_dedup_key=True, serializer="pickle")
+
+
+def test_the_retry_of_a_task_is_no_duplicate_of_it(app: Celery, broker: Broker) -> None:
+    keyed = {"relay_dedup_key": "k", "relay_dedup_for": 60}
+    app.send_task("pay", [1], task_id="t", headers=keyed)
+    app.send_task("pay", [1], task_id="t", headers=keyed, retries=1)
+    assert {job.id for job in stored(broker)} == {"t", "t.1"}
+
+
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_an_eta_with_a_time_zone_waits_in_the_store(server: Server, tmp_path: Path, protocol: int) -> None:
+    options = {"client_name": f"protocol-{protocol}-{uuid.uuid4().hex}"}
+    app = client_of(server.url, tmp_path, task_protocol=protocol, broker_transport_options=options)
+    soon = datetime.now(timezone.utc) + timedelta(hours=1)
+    app.send_task("pay", eta=soon, queue="aware")
+    app.send_task("pay", eta=datetime.now() + timedelta(hours=1), queue="naive")
+    app.send_task("pay", countdown=-5, queue="past")
+    app.send_task("pay", eta=soon, expires=60, queue="expiring")
+    with Broker(server.url) as broker:
+        (job,) = broker.jobs("aware", "delayed")
+        assert job.due_at == pytest.approx(soon.timestamp(), abs=2)
+        if protocol == 2:
+            assert envelope.head_of(job.payload)["headers"]["eta"] == soon.isoformat()
+            (expiring,) = broker.jobs("expiring", "delayed")
+            assert expiring.due_at < soon.timestamp() - 3000
+        assert broker.stats("naive").ready == 1
+        assert broker.stats("past").ready == 1
+    app.close()
+
+
+def test_a_batch_of_a_producer_is_stored_in_few_round_trips(app: Celery, server: Server, broker: Broker) -> None:
+    app.send_task("warm-up", queue="celery")
+    broker.purge("celery")
+    server.cli("CONFIG", "RESETSTAT")
+    with app.producer_or_acquire() as producer:
+        assert producer.supports_batch_publish
+        with producer.batch():
+            for n in range(100):
+                app.send_task("pay", [n], producer=producer)
+            assert stored(broker) == []
+    assert broker.stats("celery").ready == 100
+    calls = server.info("commandstats")["cmdstat_evalsha"]
+    assert int(calls.split(",")[0].removeprefix("calls=")) < 10
+
+
+def test_a_batch_that_raises_stores_nothing(app: Celery, broker: Broker) -> None:
+    def broken() -> None:
+        with app.producer_or_acquire() as producer, producer.batch():
+            app.send_task("pay", [1], producer=producer)
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        broken()
+    assert stored(broker) == []
+
+
+def test_many_threads_publish_through_one_app(app: Celery, broker: Broker) -> None:
+    def publish(name: str) -> None:
+        for n in range(50):
+            app.send_task("pay", [name, n])
+
+    threads = [threading.Thread(target=publish, args=(f"t{i}",)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert broker.stats("celery").ready == 400
+
+
+def test_children_of_a_fork_publish_on_connections_of_their_own(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [0])
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=lambda n=n: [app.send_task("pay", [n, i]) for i in range(20)]) for n in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    app.send_task("pay", [1])
+    assert broker.stats("celery").ready == 82
+
+
+def test_tools_read_a_task_without_its_body(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [1, "secret"], {"a": 2}, argsrepr="(1, '***')", countdown=60, retries=2, serializer="pickle")
+    (job,) = stored(broker)
+    summary = broker.plugins.describe(job)
+    assert summary is not None
+    assert (summary.name, summary.args, summary.kwargs, summary.retries) == ("pay", "(1, '***')", "{'a': 2}", 2)
+    assert summary.eta is not None
+    assert summary.extra["root_id"] == summary.extra["id"]
+
+
+def test_a_rejected_message_is_redelivered_and_acks_work_from_any_thread(server: Server, broker: Broker) -> None:
+    with Connection(server.url) as connection:
+        channel = connection.channel()
+        Queue("plain", channel=channel).declare()
+        with connection.Producer(channel) as producer:
+            producer.publish({"n": 1}, routing_key="plain")
+        message = channel.basic_get("plain")
+        assert message.delivery_info["redelivered"] is False
+        message.requeue()
+        again = channel.basic_get("plain")
+        assert again.payload == {"n": 1}
+        thread = threading.Thread(target=again.ack)
+        thread.start()
+        thread.join()
+        assert broker.stats("plain").inflight == 0
+
+
+def test_a_channel_that_closes_hands_back_what_was_not_acked(server: Server, broker: Broker) -> None:
+    with Connection(server.url) as connection:
+        channel = connection.channel()
+        Queue("plain", channel=channel).declare()
+        connection.Producer(channel).publish("x", routing_key="plain")
+        message = channel.basic_get("plain")
+        assert broker.stats("plain").inflight == 1
+        channel.close()
+        (job,) = broker.jobs("plain", "ready")
+        assert job.deliveries == 0
+        message.channel.leases.pop(message.delivery_tag)
+
+
+def test_a_message_that_is_none_goes_to_dead_and_the_rest_arrives(server: Server, broker: Broker) -> None:
+    broker.enqueue("odd", b"no message")
+    with Connection(server.url) as connection:
+        channel = connection.channel()
+        Queue("odd", channel=channel).declare()
+        connection.Producer(channel).publish("fine", routing_key="odd")
+        found: list[Any] = []
+        consumer = connection.Consumer([Queue("odd")], channel=channel, callbacks=[lambda body, m: found.append(body)])
+        with consumer:
+            connection.drain_events(timeout=5)
+    assert found == ["fine"]
+    assert [job.reason for job in broker.dead("odd")] == ["undecodable"]
