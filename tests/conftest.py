@@ -6,6 +6,7 @@ narrows it. A server program that is missing fails the test and says what to ins
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar, cast
 
@@ -13,6 +14,14 @@ import pytest
 
 from tests.servers import FLAVOURS, AclServer, Flavour, MissingServer, Server, TlsServer
 from tests.topologies import Cluster, SentinelTrio
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_as_before() -> Iterator[None]:
+    """A Celery worker that runs in the test's own process sets the level of the root logger, and leaves it there."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 class Resettable(Protocol):
