@@ -85,11 +85,8 @@ class Options:
         """Unknown fields are ignored, so that a job written by a newer minor release still runs."""
         if not text:
             return NO_OPTIONS
-        known = {k: v for k, v in json.loads(text).items() if k in cls.__slots__}
-        for name, value in known.items():
-            if type(value) not in _OPTION_KINDS[name]:
-                raise ValueError(f"option {name} is a {type(value).__name__}")
-        return cls(**known)
+        own: dict[str, Any] = {k: dict(v) if type(v) is dict else v for k, v in _fields(text).items()}
+        return cls(**own)
 
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: json.dumps would make one per call
@@ -113,6 +110,16 @@ _OPTION_KINDS: Mapping[str, tuple[type, ...]] = {
 }
 
 NO_OPTIONS = Options()
+
+
+@lru_cache(maxsize=256)
+def _fields(text: str) -> dict[str, Any]:
+    """Those of most jobs are the same few: an adapter's mark, and nothing else."""
+    known = {k: v for k, v in json.loads(text).items() if k in Options.__slots__}
+    for name, value in known.items():
+        if type(value) not in _OPTION_KINDS[name]:
+            raise ValueError(f"option {name} is a {type(value).__name__}")
+    return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,10 @@ def note(file: str, line: str) -> None:
 
 broker = RelayBroker(url=os.environ["APP_URL"], lease=LEASE, max_deliveries=2)
 broker.add_middleware(Booted())
+if "dramatiq_prom_port" in os.environ:
+    from dramatiq.middleware.prometheus import Prometheus
+
+    broker.add_middleware(Prometheus())
 dramatiq.set_broker(broker)
 
 

@@ -270,6 +270,36 @@ def test_async_actors_and_the_current_message(broker: RelayBroker) -> None:
     assert sorted(seen) == [(x, x) for x in range(5)]
 
 
+def test_a_time_limit_ends_a_message_that_takes_too_long(broker: RelayBroker) -> None:
+    @dramatiq.actor(time_limit=50, max_retries=0)
+    def slow() -> None:
+        for _ in range(100):
+            time.sleep(0.05)
+
+    slow.send()
+    with running(broker, threads=1):
+        broker.emit_after("process_boot")  # starts the thread that watches the limits, as the command line does
+        broker.join("default", timeout=20_000)
+    assert [(job.error or "").split("(")[0] for job in broker.core.dead("default")] == ["TimeLimitExceeded"]
+
+
+def test_a_shutdown_interrupts_who_asked_for_it_and_the_message_is_retried_later(broker: RelayBroker) -> None:
+    started = threading.Event()
+
+    @dramatiq.actor(notify_shutdown=True, min_backoff=60_000)
+    def long() -> None:
+        started.set()
+        for _ in range(400):
+            time.sleep(0.05)
+
+    long.send()
+    with running(broker, threads=1):
+        assert started.wait(5)
+    assert broker.get_queue_message_counts("default") == (0, 1, 0)
+    (job,) = broker.core.jobs("default", "delayed")
+    assert (job.error or "").splitlines()[-1].endswith("Shutdown")
+
+
 def test_a_rate_limiter_holds_back_what_would_run_at_once(broker: RelayBroker, client: redis.Redis) -> None:
     mutex = ConcurrentRateLimiter(LimitsInRedis(client=client), "one-at-a-time", limit=1)
     now, most, ran = 0, 0, 0

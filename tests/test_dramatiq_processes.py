@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from types import ModuleType
 import pytest
 
 from tests.dramatiq_workers import Workers, lines
-from tests.servers import Flavour, Server, eventually
+from tests.servers import Flavour, Server, eventually, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -183,3 +184,31 @@ def test_a_server_that_is_killed_and_started_again_under_load_loses_no_message(
         assert sum(ran.values()) <= 300 + 2 * (2 + 4)
         assert app.broker.core.audit("default", repair=False).clean
         app.broker.close()
+
+
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
+def test_dramatiqs_own_prometheus_middleware_counts_as_ever(app: ModuleType, server: Server, tmp_path: Path) -> None:
+    port = free_port()
+    for x in range(20):
+        app.work.send(x)
+    for x in range(5):
+        app.flaky.send(x)
+
+    def scraped() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[:1] not in ("", "#")}
+
+    def of(actor: str) -> str:
+        return f'{{actor_name="{actor}",queue_name="default"}}'
+
+    metrics = {"dramatiq_prom_host": "127.0.0.1", "dramatiq_prom_port": str(port)}
+    metrics["dramatiq_prom_db"] = str(tmp_path / "db")
+    with Workers(server, tmp_path, processes=2, threads=2, **metrics):
+        app.broker.join("default", timeout=30_000)
+        eventually(lambda: scraped().get("dramatiq_messages_total" + of("work")) == 20, "all messages are counted")
+        found = scraped()
+    assert found["dramatiq_messages_total" + of("flaky")] == 15
+    assert found["dramatiq_message_errors_total" + of("flaky")] == 10
+    assert found["dramatiq_message_retries_total" + of("flaky")] == 10
+    assert found["dramatiq_messages_inprogress" + of("work")] == 0
