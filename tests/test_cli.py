@@ -65,7 +65,7 @@ def test_every_command_that_answers_has_json_of_one_document(cli: Cli, broker: B
     assert answers["job show one -q mail"]["payload"] == "hello"
     assert answers["queue limit mail --rate 5"]["limits"] == {"rate": 5.0, "burst": 5.0, "max_inflight": None}
     named = {line.split()[0] for line in answers}
-    elsewhere = {"demo", "migrate", "exporter"}
+    elsewhere = {"demo", "migrate", "exporter", "completion"}
     assert named == COMMANDS.keys() - elsewhere, "these are tested in processes of their own"
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from relay_core.cli.output import emit
 from relay_core.cli.session import Group, Session, shared_options
@@ -29,6 +30,7 @@ COMMANDS = {
     "exporter": ("relay_core.cli.exporter:exporter", "Serve Prometheus metrics of all queues."),
     "doctor": ("relay_core.cli.doctor:doctor", "Is the server fit to keep jobs?"),
     "server": ("relay_core.cli.server:server", "Start, stop and look at the embedded server."),
+    "completion": ("relay_core.cli.completion:completion", "What makes a shell complete commands, options and queues."),
     "version": ("relay_core.cli.version:version", "Versions of relay and what it runs on."),
 }
 
@@ -99,6 +101,14 @@ class Relay(click.Group):
                 rows.append((name, command.get_short_help_str()))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """From the table above, so that a key press imports none of the commands."""
+        if incomplete[:1] == "-":
+            return click.Command.shell_complete(self, ctx, incomplete)
+        added = {name: command.get_short_help_str() for name, command in self._added().items() if not command.hidden}
+        known = added | {name: text for name, (_where, text) in COMMANDS.items()}
+        return [CompletionItem(name, help=text) for name, text in sorted(known.items()) if name.startswith(incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
         session = ctx.ensure_object(Session)

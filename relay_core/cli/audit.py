@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.cli.stats import known
 
 
 @click.command("audit", cls=Command)
-@click.argument("queues", nargs=-1, metavar="[QUEUE...]")
+@click.argument("queues", nargs=-1, metavar="[QUEUE...]", shell_complete=queue_names)
 @click.option("--no-repair", is_flag=True, help="Only look.")
 @pass_session
 @click.pass_context

@@ -10,6 +10,7 @@ import click
 
 from relay_core import commands
 from relay_core.cli import values
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
@@ -19,7 +20,7 @@ from relay_core.job import JobSummary, StoredJob
 
 _BATCH = 200
 
-_QUEUE = click.option("--queue", "-q", required=True, help="The queue's name.")
+_QUEUE = click.option("--queue", "-q", required=True, help="The queue's name.", shell_complete=queue_names)
 _ALL = click.option("--all", "every", is_flag=True, help="All dead jobs, or all that the filters pick.")
 _LIMIT = click.option("--limit", type=click.IntRange(1), help="At most so many of them, the longest dead first.")
 _RESUME = click.option("--resume", is_flag=True, help="Go on where a run with the same filters was killed.")

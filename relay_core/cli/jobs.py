@@ -9,13 +9,14 @@ from typing import Any, cast
 import click
 
 from relay_core.cli import values
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.jobview import find
 from relay_core.cli.output import emit, plural, printable
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
 from relay_core.job import STATES, State
 
-_QUEUE = click.option("--queue", "-q", required=True, help="The queue's name.")
+_QUEUE = click.option("--queue", "-q", required=True, help="The queue's name.", shell_complete=queue_names)
 
 
 @click.group(cls=Group)

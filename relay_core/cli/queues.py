@@ -7,6 +7,7 @@ from typing import Any, cast
 import click
 
 from relay_core.cli import values
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.stats import held_back, known, limits_of
@@ -50,7 +51,7 @@ def ls(session: Session) -> None:
 
 
 @queue.command("pause")
-@click.argument("name", metavar="QUEUE")
+@click.argument("name", metavar="QUEUE", shell_complete=queue_names)
 @pass_session
 def pause(session: Session, name: str) -> None:
     """Stop all claims of a queue, in every worker. Enqueue goes on."""
@@ -59,7 +60,7 @@ def pause(session: Session, name: str) -> None:
 
 
 @queue.command("resume")
-@click.argument("name", metavar="QUEUE")
+@click.argument("name", metavar="QUEUE", shell_complete=queue_names)
 @pass_session
 def resume(session: Session, name: str) -> None:
     """End a pause."""
@@ -68,7 +69,7 @@ def resume(session: Session, name: str) -> None:
 
 
 @queue.command("purge")
-@click.argument("name", metavar="QUEUE")
+@click.argument("name", metavar="QUEUE", shell_complete=queue_names)
 @click.option(
     "--state",
     multiple=True,
@@ -95,7 +96,7 @@ def purge(session: Session, name: str, state: tuple[str, ...], yes: bool, dry_ru
 
 
 @queue.command("limit")
-@click.argument("name", metavar="QUEUE")
+@click.argument("name", metavar="QUEUE", shell_complete=queue_names)
 @click.option("--rate", type=values.rate, metavar="RATE", help="Claims per second: 10, or 10/s, 90/m, 1000/h.")
 @click.option("--burst", type=int, help="Claims that may come at once. Default: one second's worth of --rate.")
 @click.option("--max-inflight", type=int, help="Jobs claimed at a time, over all workers.")

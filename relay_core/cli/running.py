@@ -17,6 +17,7 @@ import click
 
 from relay_core.broker import Broker
 from relay_core.cli import values
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.errors import InvalidArgument, RelayError
@@ -69,7 +70,13 @@ def _broken(name: str, module: str, error: Exception) -> InvalidArgument:
 @click.command("worker", cls=Command)
 @click.argument("handler", metavar="MODULE:HANDLER")
 @click.option(
-    "--queue", "-q", "queues", multiple=True, required=True, help="A queue to serve; repeatable, first first."
+    "--queue",
+    "-q",
+    "queues",
+    multiple=True,
+    required=True,
+    shell_complete=queue_names,
+    help="A queue to serve; repeatable, first first.",
 )
 @click.option("--concurrency", "-c", type=int, default=1, show_default=True, help="Handlers at a time.")
 @click.option(

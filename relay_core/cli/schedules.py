@@ -11,6 +11,7 @@ import click
 
 from relay_core import commands
 from relay_core.cli import values
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.jobview import text_of
 from relay_core.cli.output import age, emit, moment, plural, printable, shortened, table
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
@@ -28,7 +29,7 @@ def schedule() -> None:
 @schedule.command("add")
 @click.argument("name")
 @click.argument("payload", type=values.payload, default="")
-@click.option("--queue", "-q", required=True, help="The queue its jobs go to.")
+@click.option("--queue", "-q", required=True, help="The queue its jobs go to.", shell_complete=queue_names)
 @click.option("--cron", metavar="EXPR", help="Minute, hour, day, month, weekday, e.g. '0 3 * * *'; seconds may follow.")
 @click.option("--every", type=values.duration, metavar="DURATION", help="Time between two ticks, from 0.1 s on.")
 @click.option("--tz", default="UTC", show_default=True, help="Time zone of --cron, e.g. Europe/Berlin.")

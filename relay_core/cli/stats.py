@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from relay_core.broker import Broker
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, emit, printable, table
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.commands import QueueStats
@@ -76,7 +77,7 @@ def _ready(stats: QueueStats) -> str:
 
 
 @click.command("stats", cls=Command)
-@click.argument("queues", nargs=-1, metavar="[QUEUE...]")
+@click.argument("queues", nargs=-1, metavar="[QUEUE...]", shell_complete=queue_names)
 @pass_session
 def stats(session: Session, queues: tuple[str, ...]) -> None:
     """Show depths, ages, limits and lifetime counters of these queues, or of all.

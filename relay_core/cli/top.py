@@ -14,6 +14,7 @@ import click
 
 from relay_core.broker import Broker
 from relay_core.cli import values
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, console, emit, plural, printable
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.cli.stats import known
@@ -93,7 +94,7 @@ class Looks:
 
 
 @click.command("top", cls=Command)
-@click.argument("queues", nargs=-1, metavar="[QUEUE...]")
+@click.argument("queues", nargs=-1, metavar="[QUEUE...]", shell_complete=queue_names)
 @click.option(
     "--interval",
     type=values.duration,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, emit, table
 from relay_core.cli.running import worker as run
 from relay_core.cli.session import Command, Group, Session, pass_session
@@ -16,9 +18,13 @@ class Workers(Group):
     """`relay worker MODULE:HANDLER` is `relay worker run MODULE:HANDLER`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or args[0] not in self.commands:
+        completing = ctx.resilient_parsing and not args
+        if not completing and (not args or args[0] not in self.commands):
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, incomplete), *run.shell_complete(click.Context(run, ctx), incomplete)]
 
 
 @click.group("worker", cls=Workers)
@@ -30,7 +36,7 @@ worker.add_command(run, "run")
 
 
 @worker.command("ls", cls=Command)
-@click.option("--queue", "-q", help="Only workers that serve this queue.")
+@click.option("--queue", "-q", help="Only workers that serve this queue.", shell_complete=queue_names)
 @click.option(
     "--face",
     type=click.Choice(("worker", "celery", "dramatiq")),
