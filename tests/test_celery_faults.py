@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from relay_core import Broker
+from relay_adapters.celery import inhand
+from relay_adapters.celery.envelope import head_of
+from relay_core import Broker, Verdict
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
+from tests.topologies import SentinelTrio
 
 SLOTS = {"prefork": 2, "solo": 1, "threads": 2, "gevent": 4}
 
@@ -224,3 +227,52 @@ def test_a_worker_moves_on_to_the_next_broker_of_its_list_and_publishers_do(
         client.close()
         assert worker.stop() == 0
     kept.start()
+
+
+def test_workers_go_on_after_a_failover_of_sentinel(
+    sentinel_trio: SentinelTrio, tmp_path: Path, running: ExitStack
+) -> None:
+    worker = running.enter_context(CeleryWorker(sentinel_trio.url, tmp_path, "-P", "solo", options={"lease": 3}))
+    client = client_of(sentinel_trio.url, tmp_path)
+    send(client, "celery", "run", "before")
+    eventually(lambda: lines(tmp_path, start="before"), "the first task to run")
+    sentinel_trio.failover()
+    send(client, "celery", "run", "after")
+    eventually(lambda: lines(tmp_path, start="after"), "a task to run on the new primary", 60)
+    client.close()
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["held", "lost"])
+def test_a_late_acked_retry_is_one_move_and_the_delivery_that_holds_the_task_decides(
+    kept: Server, broker: Broker, tmp_path: Path, taken: bool
+) -> None:
+    client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": f"retry-{taken}"})
+    client.send_task("pay", [1], task_id="t")
+    (first,) = broker.claim("celery")
+    if taken:  # the lease ended, and another worker has the task
+        broker.extend(first, 0.1)
+        (second,) = eventually_claimed(broker)
+    lease = inhand.lease_of(first, {"id": "t"})
+    client.send_task("pay", [1], task_id="t", retries=1, headers={inhand.LEASE: lease}, countdown=60)
+    stats = broker.stats("celery")
+    # whether or not the worker dies now, before it acks: there is one task, and not two or none
+    assert stats.ready + stats.delayed + stats.inflight == 1
+    assert broker.ack_many([first]) == [Verdict.LOST]
+    job = broker.show("celery", "t")
+    assert job is not None
+    if taken:
+        assert job.state == "inflight"
+        broker.ack(second)
+    else:
+        assert (job.state, job.retries) == ("delayed", 1)
+        head = head_of(job.payload)
+        assert head["headers"]["retries"] == 1
+        assert inhand.LEASE not in head["headers"]
+    client.close()
+
+
+def eventually_claimed(broker: Broker) -> list[Any]:
+    found: list[Any] = []
+    eventually(lambda: found.extend(broker.claim("celery")) or found, "the job to be claimed")
+    return found

@@ -194,6 +194,20 @@ def test_a_task_that_kills_its_child_is_bounded_and_its_result_is_a_failure(site
     assert (job.state, job.reason) == ("dead", "max_deliveries")
 
 
+def test_a_task_that_killed_its_workers_is_buried_by_the_next_one_and_its_result_is_a_failure(site: Site) -> None:
+    """Two deliveries without an answer, as of workers that died; the bound is two."""
+    result = site.task("add", 1, 1, queue="orphans", link_error=site.task("mourn", queue="solo")).apply_async()
+    with Broker(site.server.url, lease=0.1) as dying:
+        for _ in range(2):
+            eventually(lambda: dying.claim("orphans"), "the task to be there again")
+    site.app.control.add_consumer("orphans", destination=[f"gevent@{_host()}"])
+    assert "delivered 2 times" in str(outcome(result))
+    eventually(lambda: any(line.startswith(result.id) for line in lines(site.folder, "mourned")), "the error link")
+    job = site.broker.show("orphans", result.id)
+    assert job is not None
+    assert (job.state, job.reason) == ("dead", "max_deliveries")
+
+
 def _host() -> str:
     from celery.utils.nodenames import gethostname
 

@@ -6,6 +6,7 @@ of it, where the worker's main process would need a second one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from relay_core.job import Options
 
 if TYPE_CHECKING:
     from relay_adapters.celery.leases import Leases
+
+logger = logging.getLogger("relay.celery")
 
 LEASE = "relay_lease"
 
@@ -49,10 +52,18 @@ def retried(lease: Any, queues: Sequence[str], headers: Mapping[str, Any]) -> Jo
 
 
 def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: float) -> bool:
-    """Give the job its new payload and let it wait, in one move that ends its delivery. False: it is not ours now."""
+    """Give the job its new payload and let it wait, in one move that ends its delivery. False: there is no such job.
+
+    Where the lease was lost, the job is another worker's, or waits for one: that delivery decides, and this retry is
+    dropped. To store it would make two of one task.
+    """
     item = broker.operations.nack_of(job, "retried by the task", delay, payload=payload, reason="retry")
     _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=_NO_LIMIT))])
-    if verdict not in (Verdict.DONE, Verdict.ALREADY):
+    if verdict in (Verdict.DONE, Verdict.ALREADY):
+        leases.drop(job)
+        return True
+    stored = broker.show(job.queue, job.id)
+    if stored is None or stored.state not in ("ready", "delayed", "inflight"):
         return False
-    leases.drop(job)
+    logger.warning("task %s: its lease was lost, so that its retry is left to the worker that has it now", job.id)
     return True
