@@ -71,6 +71,7 @@ def main() -> None:
                 error = traceback.format_exc()
         answers.write(json.dumps({"error": error, "printed": printed.getvalue()}) + "\n")
         answers.flush()
+    os._exit(0)  # what a page leaves open, its reader may leave open too
 
 
 if __name__ == "__main__":

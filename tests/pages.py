@@ -174,8 +174,7 @@ class Page:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for what in list(self._going):
-                self._stop(what, check=error is None)
+            self._stop_all(check=error is None)
         finally:
             for process, _log, _line in self._going.values():
                 _kill(process)
@@ -308,15 +307,16 @@ class Page:
                 raise Wrong(f"{self.name}:{line}: {text}: not ready\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.05)
 
-    def _stop(self, key: str, *, check: bool) -> None:
-        """SIGTERM must end it well. A process that only just said it is ready may not have its handler yet."""
-        process, log, what = self._going[key]
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+    def _stop_all(self, *, check: bool) -> None:
+        """SIGTERM must end them well. One that only just said it is ready may not have its handler yet."""
+        for process, _log, _what in self._going.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process, log, what in self._going.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
-        if check and process.poll() not in (0, -signal.SIGTERM):
-            raise Wrong(f"{what}: ended with {process.poll()}\n{log.read_text(errors='replace')[-3000:]}")
+            if check and process.poll() not in (0, -signal.SIGTERM):
+                raise Wrong(f"{what}: ended with {process.poll()}\n{log.read_text(errors='replace')[-3000:]}")
 
     def _ask(self, at: int, **request: Any) -> None:
         """One turn of the page's Python process."""
