@@ -54,9 +54,7 @@ class Site:
 
     def tell(self, worker: str, command: str, **arguments: Any) -> None:
         to = [f"{worker}@{gethostname()}"]
-        said = self.app.control.broadcast(
-            command, arguments=arguments, destination=to, reply=True, timeout=10, limit=1
-        )
+        said = self.app.control.broadcast(command, arguments=arguments, destination=to, reply=True, timeout=10, limit=1)
         assert "ok" in said[0][to[0]], said
 
 
