@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from relay_core import Broker, hookimpl
+from relay_core import Broker, commands, hookimpl
+from relay_core.keys import worker_keys
 from relay_core.plugins import Plugins
 from tests.command_line import Cli
 from tests.servers import Server
@@ -49,6 +50,18 @@ def test_the_history_follows_a_job_through_its_life(cli: Cli, broker: Broker) ->
     assert [told["history"][at].get("times") for at in (1, 2)] == [1, 1]
     assert told["history"][3]["error"] == "smtp is down"
     assert told["history"][4]["at"] == told["due_at"]
+
+
+def test_a_held_job_names_the_live_workers_of_its_queue_that_hold_something(cli: Cli, broker: Broker) -> None:
+    says = {"host": "web1", "face": "celery", "concurrency": 4}
+    for pid, queue, inflight in ((12, "mail", 3), (13, "mail", 0), (14, "other", 3)):
+        told = says | {"pid": pid, "queues": [queue], "inflight": inflight}
+        broker.store.run(commands.beat(worker_keys("relay"), f"web1:{pid}:a", told, age_ms=0, alive_ms=16_000))
+    broker.enqueue("mail", b"x", id="j1")
+    assert cli.json("job", "show", "j1", "-q", "mail")["may_be_held_by"] == []
+    broker.claim("mail")
+    assert cli.json("job", "show", "j1", "-q", "mail")["may_be_held_by"] == ["web1:12:a"]
+    assert "web1:12 (celery)" in cli.run("job", "show", "j1", "-q", "mail").stdout
 
 
 def test_people_read_what_failed_when_it_is_due_and_what_is_not_kept(cli: Cli, broker: Broker) -> None:

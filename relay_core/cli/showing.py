@@ -16,11 +16,14 @@ from relay_core.cli import history
 from relay_core.cli.jobview import document, summary_document, text_of, what
 from relay_core.cli.output import age, emit, plural, printable, shortened, table
 from relay_core.cli.session import Session
+from relay_core.commands import WorkerInfo
 from relay_core.errors import JobNotFound
 from relay_core.job import JobSummary, State, StoredJob
 
 _SHOWN = 4000
 """Characters of a payload shown to people."""
+
+_SUSPECTS = 5
 
 
 def list_jobs(
@@ -107,7 +110,8 @@ def show_job(session: Session, queue: str, id: str, *, raw: bool, dead: bool = F
         return
     summary = broker.plugins.describe(job)
     if session.json:
-        more = {"payload_error": problem, "history": history.document(job)}
+        suspects = [one.name for one in _suspects(broker, job)]
+        more = {"payload_error": problem, "history": history.document(job), "may_be_held_by": suspects}
         emit(session, document(job, summary, payload=True) | more)
         return
     for name, value in _facts(job, summary):
@@ -128,7 +132,17 @@ def _history(broker: Broker, job: StoredJob) -> None:
     click.echo("\nHistory")
     for line in history.lines(job, broker.stats(job.queue).now):
         click.echo(f"  {printable(line)}")
+    suspects = _suspects(broker, job)
+    if suspects:
+        names = ", ".join(f"{one.host}:{one.pid} ({one.face})" for one in suspects[:_SUSPECTS])
+        more = f" and {len(suspects) - _SUSPECTS} more" if len(suspects) > _SUSPECTS else ""
+        click.echo(f"             by one of the live workers of its queue: {printable(names)}{more}")
     click.echo(f"  ({history.NOT_KEPT})")
+
+
+def _suspects(broker: Broker, job: StoredJob) -> list[WorkerInfo]:
+    """Who may hold the job: a claim is known by its token, not by its worker."""
+    return [one for one in broker.workers() if job.queue in one.queues and one.inflight] if job.held else []
 
 
 def _payload(payload: bytes, problem: str | None) -> None:
