@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from relay_core import hooks
 from tests.conftest import Pool
 from tests.pages import ROOT, Block, Page, Wrong, blocks, broken_links, missing_files, pages
 from tests.servers import Server
@@ -42,6 +44,14 @@ def test_every_file_and_test_that_the_page_names_is_there(path: Path) -> None:
 @pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_of_the_page_leads_to_a_file_and_heading(path: Path) -> None:
     assert [link for link in broken_links(path) if link not in WRITTEN_AT_A_RELEASE] == []
+
+
+def test_every_metric_that_a_page_names_is_on_the_page_of_metrics() -> None:
+    known = set(re.findall(r"\brelay_\w+", (ROOT / "docs" / "metrics.md").read_text())) | set(vars(hooks))
+    kinds = "queue|jobs?|leases|audit|workers|store|build"
+    for path in pages():
+        named = set(re.findall(rf"`(relay_(?:{kinds})_?\w*)[`{{]", path.read_text()))
+        assert named - known == set(), path
 
 
 # the rules themselves
