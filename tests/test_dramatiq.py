@@ -87,6 +87,7 @@ def test_a_delay_waits_in_the_store_and_the_delivered_message_is_to_run_at_once(
     assert 0.4 <= at - started < 0.7
     assert "eta" not in options
     assert queue_name == "default"
+    assert broker.core.stats("default").counters["enqueued"] == 1, "the worker parked it, and sent it anew"
 
 
 def test_an_eta_that_the_user_set_waits_in_the_store_too(broker: RelayBroker) -> None:

@@ -19,6 +19,7 @@ from dramatiq.encoder import PickleEncoder
 
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker
+from relay_core.errors import Unavailable
 from tests.command_line import Cli, finished, spawn
 from tests.dramatiq_workers import running
 from tests.servers import Server, eventually
@@ -161,6 +162,31 @@ def test_a_migration_killed_at_any_point_and_started_again_loses_nothing(
     assert left(server) == []
     assert moved(relay) == total
     assert Counter(ran_on_relay(server, ("default", "mail"))) == Counter(range(total))
+
+
+def test_what_relay_did_not_take_stays_where_it_was(
+    stock: RedisBroker, relay: Broker, server: Server, origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(stock, range(500))
+    send(stock, range(500, 510), delay=60_000)
+    adopt, calls = Broker.adopt, []
+
+    def refused(broker: Broker, arrivals: Any) -> list[bool]:
+        calls.append(len(arrivals))
+        if len(calls) == 2:
+            raise Unavailable("the server went away")
+        return adopt(broker, arrivals)
+
+    monkeypatch.setattr(Broker, "adopt", refused)
+    cli = Cli(server.url)
+    assert "the server went away" in cli.run("migrate", "dramatiq-redis", "--from", origin, code=3).stderr
+    assert calls == [200, 200]
+    assert relay.stats("default").ready == 200
+    assert server.cli("LLEN", "dramatiq:default") == server.cli("HLEN", "dramatiq:default.msgs") == 300
+    assert server.cli("LLEN", "dramatiq:default.DQ") == 10
+    assert cli.json("migrate", "dramatiq-redis", "--from", origin)["migrated"] == 310
+    assert left(server) == []
+    assert (relay.stats("default").ready, relay.stats("default").delayed) == (500, 10)
 
 
 def moved(relay: Broker) -> int:
