@@ -113,9 +113,10 @@ class Consuming(Settling):
         self.leases.hand_back(tags)
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
-        for job in self.broker.claim(queue):
-            if (raw := self._received(job)) is not None:
+        while jobs := self.broker.claim(queue):
+            if (raw := self._received(jobs[0])) is not None:
                 return raw
+            # that one had expired: the next one may not
         raise Empty
 
     def basic_get(self, queue: str, no_ack: bool = False, **options: Any) -> Any:

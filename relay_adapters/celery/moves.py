@@ -31,15 +31,15 @@ def _number(reply: Any, _resent: bool) -> int:
 
 
 def declare(
-    p: Places, queue: str, new: str, known: str, *, idle_ms: int, mailbox: bool, process: str
+    p: Places, queue: str, new: str, known: str, *, idle_ms: int, mailbox: bool, process: str, limited: bool
 ) -> Command[int | str]:
     """Make a queue known: consumers of other processes, or the JSON by which it is known otherwise."""
 
     def parse(reply: Sequence[Any], _resent: bool) -> int | str:
         return int(reply[1]) if reply[0] == 1 else reply[1].decode()
 
-    keys = (p.queues, p.ends, p.consumers(queue), p.box(queue))
-    args = (queue, new, known, idle_ms, int(mailbox), process)
+    keys = (p.queues, p.ends, p.consumers(queue), p.box(queue), p.limited)
+    args = (queue, new, known, idle_ms, int(mailbox), process, int(limited))
     return Command(_script("declare"), keys, args, parse)
 
 
@@ -58,7 +58,7 @@ def unbind(p: Places, exchange: str, queue: str, binding: str, where: str) -> Co
 def delete(p: Places, queue: str, condition: str, places: Sequence[tuple[str, str]]) -> Command[int]:
     """1; 0 when it is bound elsewhere than at `places` (exchange, binding), -1 when the condition does not hold."""
     keys = (
-        p.queues, p.ends, p.versions, p.bound(queue), p.consumers(queue), p.box(queue),
+        p.queues, p.ends, p.versions, p.bound(queue), p.consumers(queue), p.box(queue), p.limited,
         *(p.bindings(exchange) for exchange, _binding in places),
     )  # fmt: skip
     args = (queue, condition, *(arg for place in places for arg in place))
@@ -93,8 +93,8 @@ def publish(
 
 
 def touch(p: Places, consumer: str, alive_ms: int, queues: Sequence[Touched]) -> Command[list[int]]:
-    """Per queue: 1 it is there, 0 it is not."""
-    keys = [p.queues, p.ends]
+    """How many queues' time is over, how many have to be looked after; and per queue: 1 it is there, 0 it is not."""
+    keys = [p.queues, p.ends, p.limited]
     args: list[Any] = [consumer, alive_ms]
     for touched in queues:
         keys += (p.consumers(touched.queue), p.box(touched.queue))

@@ -34,6 +34,11 @@ class Places:
         return self._key("e")
 
     @cached_property
+    def limited(self) -> bytes:
+        """SET of the queues of jobs with a time limit for their messages, which have to be looked after."""
+        return self._key("s")
+
+    @cached_property
     def versions(self) -> bytes:
         """HASH exchange -> version of its properties and bindings; '' -> how many there were."""
         return self._key("v")

@@ -61,6 +61,11 @@ class Terms:
         return perishable and self.dead_exchange is None and self.max_priority is None and not self.delivery_limit
 
     @property
+    def limited(self) -> bool:
+        """True for a queue of jobs from whose head expired messages have to be taken, consumed or not."""
+        return self.ttl is not None and not self.mailbox
+
+    @property
     def idle_ms(self) -> int:
         """Milliseconds without use after which the queue ends; 0 never."""
         return self.expires or (AUTO_DELETE_AFTER_MS if self.auto_delete else 0)

@@ -202,7 +202,7 @@ class Topology:
             answer = self.broker.store.run(
                 moves.declare(
                     self.places, name, wanted.to_json(), known,
-                    idle_ms=wanted.idle_ms, mailbox=wanted.mailbox, process=process_name(),
+                    idle_ms=wanted.idle_ms, mailbox=wanted.mailbox, process=process_name(), limited=wanted.limited,
                 )
             )  # fmt: skip
             if isinstance(answer, int):
@@ -227,11 +227,11 @@ class Topology:
         self._terms[name] = (time.monotonic(), terms)
         return terms
 
-    def queues(self) -> dict[str, Terms]:
-        """Every declared queue."""
-        flat = self.raw("HGETALL", self.places.queues)
-        pairs = flat.items() if isinstance(flat, Mapping) else zip(flat[::2], flat[1::2], strict=True)
-        return {name.decode(): Terms.from_json(text) for name, text in pairs}
+    def limited(self) -> dict[str, Terms]:
+        """The queues of jobs whose messages have a time limit."""
+        names = [name.decode() for name in self.raw("SMEMBERS", self.places.limited)]
+        found = self.raw("HMGET", self.places.queues, *names) if names else []
+        return {name: Terms.from_json(text) for name, text in zip(names, found, strict=True) if text}
 
     def delete_queue(self, name: str, condition: str = "") -> bool:
         """Forget a queue and its bindings, wherever they were made: False when the condition does not hold.

@@ -15,36 +15,35 @@ from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Topology
 from relay_core import Broker
 
-ROUND = 30.0
-"""Seconds between two looks at all declared queues."""
-
 
 class Upkeep:
     """The chores over one topology."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self._round_at = time.monotonic() + ROUND / 10
         self._looks: dict[str, tuple[float, Terms]] = {}
         self._channel: Any = None
 
-    def turn(self) -> float:
-        """Do what is due: seconds until the next time."""
+    def turn(self, ended: int, limited: int) -> float:
+        """Do what is due: seconds until the next time.
+
+        :param ended: how many queues' time is over
+        :param limited: how many queues have messages with a time limit
+        """
         now = time.monotonic()
-        if now >= self._round_at:
-            self._round_at = now + ROUND
-            self._round(now)
+        if ended:
+            for queue in self.topology.ended():
+                end(self.topology, queue, self.topology.terms(queue, fresh=True))
+        if limited != len(self._looks):
+            known = self._looks
+            self._looks = {
+                name: (known[name][0] if name in known else now, terms)
+                for name, terms in self.topology.limited().items()
+            }
         for queue, (at, terms) in list(self._looks.items()):
             if now >= at:
                 self._looks[queue] = (now + self._sweeper().sweep(queue, terms), terms)
-        return max(0.05, min([self._round_at, *(at for at, _terms in self._looks.values())]) - now)
-
-    def _round(self, now: float) -> None:
-        queues = self.topology.queues()
-        for queue in self.topology.ended():
-            end(self.topology, queue, queues.get(queue))
-        wanted = {name: terms for name, terms in queues.items() if terms.ttl is not None and not terms.mailbox}
-        self._looks = {name: (self._looks.get(name, (now, terms))[0], terms) for name, terms in wanted.items()}
+        return max(0.05, min([at for at, _terms in self._looks.values()], default=now + 60.0) - now)
 
     def _sweeper(self) -> Any:
         if self._channel is None:

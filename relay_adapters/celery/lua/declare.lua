@@ -4,18 +4,21 @@
 -- KEYS[2] e ZSET queue, score = unix ms at which it ends unless it is used before
 -- KEYS[3] c ZSET consumer of this queue, score = unix ms until which it counts as alive
 -- KEYS[4] b STREAM messages of this queue, where it is a mailbox
+-- KEYS[5] s SET queues of jobs with a time limit for messages, which have to be looked after
 -- ARGV[1] queue | ARGV[2] what it is, JSON | ARGV[3] what it is known as, JSON, '' when it is not known
 -- ARGV[4] ms without use after which it ends, 0 never | ARGV[5] 1 for a mailbox
--- ARGV[6] this process: its own consumers are not counted
+-- ARGV[6] this process: its own consumers are not counted | ARGV[7] 1 for a queue to be looked after
 -- returns {1, consumers of other processes}, or {0, what it is known as}: then nothing was written
 -- moves: none | cost O(log queues + consumers)
-local queues, ends, consumers, box = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local queues, ends, consumers, box, limited = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local queue, new, known, idle_ms, mailbox, process = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5] == '1', ARGV[6]
+local looked_after = ARGV[7] == '1'
 --@include clock
 local found = redis.call('HGET', queues, queue) or ''
 if found ~= known and found ~= new then return {0, found} end
 if found ~= new then redis.call('HSET', queues, queue, new) end
 if idle_ms > 0 then redis.call('ZADD', ends, now + idle_ms, queue) else redis.call('ZREM', ends, queue) end
+if looked_after then redis.call('SADD', limited, queue) end
 if mailbox then
   if redis.call('EXISTS', box) == 0 then redis.call('XGROUP', 'CREATE', box, 'q', '0', 'MKSTREAM') end
   redis.call('PEXPIRE', box, idle_ms)

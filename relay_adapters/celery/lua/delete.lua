@@ -6,15 +6,16 @@
 -- KEYS[4] w SET where this queue is bound
 -- KEYS[5] c ZSET consumer of this queue, score = unix ms until which it counts as alive
 -- KEYS[6] b STREAM messages of this queue, where it is a mailbox
--- KEYS[7..] t SET bindings of an exchange that it is bound to, one per binding
+-- KEYS[7] s SET queues of jobs with a time limit for messages, which have to be looked after
+-- KEYS[8..] t SET bindings of an exchange that it is bound to, one per binding
 -- ARGV[1] queue | ARGV[2] '' in any case, 'unused' without consumers, 'ended' when its time is over,
 --   'vanished' a mailbox whose messages' key has ended
 -- ARGV[3..] two per binding: exchange | binding, JSON
 -- returns 1; 0 when it was bound elsewhere in the meantime; -1 when the condition does not hold
 -- moves: none | cost O(bindings)
-local queues, ends, versions, places, consumers, box = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local queues, ends, versions, places, consumers, box, limited = unpack(KEYS, 1, 7)
 local queue, condition, args = ARGV[1], ARGV[2], ARGV
-local TABLES = 6 -- the bindings of the nth exchange are KEYS[TABLES + n]
+local TABLES = 7 -- the bindings of the nth exchange are KEYS[TABLES + n]
 --@include clock
 --@include stamp
 if condition == 'unused' and redis.call('ZCOUNT', consumers, now, '+inf') > 0 then return -1 end
@@ -31,5 +32,6 @@ for at = 3, #args, 2 do
 end
 redis.call('HDEL', queues, queue)
 redis.call('ZREM', ends, queue)
+redis.call('SREM', limited, queue)
 redis.call('DEL', places, consumers, box)
 return 1

@@ -2,18 +2,19 @@
 -- touch: a consumer says that it lives, which keeps its queues, and what it has received of its mailboxes
 -- KEYS[1] q HASH queue -> what it is, JSON
 -- KEYS[2] e ZSET queue, score = unix ms at which it ends unless it is used before
--- KEYS[3..] two per queue: c ZSET consumer, score = unix ms until which it counts as alive |
+-- KEYS[3] s SET queues of jobs with a time limit for messages, which have to be looked after
+-- KEYS[4..] two per queue: c ZSET consumer, score = unix ms until which it counts as alive |
 --   b STREAM messages, where it is a mailbox
 -- ARGV[1] consumer | ARGV[2] ms for which it counts as alive from now
 -- ARGV[3..] four per queue: queue | ms without use after which it ends, 0 never |
 --   ms for which a mailbox keeps a message, 0 no limit, -1 no mailbox | id of the last message received, '' none
--- returns per queue: 1 it is there, 0 it is not
+-- returns {queues whose time is over, queues to be looked after, per queue: 1 it is there, 0 it is not}
 -- moves: none | cost O(queues log queues + messages received)
-local queues, ends = KEYS[1], KEYS[2]
+local queues, ends, limited = KEYS[1], KEYS[2], KEYS[3]
 local consumer, alive_ms, args = ARGV[1], tonumber(ARGV[2]), ARGV
-local PLACES = 3 -- consumers and mailbox of the nth queue, from 0, are KEYS[PLACES + 2 * n] and the one after
+local PLACES = 4 -- consumers and mailbox of the nth queue, from 0, are KEYS[PLACES + 2 * n] and the one after
 --@include clock
-local answers = {}
+local answers = {0, redis.call('SCARD', limited)}
 for at = 3, #args, 4 do
   local n = (at - 3) / 4
   local consumers, box = KEYS[PLACES + 2 * n], KEYS[PLACES + 2 * n + 1]
@@ -38,6 +39,7 @@ for at = 3, #args, 4 do
     redis.call('PEXPIRE', consumers, alive_ms)
     if idle_ms > 0 then redis.call('ZADD', ends, now + idle_ms, queue) end
   end
-  answers[n + 1] = there and 1 or 0
+  answers[n + 3] = there and 1 or 0
 end
+answers[1] = redis.call('ZCOUNT', ends, '-inf', now)
 return answers

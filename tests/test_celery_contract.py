@@ -1,0 +1,329 @@
+"""What a queue is declared to be on relay: its arguments, each honoured or refused by name; priorities, time limits,
+lengths, dead letters, and queues that end."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import kombu
+import pytest
+from amqp.exceptions import PreconditionFailed
+
+from relay_adapters.celery import terms, topology, upkeep
+from relay_adapters.celery.terms import Terms
+from relay_adapters.celery.upkeep import attendance_of
+from relay_core import Broker
+from tests.celery_links import BOX, Inbox, fresh, got, link, send
+from tests.servers import Server, eventually
+
+
+@pytest.fixture(params=["redis"])
+def flavour(request: pytest.FixtureRequest) -> Any:
+    """One server: what the scripts do on either is tested with the exchanges."""
+    return request.param
+
+
+@pytest.fixture
+def here(server: Server) -> Iterator[kombu.Connection]:
+    with link(server.url, retry={"base": 0.05, "jitter": False}) as connection:
+        yield connection
+
+
+@pytest.fixture
+def engine(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+def queue(connection: kombu.Connection, **options: Any) -> str:
+    """A new queue: options of kombu.Queue, or its arguments by `x_…`."""
+    name = fresh("q")
+    arguments = {key.replace("_", "-"): options.pop(key) for key in list(options) if key.startswith("x_")}
+    kombu.Queue(name, queue_arguments=arguments, **options)(connection.default_channel).declare()
+    return name
+
+
+def headers_of(connection: kombu.Connection, name: str) -> dict[str, Any]:
+    message = connection.default_channel.basic_get(name, no_ack=True)
+    assert message is not None
+    return dict(message.headers)
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("x-max-length-bytes", 1000), ("x-single-active-consumer", True), ("x-overflow", "reject-publish"),
+        ("x-queue-type", "stream"), ("x-no-such-thing", 1), ("x-max-priority", 256), ("x-max-priority", "9"),
+        ("x-expires", 0), ("x-message-ttl", -1), ("x-message-ttl", True), ("x-dead-letter-exchange", 1),
+        ("x-dead-letter-routing-key", "alone"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_cannot_be_honoured_is_refused_by_its_name(
+    here: kombu.Connection, argument: str, value: Any
+) -> None:
+    name = fresh("q")
+    with pytest.raises(PreconditionFailed, match=f"{name}.*{argument}") as caught:
+        here.default_channel.queue_declare(name, arguments={argument: value})
+    assert caught.value.code == 406
+    assert isinstance(caught.value, here.channel_errors)
+
+
+def test_arguments_that_only_say_where_rabbitmq_keeps_a_queue_are_let_pass(here: kombu.Connection) -> None:
+    name = queue(here, x_queue_type="quorum", x_queue_mode="lazy", x_overflow="drop-head", other=None)
+    send(here, 1, key=name)
+    assert got(here, name) == [1]
+
+
+def test_a_declaration_that_names_another_value_is_refused_and_one_that_names_none_is_not(
+    here: kombu.Connection, server: Server
+) -> None:
+    name = queue(here, max_priority=5)
+    with link(server.url) as there:
+        kombu.Queue(name)(there.default_channel).declare()
+        kombu.Queue(name, message_ttl=60)(there.default_channel).declare()
+        with pytest.raises(PreconditionFailed, match=r"x-max-priority.*received 9 but current is 5"):
+            kombu.Queue(name, max_priority=9)(there.default_channel).declare()
+        with pytest.raises(PreconditionFailed, match=r"x-message-ttl.*received 1000 but current is 60000"):
+            kombu.Queue(name, message_ttl=1)(here.default_channel).declare()
+        kombu.Queue(name, max_priority=5, message_ttl=60)(there.default_channel).declare()
+    box = queue(here, **BOX)
+    with pytest.raises(PreconditionFailed, match="another kind"):
+        kombu.Queue(box, max_priority=3)(here.default_channel).declare()
+
+
+def test_what_is_known_of_a_queue_survives_the_way_through_the_store() -> None:
+    full = Terms(1, 2, 3, 4, "x", "k", 5, True, False)
+    assert Terms.from_json(full.to_json()) == full
+    assert Terms().to_json() == "{}"
+    assert Terms.from_json('{"ttl":5,"newer":1}') == Terms(ttl=5)
+    assert Terms(expires=1, ttl=1, auto_delete=True, durable=False).mailbox
+    for change in ({"durable": True}, {"auto_delete": False}, {"ttl": None}, {"expires": None}, {"max_priority": 1}):
+        fields = {"expires": 1, "ttl": 1, "auto_delete": True, "durable": False, **change}
+        assert not Terms(**fields).mailbox  # type: ignore[arg-type]
+
+
+# priorities
+
+
+@pytest.mark.parametrize(
+    ("most", "given", "level"),
+    [
+        (None, 0, 0), (None, 9, 9), (None, 200, 9), (None, -3, 0), (5, 5, 5), (5, 9, 5), (10, 10, 9), (10, 3, 2),
+        (255, 0, 0), (255, 255, 9), (255, 128, 4), (255, 28, 0), (255, 29, 1),
+    ],
+)  # fmt: skip
+def test_priorities_of_0_to_255_are_mapped_onto_ten_levels(most: int | None, given: int, level: int) -> None:
+    assert Terms(max_priority=most).level(given) == level
+
+
+@pytest.mark.parametrize(("order", "first"), [("amqp", [9, 5, 0]), ("redis", [0, 5, 9])])
+def test_priorities_within_a_queue_are_in_the_order_that_the_option_names(
+    server: Server, order: str, first: list[int]
+) -> None:
+    with link(server.url, priority_order=order) as connection:
+        name = queue(connection, max_priority=9)
+        for priority in (5, 0, 9):
+            send(connection, priority, key=name, priority=priority)
+        assert got(connection, name) == first
+
+
+# time limits
+
+
+def test_an_expired_message_is_not_delivered_and_others_behind_it_are(here: kombu.Connection) -> None:
+    name, short = queue(here), queue(here, message_ttl=0.05)
+    send(here, "late", key=name, expiration=0.05)
+    send(here, "none", key=name)
+    send(here, "late", key=short)
+    time.sleep(0.1)
+    send(here, "soon", key=short, expiration=60)
+    assert got(here, name) == ["none"]
+    assert got(here, short) == ["soon"]
+
+
+def test_an_expired_task_is_delivered_as_expired_so_that_its_worker_revokes_it(here: kombu.Connection) -> None:
+    name = queue(here, message_ttl=0.05)
+    send(here, 1, key=name, headers={"task": "t", "id": "1", "lang": "py"})
+    time.sleep(0.1)
+    assert headers_of(here, name)["expires"].startswith("1970")
+    send(here, 1, key=name, headers={"task": "t", "id": "2", "lang": "py"})
+    assert "expires" not in headers_of(here, name)
+
+
+def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection) -> None:
+    name = queue(here, message_ttl=0.4)
+    due = time.time() + 0.6
+    eta = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(due)) + f".{int(due % 1 * 1e6):06}+00:00"
+    send(here, 1, key=name, headers={"task": "t", "id": "1", "eta": eta})
+    inbox = Inbox(here, kombu.Queue(name, message_ttl=0.4), no_ack=True)
+    inbox.wait(1)
+    assert "expires" not in inbox.messages[0].headers
+
+
+# dead letters
+
+
+def dead_letter_queue(here: kombu.Connection, key: str = "#") -> tuple[str, str]:
+    """An exchange for dead letters, and the queue that gets them."""
+    exchange = fresh("dead")
+    here.default_channel.exchange_declare(exchange, "topic")
+    name = queue(here)
+    here.default_channel.queue_bind(name, exchange, key)
+    return exchange, name
+
+
+def test_a_rejected_message_goes_to_the_dead_letter_exchange_with_its_history(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    exchange, dead = dead_letter_queue(here, "by.this")
+    name = queue(here, x_dead_letter_exchange=exchange, x_dead_letter_routing_key="by.this")
+    send(here, {"n": 1}, key=name, headers={"mine": 1}, priority=7)
+    message = here.default_channel.basic_get(name)
+    message.reject()
+    assert engine.stats(name).pending == engine.stats(name).dead == 0
+    (stored,) = engine.jobs(dead, "ready")
+    assert stored.priority == 7
+    letter = here.default_channel.basic_get(dead)
+    assert letter.payload == {"n": 1}
+    assert letter.delivery_info["exchange"] == exchange
+    assert letter.delivery_info["routing_key"] == "by.this"
+    (death,) = letter.headers["x-death"]
+    assert (death["queue"], death["reason"], death["count"], death["exchange"], death["routing-keys"]) == (
+        name, "rejected", 1, "", [name],
+    )  # fmt: skip
+    assert letter.headers["mine"] == 1
+    assert letter.headers["x-first-death-queue"] == name
+
+
+def test_a_message_that_dies_again_in_the_same_queue_is_counted(here: kombu.Connection) -> None:
+    name = queue(here, x_dead_letter_exchange="")
+    send(here, 1, key=name)
+    for _ in range(3):
+        here.default_channel.basic_get(name).reject()
+    assert [death["count"] for death in headers_of(here, name)["x-death"]] == [3]
+
+
+@pytest.mark.parametrize("exchange", ["nobody-listens", "no-such-exchange"])
+def test_a_dead_letter_that_nobody_takes_stays_among_relays_own(
+    here: kombu.Connection, engine: Broker, exchange: str
+) -> None:
+    if exchange == "nobody-listens":
+        here.default_channel.exchange_declare(exchange, "topic")
+    name = queue(here, x_dead_letter_exchange=exchange)
+    send(here, 1, key=name)
+    here.default_channel.basic_get(name).reject()
+    assert engine.stats(name).dead == 1
+    assert engine.requeue(name) == 1
+    assert got(here, name) == [1]
+
+
+def test_a_queue_with_a_time_limit_and_a_dead_letter_exchange_is_a_delay_that_needs_no_consumer(
+    here: kombu.Connection,
+) -> None:
+    exchange, work = dead_letter_queue(here)
+    waiting = queue(here, x_dead_letter_exchange=exchange, message_ttl=0.3)
+    inbox = Inbox(here, kombu.Queue(work), no_ack=True)
+    for number in range(3):
+        send(here, number, key=waiting)
+    with pytest.raises(socket.timeout):
+        here.drain_events(timeout=0.1)
+    assert inbox.wait(3) == [0, 1, 2]
+    assert inbox.messages[0].headers["x-death"][0]["reason"] == "expired"
+
+
+def test_beyond_its_length_a_queue_drops_or_dead_letters_the_oldest(here: kombu.Connection) -> None:
+    exchange, dead = dead_letter_queue(here)
+    plain, lettered = queue(here, max_length=3), queue(here, max_length=3, x_dead_letter_exchange=exchange)
+    for name in (plain, lettered):
+        for number in range(7):
+            send(here, number, key=name)
+        assert here.default_channel.queue_declare(name, passive=True).message_count == 3
+        assert got(here, name) == [4, 5, 6]
+    assert got(here, dead) == [0, 1, 2, 3]
+
+
+def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    name = queue(here, x_delivery_limit=2)
+    send(here, 1, key=name)
+    seen = 0
+    inbox = Inbox(here, kombu.Queue(name))
+    for number in range(1, 4):
+        inbox.wait(number)
+        seen += 1
+        inbox.messages[-1].requeue()
+    assert seen == 3
+    assert engine.stats(name).dead == 1
+    assert engine.stats(name).pending == 0
+
+
+# queues that end
+
+
+def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, engine: Broker) -> None:
+    topo = attendance_of(here.default_channel.broker).topology
+    used, unused = queue(here, expires=0.3), queue(here, expires=0.3)
+    inbox = Inbox(here, kombu.Queue(used, expires=0.3))
+    send(here, 1, key=unused)
+    eventually(lambda: unused in topo.ended(), "its time is over")
+    for name in topo.ended():
+        upkeep.end(topo, name, topo.terms(name))
+    assert topo.terms(unused, fresh=True) is None
+    assert engine.stats(unused).pending == 0
+    assert topo.terms(used, fresh=True) is not None
+    inbox.consumer.cancel()
+    eventually(lambda: used in topo.ended(), "its consumer is gone")
+
+
+def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) -> None:
+    topo = attendance_of(here.default_channel.broker).topology
+    name, ends = queue(here, expires=0.5), time.monotonic() + 1.0
+    while time.monotonic() < ends:
+        send(here, 1, key=name)
+        assert not topo.has_ended(name)
+        time.sleep(0.05)
+
+
+def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
+    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terms, "AUTO_DELETE_AFTER_MS", 100)
+    topo = topology.Topology(engine)
+    exchange = fresh("x")
+    here.default_channel.exchange_declare(exchange, "fanout")
+    copies, work = queue(here, auto_delete=True), queue(here, auto_delete=True)
+    here.default_channel.queue_bind(copies, exchange)
+    for name in (copies, work):
+        send(here, 1, key=name)
+    eventually(lambda: {copies, work} <= set(topo.ended()), "their time is over")
+    for name in (copies, work):
+        upkeep.end(topo, name, topo.terms(name))
+    assert topo.terms(copies, fresh=True) is None
+    assert topo.terms(work, fresh=True) is not None
+    assert got(here, work) == [1]
+    eventually(lambda: work in topo.ended(), "its time is over again")
+    upkeep.end(topo, work, topo.terms(work))
+    assert topo.terms(work, fresh=True) is None
+
+
+def test_a_copy_for_a_consumer_that_is_gone_is_not_stored(
+    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terms, "AUTO_DELETE_AFTER_MS", 100)
+    exchange = fresh("x")
+    here.default_channel.exchange_declare(exchange, "fanout")
+    name = queue(here, auto_delete=True)
+    here.default_channel.queue_bind(name, exchange)
+    send(here, 1, exchange)
+    assert engine.stats(name).ready == 1
+    eventually(lambda: topology.Topology(engine).has_ended(name), "its time is over")
+    send(here, 2, exchange)
+    assert engine.stats(name).pending == 0
+    assert list(here.default_channel.list_bindings()) == []
