@@ -1,0 +1,44 @@
+"""What a server that is killed takes with it: the table of docs/operations.md, row by row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pytest
+
+from relay_core import Broker
+from tests.pages import ROOT
+from tests.servers import Flavour, Server, eventually
+
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+TABLE = re.findall(r"^\| ((?:`appendonly|snapshots|neither).*?) \| (.*?) \| .*? \|$", PAGE, re.MULTILINE)
+SETTINGS: dict[str, Mapping[str, str]] = {
+    "`appendonly yes`, `appendfsync always`": {"appendonly": "yes", "appendfsync": "always"},
+    "`appendonly yes`, `appendfsync everysec`": {"appendonly": "yes", "appendfsync": "everysec"},
+    "`appendonly yes`, `appendfsync no`": {"appendonly": "yes", "appendfsync": "no"},
+    "snapshots only (`save …`)": {"save": "3600 1000000"},
+    "neither": {},
+}
+KEPT = {"nothing": 15, "all since the last snapshot": 10, "all": 0}
+"""What the page says is lost -> how many jobs are kept, of 10 before a snapshot and 5 after it."""
+
+
+def test_every_row_of_the_page_is_tried() -> None:
+    assert [row for row, _lost in TABLE] == list(SETTINGS)
+
+
+@pytest.mark.parametrize(("row", "lost"), TABLE)
+def test_a_killed_server_loses_what_the_page_says_and_nothing_else(flavour: Flavour, row: str, lost: str) -> None:
+    with Server(flavour, options=SETTINGS[row]) as server:
+        with Broker(server.url) as broker:
+            broker.enqueue_many("q", [b"before"] * 10)
+            if "save" in SETTINGS[row]:
+                server.cli("BGSAVE")
+                eventually(lambda: server.info("persistence")["rdb_bgsave_in_progress"] == "0", "snapshot")
+            broker.enqueue_many("q", [b"after"] * 5)
+        server.kill()
+        server.start()
+        with Broker(server.url) as broker:
+            assert broker.stats("q").ready == KEPT[lost]
+            assert broker.audit("q").clean
