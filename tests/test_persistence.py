@@ -1,4 +1,4 @@
-"""What a server that is killed takes with it: the table of docs/operations.md, row by row."""
+"""What a server that is killed takes with it, and one that is promoted has: as docs/operations.md says."""
 
 from __future__ import annotations
 
@@ -41,4 +41,21 @@ def test_a_killed_server_loses_what_the_page_says_and_nothing_else(flavour: Flav
         server.start()
         with Broker(server.url) as broker:
             assert broker.stats("q").ready == KEPT[lost]
+            assert broker.audit("q").clean
+
+
+def test_a_replica_that_is_promoted_has_all_queues_with_their_leases_and_delays(flavour: Flavour) -> None:
+    with Server(flavour, tcp=True) as old, Server(flavour, tcp=True, options={"repl-diskless-sync-delay": "0"}) as new:
+        with Broker(old.url, lease=3600) as broker:
+            broker.enqueue_many("q", [b"x"] * 3)
+            broker.enqueue("q", b"later", delay=3600)
+            (held,) = broker.claim("q")
+            new.cli("REPLICAOF", "127.0.0.1", str(old.port))
+            eventually(lambda: new.info("replication").get("master_link_status") == "up", "first sync")
+            assert broker.stats("q").inflight == 1
+        new.cli("REPLICAOF", "NO", "ONE")
+        with Broker(new.url) as broker:
+            stats = broker.stats("q")
+            assert (stats.ready, stats.delayed, stats.inflight) == (2, 1, 1)
+            broker.ack(held)
             assert broker.audit("q").clean
