@@ -45,7 +45,8 @@ def test_a_killed_server_loses_what_the_page_says_and_nothing_else(flavour: Flav
 
 
 def test_a_replica_that_is_promoted_has_all_queues_with_their_leases_and_delays(flavour: Flavour) -> None:
-    with Server(flavour, tcp=True) as old, Server(flavour, tcp=True, options={"repl-diskless-sync-delay": "0"}) as new:
+    at_once = {"repl-diskless-sync-delay": "0"}
+    with Server(flavour, tcp=True, options=at_once) as old, Server(flavour, tcp=True) as new:
         with Broker(old.url, lease=3600) as broker:
             broker.enqueue_many("q", [b"x"] * 3)
             broker.enqueue("q", b"later", delay=3600)
