@@ -64,7 +64,7 @@ class Plugins:
         """Add a plugin; what it says wrong is a PluginError, and it is not added."""
         try:
             name = self._manager.register(plugin)
-            self._known.clear()
+            self._known = {}
         except (ValueError, pluggy.PluginValidationError) as error:
             raise PluginError(f"plugin {plugin!r} cannot be registered: {error}") from error
         try:
@@ -86,7 +86,7 @@ class Plugins:
     def unregister(self, plugin: object) -> None:
         """Take a plugin out again; its hooks are not called any more."""
         self._manager.unregister(plugin)
-        self._known.clear()
+        self._known = {}
 
     def _check(self, plugin: object) -> None:
         try:
@@ -105,10 +105,11 @@ class Plugins:
 
     def _impls(self, name: str) -> list[HookImpl]:
         """Remembered until a plugin comes or goes: several hooks are asked for each job."""
-        known = self._known.get(name)
+        table = self._known  # of this moment: a plugin that comes while this looks makes a new one
+        known = table.get(name)
         if known is None:
             caller: pluggy.HookCaller = getattr(self._manager.hook, name)
-            known = self._known[name] = caller.get_hookimpls()
+            known = table[name] = caller.get_hookimpls()
         return known
 
     def _in_order(self, name: str) -> Iterator[HookImpl]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
@@ -97,6 +98,17 @@ class _Metrics:
             name: Histogram(name, text, labels, buckets=LATENCY_BUCKETS, registry=self.registry)
             for name, text in _TIMES.items()
         }
+        self._children: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+    def child(self, name: str, labels: tuple[str, ...]) -> Any:
+        """The counter or histogram of these label values, which are bounded. Looking it up anew costs as much again
+        as counting."""
+        key = name, labels
+        found = self._children.get(key)
+        if found is None:
+            family: Any = self.counters.get(name) or self.times[name]
+            found = self._children[key] = family.labels(*labels)
+        return found
 
 
 class Recorder:
@@ -157,16 +169,16 @@ class Recorder:
     def _count(self, name: str, queue: str, by: int = 1) -> None:
         made = self._now()
         if (labels := self._labels(made, queue)) is not None:
-            made.counters[name].labels(*labels).inc(by)
+            made.child(name, labels).inc(by)
 
     def _tell(self, job: Job, count: str | None = None, **seconds: float) -> None:
         """Count a move of a job and observe times of it, under one look at its labels."""
         made = self._now()
         if (labels := self._labels(made, job.queue, job)) is not None:
             if count is not None:
-                made.counters[count].labels(*labels).inc()
+                made.child(count, labels).inc()
             for name, value in seconds.items():
-                made.times[name].labels(*labels).observe(value)
+                made.child(name, labels).observe(value)
 
     @hookimpl
     def relay_job_enqueued(self, queue: str) -> None:
