@@ -34,6 +34,7 @@ _ADAPTER_OPTIONS = frozenset(
         "retry",
         "queue_retry",
         "priority_order",
+        "queue_order_strategy",
         "visibility_timeout",
         "deadletter_queue",
         "metrics_addr",
@@ -48,7 +49,7 @@ _ELSEWHERE = frozenset(
         "max_retries", "interval_start", "interval_step", "interval_max", "retry_errors", "errback", "on_revive",
         "timeout", "confirm_publish", "confirm_timeout", "body_encoding", "polling_interval", "client_properties",
         # of kombu's redis and amqp transports, where they mean what relay does without, or by other means
-        "ack_emulation", "fanout_prefix", "fanout_patterns", "sep", "priority_steps", "queue_order_strategy",
+        "ack_emulation", "fanout_prefix", "fanout_patterns", "sep", "priority_steps",
         "unacked_key", "unacked_index_key", "unacked_mutex_key", "unacked_mutex_expire", "unacked_restore_limit",
         "global_keyprefix", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
         "retry_on_timeout", "health_check_interval", "master_name", "sentinel_kwargs", "min_other_sentinels",

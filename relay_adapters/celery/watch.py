@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -99,7 +100,9 @@ class Watch:
         self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
     def _deliver(self) -> int:
-        channel, delivered, ends = self.channel, 0, time.monotonic() + SLICE
+        channel, delivered = self.channel, 0
+        # who drains by calls expects all that there is of each
+        ends = time.monotonic() + SLICE if channel.connection.looping else math.inf
         while self.waiting and not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not channel.qos.can_consume():
                 break
