@@ -5,11 +5,14 @@ Acks that an event loop left pending, and releases that a lost connection left u
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
@@ -284,4 +287,13 @@ _all_lock = threading.Lock()
 def leases_of(broker: Broker) -> Leases:
     """The leases over a broker, which lives as long as its process."""
     with _all_lock:
+        if not _all:
+            atexit.register(_at_exit, os.getpid())
         return _all.setdefault(id(broker), Leases(broker))
+
+
+def _at_exit(pid: int) -> None:
+    """The acks of the last milliseconds."""
+    for leases in _all.values() if pid == os.getpid() else ():
+        with suppress(RelayError):
+            leases.flush()

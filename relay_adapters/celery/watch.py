@@ -68,17 +68,18 @@ class Watch:
         if channel.closed or not channel.consumed:
             return 0
         rung = ask and bell is not None and bell.rung()
-        if not self.waiting:
-            room = channel.qos.room()
-            if room and (rung or self._wants(room, time.monotonic())):
-                self._claim(room)
-            elif room == 0:
-                self.hungry = True
-                if rung:
-                    channel.pass_on()
-        elif rung:
+        now = time.monotonic()
+        room = 0 if self.waiting else channel.qos.room()
+        if room and (rung or self._wants(room, now)):
+            self._claim(room)
+            return self._deliver()
+        if room == 0:
             self.hungry = True
-            channel.pass_on()
+            if rung:
+                channel.pass_on()
+        if now >= self.look_at:
+            # without credit there is nothing to look for before an ack
+            self.look_at = now + channel.broker.settings.max_block
         return self._deliver()
 
     def _wants(self, room: int, now: float) -> bool:
