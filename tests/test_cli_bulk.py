@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from relay_core import Broker, commands, hookimpl
-from relay_core.cli import sift
+from relay_core.cli import dlq, sift
+from relay_core.errors import InvalidArgument
 from relay_core.job import Job, JobSummary, StoredJob
 from relay_core.keys import QueueKeys
 from relay_core.plugins import Plugins
@@ -200,6 +201,26 @@ def test_a_killed_run_never_exceeds_its_limit(server: Server, cli: Cli, broker: 
     told = cli.json("dlq", "requeue", "-q", "mail", "--all", "--limit", str(limit), "--resume")
     assert moved <= told["before"] <= moved + 200
     assert limit - 200 <= depths(broker)[0] <= limit
+
+
+def test_a_batch_that_was_moved_and_not_noted_counts_for_the_limit(
+    server: Server, cli: Cli, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(server, 1000)
+    move, batches = dlq._move, []
+
+    def dying(*args: Any) -> int:
+        batches.append(move(*args))
+        if len(batches) == 2:
+            raise InvalidArgument("the process ends here")
+        return batches[-1]
+
+    monkeypatch.setattr(dlq, "_move", dying)
+    cli.run("dlq", "requeue", "-q", "mail", "--all", "--limit", "300", code=2)
+    assert depths(broker) == (300, 700)
+    told = cli.json("dlq", "requeue", "-q", "mail", "--all", "--limit", "300", "--resume")
+    assert (told["requeued"], told["before"]) == (0, 300)
+    assert depths(broker) == (300, 700)
 
 
 def test_the_place_of_a_run_that_was_given_up_is_forgotten(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from relay_core import AsyncBroker, Broker, hookimpl
+from relay_core import AsyncBroker, Broker, commands, hookimpl
 from relay_core.commands import Command
 from relay_core.errors import InvalidArgument, Unavailable
 from relay_core.keys import LAYOUT, ScheduleKeys
@@ -102,9 +102,22 @@ def test_a_wrong_queue_or_schedule_stores_nothing(broker: Broker) -> None:
 def test_two_who_change_a_schedule_at_once_leave_one_of_their_plans(broker: Broker, server: Server) -> None:
     broker.schedule("a", "q", every=60.0)
     slow = Steps(broker, flows.schedule(broker.operations, Schedule("a", "q", b"first", every=60.0))).until("schedule")
-    broker.schedule("a", "q", b"second", every=60.0)
+    broker.schedule("a", "elsewhere", b"second", every=60.0)
     slow.finish()
     assert [one.schedule.payload for one in broker.schedules()] == [b"first"]
+    last = server.cli("ZSCORE", broker.settings.keys("elsewhere").ticks, "a")
+    assert last is not None, "the plan that was replaced is shut out, not the one that was seen first"
+
+
+def test_a_plan_moves_on_only_as_it_was_seen(broker: Broker, server: Server) -> None:
+    broker.schedule("a", "q", every=60.0)
+    plan, tick = server.cli("HGET", S.plans, "a"), int(server.cli("ZSCORE", S.next_ticks, "a"))
+    for seen, done in ((b"{}", tick), (plan, tick - 1), (b"", tick)):
+        assert broker.store.run(commands.advance(S, "a", seen, done, tick + 1)) is False
+    assert broker.store.run(commands.advance(S, "nobody", plan, tick, tick + 1)) is False
+    assert int(server.cli("ZSCORE", S.next_ticks, "a")) == tick
+    assert broker.store.run(commands.advance(S, "a", plan, tick, tick + 60_000)) is True
+    assert int(server.cli("ZSCORE", S.next_ticks, "a")) == tick + 60_000
 
 
 # --- one job per tick
