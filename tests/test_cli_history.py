@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zlib
 from collections.abc import Iterator
 
@@ -91,6 +92,25 @@ def test_json_is_laid_out_and_other_text_is_not_touched(cli: Cli, broker: Broker
     for payload in (b'{"to": ', b"17", b"[" * 100_000):
         id = broker.enqueue("mail", payload).id
         assert payload.decode()[:80] in cli.run("job", "show", id, "-q", "mail").stdout
+
+
+def test_a_head_and_a_body_are_laid_out_each_and_a_pickle_is_never_loaded(cli: Cli, broker: Broker) -> None:
+    broker.enqueue("mail", b'{"task": "send"}\n[["ann"], {}]', id="celery")
+    shown = cli.run("job", "show", "celery", "-q", "mail").stdout
+    assert '{\n  "task": "send"\n}\n[\n  [\n    "ann"\n  ],\n  {}\n]' in shown
+    body = pickle.dumps(Trap())
+    broker.enqueue("mail", b'{"task": "send"}\n' + body, id="pickled")
+    shown = cli.run("job", "show", "pickled", "-q", "mail").stdout
+    assert '{\n  "task": "send"\n}\n' + body.hex(" ") in shown
+    broker.enqueue("mail", body, id="bare")
+    assert body.hex(" ") in cli.run("job", "show", "bare", "-q", "mail").stdout
+
+
+class Trap:
+    """Whoever loads its pickle is caught."""
+
+    def __reduce__(self) -> tuple[type[SystemExit], tuple[str]]:
+        return SystemExit, ("unpickled",)
 
 
 class Packing:

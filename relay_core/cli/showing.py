@@ -146,26 +146,47 @@ def _suspects(broker: Broker, job: StoredJob) -> list[WorkerInfo]:
 
 
 def _payload(payload: bytes, problem: str | None) -> None:
-    text = text_of(payload)
-    pretty = None if text is None else _pretty(text)
-    kind = "not text" if text is None else "text" if pretty is None else "JSON"
+    kind, shown, whole = _laid_out(payload)
     click.echo(f"\nPayload: {plural(len(payload), 'byte')}, {kind}")
     if problem is not None:
         click.echo(f"It is shown as it is stored, for a plugin could not decode it: {printable(problem)}", err=True)
-    shown = payload[: _SHOWN // 4].hex(" ") if text is None else pretty or text
     click.echo(printable(shown[:_SHOWN], lines=True))
-    if len(shown) > _SHOWN or (text is None and len(payload) > _SHOWN // 4):
+    if len(shown) > _SHOWN or not whole:
         click.echo("The payload goes on: --raw writes all of it.", err=True)
 
 
+def _laid_out(payload: bytes) -> tuple[str, str, bool]:
+    """What kind of bytes they are, how they are shown, and whether that is all of them.
+
+    JSON is given line breaks and indents, also one document per line, as Celery's head and body are. What is not text
+    is shown as hexadecimal bytes, after a first line of JSON if it has one.
+    """
+    text = text_of(payload)
+    if text is not None:
+        pretty = _pretty(text) or _pretty_lines(text)
+        return ("text", text, True) if pretty is None else ("JSON", pretty, True)
+    head, newline, body = payload.partition(b"\n")
+    first = _pretty(text_of(head) or "") if newline else None
+    rest = payload if first is None else body
+    shown = rest[: _SHOWN // 4].hex(" ")
+    whole = len(rest) <= _SHOWN // 4
+    return ("not text", shown, whole) if first is None else ("JSON and what is not text", f"{first}\n{shown}", whole)
+
+
 def _pretty(text: str) -> str | None:
-    """JSON objects and arrays with line breaks and indents; None for what is neither."""
+    """A JSON object or array with line breaks and indents; None for what is neither."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     try:
         return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
         return None
+
+
+def _pretty_lines(text: str) -> str | None:
+    """Several of them, one on each line."""
+    lines = [_pretty(line) for line in text.splitlines() if line.strip()]
+    return None if None in lines or not lines else "\n".join(line for line in lines if line is not None)
 
 
 def _facts(job: StoredJob, summary: JobSummary | None) -> list[tuple[str, str]]:
