@@ -52,13 +52,21 @@ class Workers:
     """
 
     def __init__(
-        self, server: Server, folder: Path, *, processes: int = 1, threads: int = 4, name: str = "w", **env: str
+        self,
+        server: Server,
+        folder: Path,
+        *,
+        processes: int = 1,
+        threads: int = 4,
+        name: str = "w",
+        script: str = "dramatiq",
+        **env: str,
     ) -> None:
         self.folder = folder
         self.name = name
         self.log = folder / f"{name}.log"
         # the script, not `python -m dramatiq`: at SIGHUP that one starts whatever `python` is on PATH
-        command = [str(Path(sysconfig.get_path("scripts"), "dramatiq")), "tests.dramatiq_app"]
+        command = [str(Path(sysconfig.get_path("scripts"), script)), "tests.dramatiq_app"]
         command += ["--processes", str(processes), "--threads", str(threads), "--worker-shutdown-timeout", "20000"]
         settings = {"APP_URL": server.url, "APP_FOLDER": str(folder), "APP_NAME": name, **env}
         with open(self.log, "ab") as log:

@@ -212,3 +212,19 @@ def test_dramatiqs_own_prometheus_middleware_counts_as_ever(app: ModuleType, ser
     assert found["dramatiq_message_errors_total" + of("flaky")] == 10
     assert found["dramatiq_message_retries_total" + of("flaky")] == 10
     assert found["dramatiq_messages_inprogress" + of("work")] == 0
+
+
+@pytest.mark.parametrize("flavour", ["redis"], indirect=True)
+def test_under_gevent_messages_run_at_the_same_time_and_are_retried_and_delayed(
+    app: ModuleType, server: Server, tmp_path: Path
+) -> None:
+    for x in range(40):
+        app.work.send(x, 0.2)
+    for x in range(40, 45):
+        app.flaky.send(x)
+    app.work.send_with_options(args=(45,), delay=300)
+    with Workers(server, tmp_path, threads=20, script="dramatiq-gevent") as workers:
+        eventually(lambda: app.broker.core.stats("default").inflight >= 20, "many run at the same time")
+        app.broker.join("default", timeout=30_000)
+        assert workers.stop() == 0
+    assert Counter(line.split()[0] for line in lines(tmp_path)) == Counter(str(x) for x in range(46))
