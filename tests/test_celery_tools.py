@@ -18,6 +18,7 @@ from celery import Celery
 
 from relay_core import Broker
 from tests.celery_workers import ROOT, CeleryWorker, client_of, lines, results_of
+from tests.command_line import Cli
 from tests.servers import Server, eventually, free_port
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,23 @@ def test_flower_controls_a_worker(site: Site, flower: Flower) -> None:
     flower.get(f"/api/task/revoke/{result.id}", {})
     site.broker.resume("celery")
     eventually(lambda: result.state == "REVOKED", "the revoke")
+
+
+def test_dead_tasks_are_listed_and_requeued_by_their_name(site: Site) -> None:
+    cli = Cli(site.server.url)
+    for n in range(3):
+        site.app.send_task("tests.celery_app.refuse", (f"no use {n}", False))
+    eventually(lambda: site.broker.stats("celery").dead == 3, "the dead")
+    of_task = ("--queue", "celery", "--task", "tests.celery_app.refuse")
+    listed = cli.json("dlq", "ls", *of_task)["jobs"]
+    assert [job["task"] for job in listed] == ["tests.celery_app.refuse"] * 3
+    table = cli.run("dlq", "ls", *of_task).stdout
+    assert all(f"refuse ('no use {n}', False)" in table for n in range(3)), table
+    assert cli.json("dlq", "ls", "--queue", "celery", "--task", "tests.celery_app.run")["jobs"] == []
+    assert cli.json("dlq", "requeue", *of_task)["requeued"] == 3
+    eventually(lambda: len(lines(site.folder, start="no use")) == 6, "each ran once more")
+    eventually(lambda: site.broker.stats("celery").dead == 3, "they are dead again")
+    assert cli.json("dlq", "purge", *of_task, "--yes")["purged"] == 3
 
 
 def test_redbeat_sends_what_is_due(site: Site) -> None:
