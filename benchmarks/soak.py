@@ -95,10 +95,13 @@ def ledger(folder: Path) -> tuple[Counter[str], list[str]]:
 @click.option("--kill-every", default=3.0, show_default=True, help="Mean seconds between kills.")
 @click.option("--rate", default=None, type=int, help="Jobs per second. Default: 200, Celery 60.")
 @click.option("--server", "flavour", type=click.Choice(["redis", "valkey"]), default="valkey", show_default=True)
-def main(face: str, minutes: float, workers: int, kill_every: float, rate: int | None, flavour: Flavour) -> None:
+@click.option("--keep", type=click.Path(path_type=Path), help="Celery: a folder for ledgers and logs if it fails.")
+def main(
+    face: str, minutes: float, workers: int, kill_every: float, rate: int | None, flavour: Flavour, keep: Path | None
+) -> None:
     """Run workers under load, kill them, and count every job."""
     if face == "celery":
-        outcome = celery_soak.soak(minutes * 60, flavour=flavour, rate=rate or 60, kill_every=kill_every)
+        outcome = celery_soak.soak(minutes * 60, flavour=flavour, rate=rate or 60, kill_every=kill_every, keep=keep)
         click.echo(f"{outcome} ({minutes:g} minutes on {flavour})")
         sys.exit(0 if outcome.well else 1)
     core(minutes * 60, workers, kill_every, rate or 200, flavour)
