@@ -16,6 +16,7 @@ from relay_adapters.celery import terms, topology, upkeep
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.upkeep import attendance_of
 from relay_core import Broker
+from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually
 
@@ -209,6 +210,27 @@ def test_a_message_that_dies_again_in_the_same_queue_is_counted(here: kombu.Conn
     assert [death["count"] for death in headers_of(here, name)["x-death"]] == [3]
 
 
+def test_a_message_that_cannot_be_dead_lettered_now_stays_where_it_is(
+    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, dead = dead_letter_queue(here)
+    name = queue(here, x_dead_letter_exchange=exchange)
+    send(here, 1, key=name)
+    message = here.default_channel.basic_get(name)
+
+    def cut(*_args: Any, **_options: Any) -> None:
+        raise Unavailable("cut", maybe_executed=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(here.default_channel, "_put", cut)
+        with pytest.raises(Unavailable):
+            message.reject()
+    assert engine.stats(name).inflight == 1
+    here.default_channel.qos.reject(message.delivery_tag)
+    assert engine.stats(name).pending == 0
+    assert got(here, dead) == [1]
+
+
 @pytest.mark.parametrize("exchange", ["nobody-listens", "no-such-exchange"])
 def test_a_dead_letter_that_nobody_takes_stays_among_relays_own(
     here: kombu.Connection, engine: Broker, exchange: str
@@ -280,6 +302,17 @@ def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, e
     assert topo.terms(used, fresh=True) is not None
     inbox.consumer.cancel()
     eventually(lambda: used in topo.ended(), "its consumer is gone")
+
+
+def test_an_auto_delete_queue_of_jobs_that_names_its_time_has_it_after_its_consumer_left(
+    here: kombu.Connection, server: Server
+) -> None:
+    name = queue(here, auto_delete=True, expires=600)
+    inbox = Inbox(here, kombu.Queue(name, auto_delete=True, expires=600))
+    inbox.consumer.cancel()
+    here.default_channel.attendance.say_goodbye()
+    places, (seconds, _micros) = here.default_channel.topology.places, server.cli("TIME")
+    assert float(server.cli("ZSCORE", places.ends, name)) > (int(seconds) + 500) * 1000
 
 
 def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) -> None:

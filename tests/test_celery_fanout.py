@@ -14,6 +14,7 @@ from typing import Any
 import kombu
 import pytest
 from celery import Celery
+from kombu.common import Broadcast
 
 from benchmarks.idle import commands_within
 from relay_adapters.celery import moves
@@ -179,6 +180,22 @@ def test_a_consumed_queue_that_was_deleted_or_lost_is_declared_and_bound_again(
         eventually(lambda: server.cli("SCARD", P.bindings("orders")) == 1, "it is bound again")
         send(there, number, "orders")
         assert inbox.wait(number + 1) == list(range(number + 1))
+
+
+def test_a_broadcast_task_is_in_the_queue_of_each_worker_until_it_is_acknowledged(
+    here: kombu.Connection, there: kombu.Connection
+) -> None:
+    """kombu's Broadcast is an auto_delete queue of jobs: its tasks have leases, ETAs and credit as any other."""
+    name = fresh("all")
+    inboxes = [Inbox(connection, Broadcast(name), prefetch=1) for connection in (here, there)]
+    for number in range(2):
+        send(here, number, name)
+    for inbox in inboxes:
+        assert inbox.wait(1) == [0]
+        inbox.messages[0].requeue()
+        inbox.wait(2)
+        inbox.messages[1].ack()
+        assert sorted(inbox.wait(3)) == [0, 0, 1]
 
 
 def test_one_message_is_handed_over_per_drain(here: kombu.Connection, there: kombu.Connection) -> None:

@@ -7,7 +7,6 @@ a queue that was deleted under its consumers is declared and bound again.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from relay_adapters.celery.moves import Touched
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import GRACE_MS, Topology, process_name
 from relay_core.commands import Command
+from relay_core.connection import forks
 from relay_core.errors import RelayError
 
 T = TypeVar("T")
@@ -48,11 +48,12 @@ class Attendance:
     def __init__(self, topology: Topology, chores: Callable[[int, int], float] | None = None) -> None:
         self.topology = topology
         self._chores = chores
-        self._lock = threading.RLock()
-        self._forget()
+        self.after_fork()
+        forks.watch(self)
 
-    def _forget(self) -> None:
-        self._pid = os.getpid()
+    def after_fork(self) -> None:
+        """A child of a fork consumes nothing: its parent does."""
+        self._lock = threading.RLock()
         self._attended: dict[str, _Attended] = {}
         self._left: dict[str, Terms] = {}
         self._last: dict[str, str] = {}
@@ -66,8 +67,6 @@ class Attendance:
     def join(self, channel: int, queue: str, terms: Terms) -> None:
         """A channel begins to consume from a queue."""
         with self._lock:
-            if self._pid != os.getpid():
-                self._forget()
             attended = self._attended.setdefault(queue, _Attended(terms))
             attended.terms = terms
             attended.channels.add(channel)
@@ -85,7 +84,7 @@ class Attendance:
         """A channel consumes no more. The thread tells the store, so that a lost connection holds nobody up."""
         with self._lock:
             attended = self._attended.get(queue)
-            if attended is None or self._pid != os.getpid():
+            if attended is None:
                 return
             attended.channels.discard(channel)
             if not attended.channels:
@@ -103,7 +102,7 @@ class Attendance:
 
     def last(self, queue: str) -> str | None:
         """The message of a mailbox that this process received last; "" for none yet, None if it never consumed it."""
-        return self._last.get(queue) if self._pid == os.getpid() else None
+        return self._last.get(queue)
 
     def forget(self, queue: str) -> None:
         """The queue was deleted by this process."""
@@ -151,7 +150,9 @@ class Attendance:
         with self._lock:
             left, self._left = self._left, {}
         for queue, terms in left.items():
-            grace = min(GRACE_MS, terms.idle_ms) if terms.auto_delete else 0
+            # a queue of jobs that names its own time has it: its consumers may be restarting
+            soon = terms.auto_delete and (terms.mailbox or terms.expires is None)
+            grace = min(GRACE_MS, terms.idle_ms) if soon else 0
             self._run(moves.leave(self.topology.places, queue, self.consumer, grace))
 
     def _run(self, command: Command[T]) -> T:
