@@ -404,7 +404,7 @@ def test_a_waiting_runner_learns_of_a_new_schedule_at_once_and_stops_when_it_is_
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
-def test_a_runner_waits_for_a_server_that_is_away(server: Server) -> None:
+def test_a_runner_waits_for_a_server_that_is_away(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with Broker(server.url, retry_for=0.1) as broker:
         broker.schedule("a", "q", every=0.1)
         runner = ScheduleRunner(broker)
@@ -413,7 +413,7 @@ def test_a_runner_waits_for_a_server_that_is_away(server: Server) -> None:
         try:
             eventually(lambda: runner.enqueued, "it begins")
             server.kill()
-            time.sleep(0.3)
+            eventually(lambda: "cannot be looked at" in caplog.text, "it notices")
             server.start()
             runner.enqueued = 0
             broker.schedule("b", "q", every=0.1)
