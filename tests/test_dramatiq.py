@@ -353,8 +353,9 @@ def test_a_store_that_is_away_is_a_connection_error_of_dramatiqs() -> None:
         broker.enqueue(dramatiq.Message("default", "any", (), {}, {}))
     with pytest.raises(ConnectionClosed):
         next(broker.consume("default", timeout=50))
-    with pytest.raises(ConnectionClosed):
-        broker.join("default", timeout=50)
+    for call in (broker.get_queue_message_counts, broker.flush, lambda queue: broker.join(queue, timeout=50)):
+        with pytest.raises(ConnectionClosed):
+            call("default")
 
 
 def test_leases_are_kept_while_the_worker_is_paused(broker: RelayBroker, server: Server) -> None:

@@ -73,6 +73,66 @@ def test_a_waiting_consumer_gets_a_new_message_at_once(broker: RelayBroker) -> N
     consumer.close()
 
 
+def test_a_full_consumer_gets_its_next_message_as_soon_as_one_is_acked(broker: RelayBroker) -> None:
+    send(broker, 2)
+    consumer = broker.consume("default", prefetch=1, timeout=10_000)
+    first = taken(consumer)
+    timer = threading.Timer(0.2, consumer.ack, (first,))
+    started = time.monotonic()
+    timer.start()
+    assert taken(consumer).args == (1,)
+    assert time.monotonic() - started < 1.0
+    consumer.close()
+
+
+def test_one_wake_up_starts_all_who_wait_while_work_remains(broker: RelayBroker, server: Server) -> None:
+    brokers = [RelayBroker(url=server.url, lease=15) for _ in range(3)]
+    got: list[int] = []
+
+    def wait(own: RelayBroker) -> None:
+        own.declare_queue("default")
+        consumer = own.consume("default", prefetch=1, timeout=10_000)
+        message = taken(consumer)
+        got.append(message.args[0])
+        consumer.ack(message)
+        consumer.close()
+
+    threads = [threading.Thread(target=wait, args=(own,)) for own in brokers]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: int(server.info("clients")["blocked_clients"]) == 3, "all three wait for a wake-up")
+    payloads = [dramatiq.Message("default", "any", (x,), {}, {}).encode() for x in range(3)]
+    started = time.monotonic()
+    broker.core.enqueue_many("default", payloads)
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 3.0, "somebody found out by looking after five seconds"
+    assert sorted(got) == [0, 1, 2]
+    for own in brokers:
+        own.close()
+
+
+def test_messages_and_delivered_messages_are_enqueued_from_many_threads(broker: RelayBroker) -> None:
+    send(broker, 1)
+    consumer = broker.consume("default", prefetch=50)
+    proxy = taken(consumer)
+
+    def enqueue() -> None:
+        for _ in range(5):
+            broker.enqueue(proxy)  # type: ignore[arg-type]
+            broker.enqueue(proxy._message)
+
+    threads = [threading.Thread(target=enqueue) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert broker.get_queue_message_counts("default") == (40, 0, 0)
+    consumer.ack(proxy)
+    assert len({job.id for job in broker.core.jobs("default", "ready")}) == 40
+    consumer.close()
+
+
 def test_an_ack_reaches_the_store_although_nobody_asks_for_more(broker: RelayBroker) -> None:
     send(broker, 1)
     consumer = broker.consume("default", prefetch=2)
