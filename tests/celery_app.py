@@ -81,6 +81,8 @@ def hold_early(key: str, until: str) -> str:
 
 def _again(task: Any, key: str, times: int) -> str:
     note(f"{key} {task.request.id} {task.request.retries}")
+    if task.request.delivery_info["redelivered"]:
+        note(key, "redelivered")
     if task.request.retries < times:
         raise task.retry(countdown=0.2, max_retries=times)
     return key

@@ -108,6 +108,7 @@ def test_a_retried_task_that_is_acked_late_is_one_job_throughout(site: Site, poo
     after = site.broker.stats(pool).counters
     assert after["enqueued"] - before["enqueued"] == 1
     assert lines(site.folder, start=f"again-{pool} ") == [f"again-{pool} {result.id} {n}" for n in range(4)]
+    assert lines(site.folder, "redelivered", f"again-{pool}") == [], "a retry is a message of its own"
     assert not site.workers[pool].logged(f"{result.id} of queue {pool!r}: its ack came too late")
 
 

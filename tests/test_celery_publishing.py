@@ -283,6 +283,7 @@ def test_a_rejected_message_is_redelivered_and_acks_work_from_any_thread(server:
         message.requeue()
         again = channel.basic_get("plain")
         assert again.payload == {"n": 1}
+        assert again.delivery_info["redelivered"] is True
         thread = threading.Thread(target=again.ack)
         thread.start()
         thread.join()

@@ -8,7 +8,7 @@ from queue import Empty
 from typing import Any
 
 from relay_adapters.celery import due
-from relay_adapters.celery.envelope import unpack
+from relay_adapters.celery.envelope import DELIVERED, unpack
 from relay_adapters.celery.order import in_order
 from relay_adapters.celery.settling import Settling
 from relay_core import Job
@@ -95,8 +95,8 @@ class Consuming(Settling):
             return None
         tag, properties, headers = f"{next(_tags)}.{job.id}", raw["properties"], raw.get("headers")
         properties["delivery_tag"] = tag
-        # a job that its task or a reject sent round again was not left by a dead worker
-        properties.setdefault("delivery_info", {})["redelivered"] = job.deliveries - job.retries > 1
+        redelivered = job.deliveries - properties.pop(DELIVERED, 0) > 1
+        properties.setdefault("delivery_info", {})["redelivered"] = redelivered
         if headers and headers.get("eta"):
             due.run_now(headers)
         if job.queue in self._no_ack:

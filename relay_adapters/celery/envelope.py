@@ -15,6 +15,9 @@ from kombu.utils.json import JSONEncoder, object_hook
 
 _encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _decode = json.JSONDecoder().decode
+DELIVERED = "relay_delivered"
+"""The property of a task's next try with the deliveries of the tries before it: they were not left by a dead worker."""
+
 _PRIVATE = ("delivery_tag", "body_encoding")
 _AMQP = frozenset(
     {

@@ -9,7 +9,7 @@ from relay_adapters.celery import inhand
 from relay_adapters.celery.batching import BATCH, Batch
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
-from relay_adapters.celery.envelope import pack
+from relay_adapters.celery.envelope import DELIVERED, pack
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.plugin import ADAPTER, HEADER
@@ -107,8 +107,9 @@ class Publishing(Routing):
         job = inhand.retried(lease, queues, message["headers"])
         if job is None:
             return False
-        wait = wait_of(message)
-        return inhand.put_back(self.broker, self.leases, job, pack(message), wait)
+        wait, properties = wait_of(message), dict(message["properties"])
+        properties[DELIVERED] = job.deliveries
+        return inhand.put_back(self.broker, self.leases, job, pack({**message, "properties": properties}), wait)
 
     def _inplace_augment_message(self, message: Any, exchange: str, routing_key: str) -> None:
         """Neither an encoding of the body nor a delivery tag: a delivery gets its tag when it is claimed."""
