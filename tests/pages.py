@@ -61,6 +61,7 @@ BIN = Path(sys.executable).parent
 PATIENCE = 60.0
 """Seconds that a line may take, a worker to be ready, and a process to end."""
 
+FOLDERS = ("relay_core", "relay_adapters", "tests", "examples", "benchmarks", "docs", "tools")
 ILLUSTRATIONS = {"text"}
 HELD_ELSEWHERE = {"acl": "tests/test_acl.py"}
 
@@ -139,11 +140,14 @@ def broken_links(path: Path) -> list[str]:
 def missing_files(text: str) -> list[str]:
     """Files of this repository that a page names in backticks and that are not there, and tests that no file has."""
     missing = []
-    folders = "relay_core|relay_adapters|tests|examples|benchmarks|docs|tools"
-    for name, test in re.findall(rf"`((?:{folders})/[\w/.-]*)(?:::(\w+))?[^`]*`", text):
+    for name, test in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/.-]*)(?:::(\w+))?[^`]*`", text):
         file = ROOT / name
         if not file.exists() or (test and f"def {test}(" not in file.read_text()):
             missing.append(f"{name}::{test}" if test else name)
+    written = set(re.findall(r"^ *# ([\w/]+\.py)$", text, re.MULTILINE))
+    for name in set(re.findall(r"`((?:\w+/)*\w+\.(?:py|lua))`", text)) - written:
+        if not (ROOT / name).exists() and not any(found for top in FOLDERS for found in (ROOT / top).rglob(name)):
+            missing.append(name)
     return missing
 
 
