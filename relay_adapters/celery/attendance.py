@@ -56,6 +56,7 @@ class Attendance:
         self._lock = threading.RLock()
         self._attended: dict[str, _Attended] = {}
         self._left: dict[str, Terms] = {}
+        self._parting = threading.Lock()
         self._last: dict[str, str] = {}
         self._received = 0
         self._pause = 0.0
@@ -146,14 +147,24 @@ class Attendance:
                     self.topology.revive(queue)
 
     def say_goodbye(self) -> None:
-        """Tell the store at once of the queues that were left."""
-        with self._lock:
-            left, self._left = self._left, {}
-        for queue, terms in left.items():
-            # a queue of jobs that names its own time has it: its consumers may be restarting
-            soon = terms.auto_delete and (terms.mailbox or terms.expires is None)
-            grace = min(GRACE_MS, terms.idle_ms) if soon else 0
-            self._run(moves.leave(self.topology.places, queue, self.consumer, grace))
+        """Tell the store at once of the queues that were left; where the thread is about to, wait for it.
+
+        Raises RelayError; what could not be told is told the next time.
+        """
+        with self._parting:
+            with self._lock:
+                left, self._left = self._left, {}
+            try:
+                for queue, terms in list(left.items()):
+                    # a queue of jobs that names its own time has it: its consumers may be restarting
+                    soon = terms.auto_delete and (terms.mailbox or terms.expires is None)
+                    grace = min(GRACE_MS, terms.idle_ms) if soon else 0
+                    self._run(moves.leave(self.topology.places, queue, self.consumer, grace))
+                    del left[queue]
+            finally:
+                with self._lock:
+                    untold = {queue: terms for queue, terms in left.items() if queue not in self._attended}
+                    self._left = {**untold, **self._left}
 
     def _run(self, command: Command[T]) -> T:
         return self.topology.broker.store.run(command)
