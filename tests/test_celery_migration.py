@@ -16,6 +16,7 @@ from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from kombu import Connection, Exchange, Queue, pools
 
+from relay_adapters.celery.redis_source import RedisSource
 from relay_core import Broker
 from tests.command_line import Cli, finished, spawn
 from tests.servers import Server, eventually
@@ -215,6 +216,25 @@ def test_a_queue_whose_binding_is_gone_is_known_by_its_messages_and_other_lists_
     cli = Cli(server.url)
     assert counts(cli.json("migrate", "celery-redis", "--from", origin)) == {("celery", "ready"): 3}
     assert left(server) == [b"shopping"]
+
+
+def test_a_batch_that_relay_did_not_take_stays_and_comes_again_under_the_same_ids(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    send(stock, range(10))
+    hold(origin, "celery", 4)
+    source = RedisSource(relay.store)
+    seen = []
+    for taken in (0, 0, 1, 0):
+        batches = source.batches()
+        for _ in range(taken):
+            next(batches)
+        seen.append([arrival.id for arrival in next(batches)])
+        batches.close()  # as when relay refuses it, or the process ends
+    listed, again, held, held_again = map(sorted, seen)
+    assert (len(listed), len(held)) == (6, 4)
+    assert (again, held_again) == (listed, held)
+    assert server.cli("HLEN", "unacked") == 4
 
 
 @pytest.mark.slow
