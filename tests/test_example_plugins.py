@@ -36,11 +36,11 @@ FOLDER = Path(__file__).parent.parent / "examples" / "plugins"
 sys.path.insert(0, str(FOLDER))
 
 import audit_log  # noqa: E402
-import compression  # noqa: E402
-import encryption  # noqa: E402
+import payload_compression as compression  # noqa: E402
+import payload_encryption as encryption  # noqa: E402
 from audit_log import AuditLog  # noqa: E402
-from compression import Compression  # noqa: E402
-from encryption import CannotDecrypt, Encryption  # noqa: E402
+from payload_compression import Compression  # noqa: E402
+from payload_encryption import CannotDecrypt, Encryption  # noqa: E402
 from tracing import Tracing  # noqa: E402
 
 sys.path.remove(str(FOLDER))
@@ -512,8 +512,8 @@ from opentelemetry.instrumentation.celery import CeleryInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from audit_log import AuditLog
-from compression import Compression
-from encryption import Encryption
+from payload_compression import Compression
+from payload_encryption import Encryption
 
 class Lines(SpanExporter):
     def export(self, spans):
