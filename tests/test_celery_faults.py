@@ -229,6 +229,25 @@ def test_a_worker_moves_on_to_the_next_broker_of_its_list_and_publishers_do(
     kept.start()
 
 
+def test_a_worker_that_may_not_retry_its_connection_ends(
+    kept: Server, broker: Broker, tmp_path: Path, running: ExitStack
+) -> None:
+    conf: dict[str, dict[str, Any]] = {
+        "never": {"broker_connection_retry": False},
+        "once": {"broker_connection_max_retries": 1},
+    }
+    workers = [
+        running.enter_context(CeleryWorker(kept.url, tmp_path, "-P", "solo", name=name, conf=more, ready=False))
+        for name, more in conf.items()
+    ]
+    for worker in workers:
+        worker.ready()
+    kept.kill()
+    for worker in workers:
+        assert worker.process.wait(30) != 0
+    kept.start()
+
+
 def test_workers_go_on_after_a_failover_of_sentinel(
     sentinel_trio: SentinelTrio, tmp_path: Path, running: ExitStack
 ) -> None:

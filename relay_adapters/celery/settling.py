@@ -23,9 +23,10 @@ class Settling(DeadLetters):
     _unacked: set[str]
 
     def settle(self, tag: str) -> None:
-        """Ack. Under an event loop it is pending until the loop's next claim, or for 10 ms."""
+        """Ack. Under an event loop it is pending until the loop's next claim, or for 10 ms; of a channel that was
+        closed, until the thread that keeps the leases reaches the server."""
         self._unacked.discard(tag)
-        if self.connection is not None and self.connection.looping:
+        if self.connection is None or self.connection.looping:
             self.leases.ack_later(tag)
             return
         held = self.leases.pop(tag)

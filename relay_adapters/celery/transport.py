@@ -45,6 +45,8 @@ class Transport(virtual.Transport):
     """Celery asks for `redis` or `amqp` before it turns on mingle and gossip, and for `redis` before it takes
     worker_disable_prefetch; `amqp` would turn on delayed delivery by RabbitMQ's plugin-like exchanges."""
     driver_name = "relay-queue"
+    keeps_mail = True
+    """Broadcasts wait for a worker that lost its connection."""
 
     implements = virtual.Transport.implements.extend(
         asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False, batch_publish=True

@@ -34,6 +34,7 @@ def install(**_: Any) -> None:
         celery.signals.worker_init.connect(install)
         return
     from celery.app.task import Task
+    from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
 
     if Task.Request == "celery.worker.request:Request":
@@ -42,6 +43,19 @@ def install(**_: Any) -> None:
         Panel.data["revoke"] = _Revoke(Panel.data["revoke"])
         Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
+        Mingle.start = _mingle_at_first(Mingle.start)
+
+
+def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:
+    """Celery's mingle waits a second for the answers of other workers, and no task runs in that time. After a
+    reconnect there is nothing to ask for: what was broadcast meanwhile waits in the worker's mailbox."""
+
+    def start(step: Any, consumer: Any) -> None:
+        again = consumer.restart_count > 0 and getattr(consumer.connection.transport, "keeps_mail", False)
+        if not again:
+            stock(step, consumer)
+
+    return start
 
 
 class _Command:
