@@ -138,6 +138,9 @@ class _Crew:
         how = random.choice(("kill", "kill", "kill child", "term", "quit", "freeze"))
         if how == "kill child" and victim.pool[0] != "prefork":
             how = "kill"
+        # Celery's solo pool cannot cancel its task at SIGQUIT: the task ends as a failure, on any broker
+        if how == "quit" and victim.pool[0] == "solo":
+            how = "kill"
         # a task that ends in the moment of a warm shutdown may go unnoticed by Celery's prefork pool, on any broker
         if how != "term" or victim.pool[0] == "prefork":
             self.disturbed.append((time.time(), victim.name))
@@ -280,8 +283,9 @@ def _judge(outcome: Outcome, folder: Path, sent: dict[str, str], disturbed: list
         workers = {worker for _at, worker, _late in story}
         began, ended = story[0][0] - 3 * LEASE, story[-1][0]
         near = [(at, who) for at, who in disturbed if began <= at <= ended]
-        # a worker that was killed after it had sent a task's follow-up has noted nothing: the follow-up is sent again
-        if near and (origin != id or any(who == "*" or who in workers for _at, who in near)):
+        # who was struck after it had sent a follow-up or a retry has noted nothing, and that is sent again
+        unnoted = origin != id or sent[origin].startswith("moody")
+        if near and (unnoted or any(who == "*" or who in workers for _at, who in near)):
             continue
         told = ", ".join(f"by {worker} at {at - began:.2f} s, {late:.2f} s late" for at, worker, late in story)
         blows = ", ".join(f"{who} at {at - began:.2f} s" for at, who in disturbed if abs(at - began) < 20)
