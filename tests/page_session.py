@@ -1,4 +1,4 @@
-"""Runs the Python blocks and the `relay` lines of one page, in order and in one process. A program of tests/pages.py.
+"""Runs the Python blocks and the plain `relay` and `celery` lines of one page in one process, for tests/pages.py.
 
 Reads one JSON document per line, answers each by one: {"error": "" or what went wrong, "printed": "..."}.
 """
@@ -31,14 +31,17 @@ def import_file(name: str) -> None:
     importlib.import_module(module)
 
 
-def run_relay(args: list[str], environ: dict[str, str]) -> None:
-    """A `relay` line; the exit code must be 0."""
-    from relay_core.cli.app import relay
+def run_command(name: str, args: list[str], environ: dict[str, str]) -> None:
+    """A `relay` or `celery` line, without a process of its own; the exit code must be 0."""
+    if name == "relay":
+        from relay_core.cli.app import relay as command
+    else:
+        from celery.bin.celery import celery as command
 
     before = dict(os.environ)
     os.environ.update(environ)
     try:
-        relay.main(args, prog_name="relay")
+        command.main(args, prog_name=name)
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"exit code {end.code}") from None
@@ -59,8 +62,8 @@ def main() -> None:
         error, printed = "", io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
-                if asked["kind"] == "relay":
-                    run_relay(asked["args"], asked["environ"])
+                if asked["kind"] == "command":
+                    run_command(asked["name"], asked["args"], asked["environ"])
                 elif asked["kind"] == "file":
                     Path(asked["name"]).parent.mkdir(parents=True, exist_ok=True)
                     Path(asked["name"]).write_text(asked["text"])

@@ -249,7 +249,7 @@ class Page:
             words.pop(0)
         if not words:
             return
-        plain = not re.search(r"[|&;<>$`*]", text)
+        plain = not re.search(r"[|&;<>$`*]", re.sub(r"'[^']*'", "", text))  # nothing in it is the shell's
         first, rest = words[0], words[1:]
         if first == "cd":
             self.here = self.here / rest[0]
@@ -274,8 +274,8 @@ class Page:
                 _understood(first, rest)
             else:
                 self._start(line, kind, key, text)
-        elif first == "relay" and plain:
-            self._ask(line, kind="relay", args=rest, environ=self._exported)
+        elif first in ("relay", "celery") and plain:
+            self._ask(line, kind="command", name=first, args=rest, environ=self._exported)
         elif first in ("relay", "python", "celery", "curl", "redis-cli", "ls", "cat"):
             self._shell(line, text)
         else:
