@@ -93,6 +93,8 @@ def test_every_pool_goes_on_after_its_broker_was_away_and_starts_nothing_twice(
         send(client, pool, "run", f"after-{pool}")
     (tmp_path / "go").touch()
     empty(broker, *POOLS)
+    for worker in workers:  # at the start only: no task runs in that second
+        assert worker.text.count("mingle: searching") == 1
     for pool, slots in SLOTS.items():
         for n in range(slots):
             assert len(lines(tmp_path, "started", f"long-{pool}-{n} ")) == 1
