@@ -65,15 +65,6 @@ FOLDERS = ("relay_core", "relay_adapters", "tests", "examples", "benchmarks", "d
 ILLUSTRATIONS = {"text"}
 HELD_ELSEWHERE = {"acl": "tests/test_acl.py"}
 
-TAKEN_AS_GIVEN = {
-    "README.md": """
-import dramatiq
-from celery import Celery
-from relay_adapters.dramatiq import RelayBroker
-"""
-}
-"""What the reader of a page has already, where showing it again would be noise."""
-
 READY = {"celery": r"\bready\.", "dramatiq": r"ready for action", "worker": r"\bserving ", "exporter": r"\bserving "}
 """What a process that goes on says when it is ready."""
 
@@ -329,8 +320,6 @@ class Page:
                 [sys.executable, str(Path(__file__).parent / "page_session.py")],
                 cwd=self.folder, env=self._environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
-            if self.name in TAKEN_AS_GIVEN:
-                self._ask(0, kind="block", text=TAKEN_AS_GIVEN[self.name], page="what the page takes as given", line=0)
         assert self._session.stdin is not None
         assert self._session.stdout is not None
         self._session.stdin.write(json.dumps({"folder": str(self.here), **request}) + "\n")
