@@ -29,6 +29,9 @@ LEASE = 2.0
 FREEZE = 1.5 * LEASE
 """Seconds for which a worker is frozen: its leases run out meanwhile."""
 
+PATIENCE = 8.0
+"""Seconds that a worker has to end; at times the prefork pool takes half a minute, on any broker."""
+
 QUEUES = ("soak", "chained")
 POOLS = (("prefork", "2"), ("threads", "4"), ("gevent", "8"), ("solo", "1"))
 SERVER_SHARE = 0.1
@@ -166,7 +169,7 @@ class _Crew:
 
     def _end(self, worker: _Worker) -> None:
         try:
-            worker.process.wait(timeout=30)
+            worker.process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             self.disturbed.append((time.time(), worker.name))
         with suppress(ProcessLookupError):
