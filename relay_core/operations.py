@@ -109,6 +109,14 @@ class Settings:
             return RetryPolicy.from_dict(job.options.retry)
         return self.queue_retry.get(job.queue, self.retry)
 
+    def is_suspect(self, job: Job) -> bool:
+        """True for a claimed job whose deliveries mostly ended with their worker, so that it may be what ended them.
+
+        Whoever runs it holds nothing else meanwhile, so that a poison job takes no neighbour to dead.
+        """
+        most = job.options.max_deliveries or self.max_deliveries
+        return job.deliveries - 1 - job.retries >= max(1, most - 2)
+
 
 class Operations:
     """The moves, as flows."""

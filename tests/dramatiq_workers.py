@@ -46,9 +46,10 @@ def signals_of(broker: dramatiq.Broker) -> list[str]:
 
 
 class Workers:
-    """`dramatiq tests.dramatiq_app ...`: a master with its worker processes, in a session of their own.
+    """`dramatiq APP ...`: a master with its worker processes, in a session of their own.
 
     :param folder: where the app writes a line per run, and the log goes
+    :param app: the module. Default tests.dramatiq_app
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class Workers:
         threads: int = 4,
         name: str = "w",
         script: str = "dramatiq",
+        app: str = "tests.dramatiq_app",
         **env: str,
     ) -> None:
         self.folder = folder
         self.name = name
         self.log = folder / f"{name}.log"
         # the script, not `python -m dramatiq`: at SIGHUP that one starts whatever `python` is on PATH
-        command = [str(Path(sysconfig.get_path("scripts"), script)), "tests.dramatiq_app"]
+        command = [str(Path(sysconfig.get_path("scripts"), script)), app]
         command += ["--processes", str(processes), "--threads", str(threads), "--worker-shutdown-timeout", "20000"]
         settings = {"APP_URL": server.url, "APP_FOLDER": str(folder), "APP_NAME": name, **env}
         with open(self.log, "ab") as log:

@@ -28,6 +28,7 @@ def fail(job: Job, why: str) -> None:
         return
     from billiard.exceptions import WorkerLostError
     from celery import current_app
+    from celery.backends.base import DisabledBackend
 
     message = unpack(job.payload)
     headers = message["headers"]
@@ -39,7 +40,8 @@ def fail(job: Job, why: str) -> None:
     context = _context(app, message)
     task = app.tasks.get(headers["task"])
     backend = app.backend if task is None else task.backend
-    if backend.get_state(headers["id"]) == "SUCCESS":
+    # an app without results cannot be asked for one
+    if not isinstance(backend, DisabledBackend) and backend.get_state(headers["id"]) == "SUCCESS":
         return  # it was done, and only the answer was lost
     ignored = headers.get("ignore_result") or False
     store = not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))

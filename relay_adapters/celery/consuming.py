@@ -50,21 +50,41 @@ class Consuming(Settling):
     def claim(self, room: int, woken: bool) -> tuple[list[Delivery], float | None]:
         """Claim up to `room` messages, and send the acks that are pending in the same round trip.
 
-        Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell.
+        Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell. A
+        message that may kill this process comes without the others, which are handed back.
         """
         queues = in_order(self.order, self.consumed)
         found: list[Delivery] = []
         again: float | None = None
         for queue in queues:
             jobs = self._claim_one(queue, room - len(found), woken)
-            found += [(raw, job.queue) for job in jobs if (raw := self._received(job)) is not None]
+            suspects: list[Delivery] = []
+            for job in jobs:
+                if (raw := self._received(job)) is not None:
+                    found.append((raw, job.queue))
+                    if self.leases.apart.concerns(job):
+                        suspects.append(found[-1])
             if jobs.retry_after is not None:
                 again = min(jobs.retry_after, jobs.retry_after if again is None else again)
             if jobs:
                 self.order.rotate(queue)
+            if suspects or self.leases.apart.shut:
+                return self._set_apart(found, suspects), again
             if len(found) >= room:
                 break
         return found, again
+
+    def _set_apart(self, found: list[Delivery], suspects: list[Delivery]) -> list[Delivery]:
+        """Keep one suspect, or none where this process has one, and what was acked at once; hand back the others."""
+        tags = [raw["properties"]["delivery_tag"] for raw, _queue in found]
+        held = {tag for tag in tags if self.leases.get(tag) is not None}
+        kept = [delivery for delivery, tag in zip(found, tags, strict=True) if tag not in held]
+        for delivery in suspects[:1]:
+            tag = delivery[0]["properties"]["delivery_tag"]
+            if tag in held and self.leases.apart.take(tag, self.credit_freed):
+                kept.append(delivery)
+        self.take_back([delivery for delivery in found if delivery not in kept])
+        return kept
 
     def _claim_one(self, queue: str, room: int, woken: bool) -> Any:
         flows, acks = self.broker.operations, self.leases.take_acks(queue)

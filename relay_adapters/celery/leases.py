@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
@@ -73,6 +74,7 @@ class Leases:
         self._watching = False
         self._thread: threading.Thread | None = None
         self._next_beat = 0.0
+        self.apart = Apart(self)
 
     # what is held
 
@@ -91,7 +93,9 @@ class Leases:
     def pop(self, tag: str) -> Held | None:
         """What is held by a tag, which is no longer extended; None where it ended before."""
         with self._lock:
-            return self._held.pop(tag, None)
+            held = self._held.pop(tag, None)
+        self.apart.changed()
+        return held
 
     def drop(self, job: Job) -> None:
         """A delivery was ended by the task itself."""
@@ -155,6 +159,7 @@ class Leases:
                 self._held.pop(held.tag, None)
                 if verdict is Verdict.LOST and not held.expected:
                     _warn_lost(held, "its ack came too late, and it may run again")
+        self.apart.changed()
 
     def unsent(self, taken: Sequence[Held]) -> None:
         """They could not be sent, and stay pending. Their leases are kept."""
@@ -194,6 +199,7 @@ class Leases:
                     del self._held[tag]
                     self._releases.append(held.job)
             busy = bool(self._releases or self._acks)
+        self.apart.changed()
         if not busy:
             return
         try:

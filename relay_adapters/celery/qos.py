@@ -29,7 +29,7 @@ class QoS(virtual.QoS):
 
         :param waiting: messages that were claimed and not delivered yet
         """
-        if not self.can_consume():
+        if self.channel.leases.apart.shut or not self.can_consume():
             return 0
         if "can_consume" in vars(self):
             return 0 if waiting else 1

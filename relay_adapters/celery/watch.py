@@ -96,7 +96,7 @@ class Watch:
         found, retry_after = self.channel.claim(room, woken=True)
         self.waiting.extend(found)
         # less than was asked for is all there is, and the next message rings
-        self.hungry = len(found) >= room
+        self.hungry = len(found) >= room or self.channel.leases.apart.shut
         longest = self.channel.broker.settings.max_block
         self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
@@ -105,7 +105,7 @@ class Watch:
         # who drains by calls expects all that there is of each
         ends = time.monotonic() + SLICE if channel.connection.looping else math.inf
         while self.waiting and not channel.closed and (delivered == 0 or time.monotonic() < ends):
-            if not channel.qos.can_consume():
+            if not channel.qos.can_consume() or self._held_back():
                 break
             raw, queue = self.waiting.popleft()
             if queue not in channel.consumed:
@@ -115,6 +115,19 @@ class Watch:
             channel.connection._deliver(raw, queue)
         return delivered
 
+    def _held_back(self) -> bool:
+        """Whether the next one has to wait until this process holds nothing else. What is done is told at once then."""
+        leases = self.channel.leases
+        if not leases.apart.shut:
+            return False
+        tag = self.waiting[0][0]["properties"]["delivery_tag"]
+        if leases.apart.seconds(tag):
+            leases.flush()
+        wait = leases.apart.seconds(tag)
+        if wait:
+            self.look_at = time.monotonic() + wait
+        return wait > 0
+
     def wake(self) -> None:
         """End the wait of another thread. May be called from any thread."""
         if (bell := self.bell) is not None:
@@ -123,7 +136,10 @@ class Watch:
     @property
     def busy(self) -> bool:
         """True when the next turn of the loop should come at once."""
-        return bool(self.waiting) and bool(self.channel.qos.can_consume())
+        if not self.waiting or not self.channel.qos.can_consume():
+            return False
+        apart = self.channel.leases.apart
+        return not (apart.shut and apart.seconds(self.waiting[0][0]["properties"]["delivery_tag"]))
 
     def _silence(self) -> None:
         if self.bell is not None:

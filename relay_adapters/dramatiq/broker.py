@@ -18,6 +18,7 @@ from dramatiq.middleware import Middleware, SkipMessage
 import relay_core
 from relay_adapters.dramatiq.burial import Burial
 from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer, dramatiq_errors
+from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import JOB_ID, RelayMessage
@@ -90,6 +91,7 @@ class RelayBroker(Broker):
     def _forget_threads(self) -> None:
         """A new process has no consumers yet: what a parent claimed stays the parent's."""
         self._lines: dict[str, Line] = {}
+        self._gate = Gate(self.core.settings)
         self._heartbeat: Heartbeat | None = None
         self._opening = threading.Lock()
 
@@ -237,7 +239,7 @@ class RelayBroker(Broker):
     def _line(self, queue_name: str) -> Line:
         with self._opening:
             if queue_name not in self._lines:
-                self._lines[queue_name] = Line(self.core, queue_name)
+                self._lines[queue_name] = Line(self.core, queue_name, self._gate)
             return self._lines[queue_name]
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:

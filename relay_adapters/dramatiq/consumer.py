@@ -63,6 +63,8 @@ class RelayConsumer(Consumer):
         # Until then only a wake-up can bring work: an idle worker listens, and asks nothing.
         self._quiet_until = 0.0
         self._woken = False
+        # claimed, and not given out before this process holds nothing else: it may kill what is beside it
+        self._suspect: Lease | None = None
         line.join(self._holding)
 
     # claiming
@@ -71,6 +73,11 @@ class RelayConsumer(Consumer):
         deadline = time.monotonic() + self.timeout / 1000
         with dramatiq_errors():
             while True:
+                if self._suspect is not None and self._line.gate.is_clear():
+                    self._buffer.append(self._suspect)
+                    self._suspect = None
+                elif self._buffer and self._line.gate.is_shut:
+                    self._hand_back()
                 while self._buffer:
                     message = self._open(self._buffer.popleft())
                     if message is not None:
@@ -100,6 +107,7 @@ class RelayConsumer(Consumer):
         finally:
             # if the store is away, the lease ends and the message is looked at once more
             self._holding.pop(lease.job.token, None)
+            self._line.gate.changed()
 
     def _fill(self, deadline: float) -> bool:
         """Claim into the buffer; False when there was nothing until the deadline."""
@@ -108,7 +116,10 @@ class RelayConsumer(Consumer):
             acks = self._line.gather(self._full, deadline - time.monotonic(), max(1, self.prefetch // 2))
             if not acks:
                 if self._full():
+                    self._pass_on()
                     return False
+                if self._due():
+                    return True
                 self._attend(False)
                 acks = self._line.take()
             if acks or self._woken or time.monotonic() >= self._quiet_until:
@@ -123,18 +134,53 @@ class RelayConsumer(Consumer):
 
     def _take_in(self, acks: Sequence[Job]) -> None:
         """Send the acks, and claim what there is room for."""
-        free = max(0, self._free())
-        claimed = self._line.claim(acks, free, self._woken)
-        for job in claimed:
-            lease = Lease(job)
-            self._holding[job.token] = lease
-            self._buffer.append(lease)
+        gate = self._line.gate
+        open_ = gate.enter()
+        try:
+            free = max(0, self._free()) if open_ else 0
+            if not acks and not free:
+                return  # the gate was shut a moment ago
+            claimed = self._line.claim(acks, free, self._woken)
+            for job in claimed:
+                lease = Lease(job)
+                self._holding[job.token] = lease
+                self._buffer.append(lease)
+            if (suspect := gate.first_suspect(claimed)) is not None:
+                self._set_apart(self._holding[suspect.token])
+        finally:
+            gate.leave()
         if free:
             self._woken = False
             hint = self._core.settings.max_block if claimed.retry_after is None else claimed.retry_after
-            # not even full: whatever was ready is here
-            rest = min(hint, self._core.settings.max_block) if len(claimed) < free else 0.0
+            # not even full: whatever was ready is here, unless a suspect made it go back
+            everything = len(claimed) < free and not gate.is_shut
+            rest = min(hint, self._core.settings.max_block) if everything else 0.0
             self._quiet_until = time.monotonic() + rest
+
+    def _set_apart(self, suspect: Lease) -> None:
+        """Shut the gate for it. What was claimed with it is handed back, and so it is where another one was first."""
+        if self._line.gate.shut(suspect, self._holding):
+            self._suspect = suspect
+            self._buffer.remove(suspect)
+            self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Release what is buffered, uncounted: it waits until the suspect that this process holds is settled."""
+        leases = list(self._buffer)
+        self._buffer.clear()
+        for lease in leases:
+            self._holding.pop(lease.job.token, None)
+        self._quiet_until = 0.0
+        self._release(leases)
+
+    def _due(self) -> bool:
+        return self._suspect is not None and self._line.gate.is_clear()
+
+    def _pass_on(self) -> None:
+        """A wake-up that a shut gate keeps this consumer from following is for another process."""
+        if self._woken and self._line.gate.is_shut:
+            self._core.finish(self.queue_name, (), (), 0, woken=True)
+            self._woken = False
 
     def _listen(self, timeout: float) -> bool:
         """Wait for a wake-up: whoever takes one has to claim, and to pass it on while work remains."""
@@ -150,10 +196,12 @@ class RelayConsumer(Consumer):
                 self._line.leave()
 
     def _free(self) -> int:
+        if self._line.gate.is_shut:
+            return 0
         return min(self.prefetch - len(self._holding) - self._line.left_running(), MAX_BATCH)
 
     def _full(self) -> bool:
-        return self._free() <= 0
+        return self._free() <= 0 and not self._due()
 
     # how a message ends
 
@@ -167,6 +215,7 @@ class RelayConsumer(Consumer):
                 self._line.ack(message.lease.job)
             else:
                 self._line.flush()  # this may be the second try of an ack that could not be sent
+        self._line.gate.changed()
         return None
 
     def nack(self, message: MessageProxy) -> None:
@@ -183,6 +232,7 @@ class RelayConsumer(Consumer):
         message.pending = None
         message.settle()
         self._line.freed()
+        self._line.gate.changed()
 
     def _dead(self, message: RelayMessage) -> Nack:
         """The dead letter: the message as it is now, with its retries and traceback, and what it failed of."""
@@ -213,12 +263,11 @@ class RelayConsumer(Consumer):
             return
         self._closed = self._holding.closed = True
         self._attend(False)
-        leases = list(self._buffer)
-        self._buffer.clear()
-        for lease in leases:
-            self._holding.pop(lease.job.token, None)
+        if self._suspect is not None:
+            self._buffer.append(self._suspect)
+            self._suspect = None
         try:
-            self._release(leases)
+            self._hand_back()
         finally:
             with dramatiq_errors():
                 self._line.flush()
@@ -229,3 +278,4 @@ class RelayConsumer(Consumer):
             with dramatiq_errors():
                 self._core.release(jobs)
         self._line.freed()
+        self._line.gate.changed()

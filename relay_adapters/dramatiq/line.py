@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.message import Holding, Lease
 from relay_core import Broker, Claimed, Job, Verdict
 from relay_core.commands import Nack
@@ -27,9 +28,10 @@ class Line:
     that come while it does so. An ack that cannot be sent stays here, and is sent first thing next time.
     """
 
-    def __init__(self, core: Broker, queue: str) -> None:
+    def __init__(self, core: Broker, queue: str, gate: Gate) -> None:
         self.core = core
         self.queue = queue
+        self.gate = gate
         self.holdings: list[Holding] = []
         self._acks: deque[Job] = deque()
         self._changed = threading.Condition(threading.Lock())
@@ -37,6 +39,13 @@ class Line:
         self._waiting = 0
         self._enough = 1
         self._flushing = False
+        self._on_their_way = 0
+        gate.stand_by(queue, self)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the store does not know yet of some messages that are done."""
+        return bool(self._acks) or self._on_their_way > 0
 
     def leases(self) -> list[Lease]:
         """All unsettled leases of the queue in this process."""
@@ -87,6 +96,8 @@ class Line:
             except BaseException:
                 self._put_back(acks)
                 raise
+            else:
+                self._sent(acks)
             finally:
                 with self._changed:
                     self._flushing = False
@@ -135,13 +146,22 @@ class Line:
             self._put_back(acks)
             raise
         self._report(acks, verdicts)
+        self._sent(acks)
         return claimed
 
     def _take(self) -> list[Job]:
-        return [self._acks.popleft() for _ in range(min(len(self._acks), MAX_BATCH))]
+        taken = [self._acks.popleft() for _ in range(min(len(self._acks), MAX_BATCH))]
+        self._on_their_way += len(taken)
+        return taken
+
+    def _sent(self, acks: Sequence[Job]) -> None:
+        with self._changed:
+            self._on_their_way -= len(acks)
+        self.gate.changed()
 
     def _put_back(self, acks: Sequence[Job]) -> None:
         with self._changed:
+            self._on_their_way -= len(acks)
             self._acks.extendleft(reversed(acks))
 
     @staticmethod

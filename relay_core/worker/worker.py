@@ -167,7 +167,7 @@ class Worker:
                     got, retry_after = [], 1.0
                 for job in got:
                     self._held.add(job)
-                    if self._last_chance(job):
+                    if self.broker.settings.is_suspect(job):
                         self._alone.append(job)
                     else:
                         pool.submit(job)
@@ -180,11 +180,6 @@ class Worker:
 
             if self._alone:
                 self._run_alone(pool)
-
-    def _last_chance(self, job: Job) -> bool:
-        """True for a job whose deliveries mostly ended with their worker, so that it may be what ended them."""
-        most = job.options.max_deliveries or self.broker.settings.max_deliveries
-        return job.deliveries - 1 - job.retries >= max(1, most - 2)
 
     def _run_alone(self, pool: Pool) -> None:
         """Run suspects one at a time with nothing else held, so that a poison job takes no neighbour to dead.
