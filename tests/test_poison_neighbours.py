@@ -77,7 +77,9 @@ def test_a_dramatiq_message_that_kills_its_process_goes_to_dead_alone(
     def all_over() -> bool:
         nonlocal workers
         if workers is None or workers.process.poll() is not None:
-            workers = Workers(server, tmp_path, threads=1, app="tests.poison_dramatiq_app", dramatiq_queue_prefetch="30")
+            workers = Workers(
+                server, tmp_path, threads=1, app="tests.poison_dramatiq_app", dramatiq_queue_prefetch="30"
+            )
         return core.stats("here").pending == core.stats("there").pending == 0
 
     try:

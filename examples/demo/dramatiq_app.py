@@ -38,8 +38,6 @@ if __name__ == "__main__":
     for i in range(others):
         flaky.send(f"f{i}", time.time())
         postponed.send_with_options(args=(f"p{i}", time.time()), delay=int(indexing.DELAY * 1000))
+    poison.send("x0")
     for path in paths:
         index.send(path, time.time())
-    # What a process has fetched dies with it and counts as delivered, so this one runs when all else is done.
-    dramatiq.get_broker().join("default")
-    poison.send("x0")
