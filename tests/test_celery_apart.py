@@ -1,0 +1,116 @@
+"""A suspect under kombu's consumers, by hand: what it waits for, for how long, and who waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from kombu import Connection, Consumer, Queue
+
+from relay_core import Broker
+from tests.servers import Flavour, Server, eventually
+
+LEASE = 1.0
+
+
+@pytest.fixture
+def flavour() -> Flavour:
+    """One server is enough: what is tested is on this side of it."""
+    return "redis"
+
+
+class Site:
+    """A connection, and a broker that looks at the store."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.broker = Broker(server.url)
+        options = {"lease": LEASE, "max_deliveries": 2, "prefix": "relay"}
+        self.connection = Connection(server.url.replace("redis", "relay", 1), transport_options=options)
+        self.got: list[tuple[str, object]] = []
+
+    def send(self, queue: str, *keys: str) -> None:
+        with self.connection.Producer() as producer:
+            for key in keys:
+                producer.publish(key, routing_key=queue, declare=[Queue(queue, routing_key=queue)])
+
+    def left_by_a_dead_worker(self, queue: str, *keys: str) -> None:
+        """Messages at the head of the queue that a process took and never answered."""
+        self.send(queue, *keys)
+        with Broker(self.server.url, lease=0.1) as other:
+            assert len(other.claim(queue, count=len(keys))) == len(keys)
+            eventually(lambda: not other.reap(queue) and other.stats(queue).inflight == 0, "the leases to end")
+
+    def consume(self, queue: str, prefetch: int) -> Consumer:
+        consumer = Consumer(
+            self.connection.channel(),
+            [Queue(queue, routing_key=queue)],
+            callbacks=[lambda body, message: self.got.append((body, message))],
+            prefetch_count=prefetch,
+        )
+        consumer.consume()
+        return consumer
+
+    def drained(self, seconds: float = 0.3) -> list[str]:
+        """What arrives within that time."""
+        before, ends = len(self.got), time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                self.connection.drain_events(timeout=left)
+        return [body for body, _message in self.got[before:]]
+
+    def ack(self, key: str) -> None:
+        dict(self.got)[key].ack()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def site(server: Server) -> Iterator[Site]:
+    site = Site(server)
+    yield site
+    site.connection.close()
+    site.broker.close()
+
+
+def test_a_suspect_is_delivered_alone_and_the_others_come_after_it(site: Site) -> None:
+    site.left_by_a_dead_worker("q", "s0", "s1")
+    site.send("q", "h0", "h1")
+    site.consume("q", prefetch=10)
+    assert site.drained() == ["s0"]
+    assert (site.broker.stats("q").ready, site.broker.stats("q").inflight) == (3, 1)
+    site.ack("s0")
+    assert site.drained() == ["s1"]
+    site.ack("s1")
+    assert site.drained() == ["h0", "h1"]
+
+
+def test_a_suspect_waits_for_what_was_delivered_before_it(site: Site) -> None:
+    site.send("there", "t0")
+    site.consume("there", prefetch=1)
+    assert site.drained() == ["t0"]
+    site.left_by_a_dead_worker("q", "s0")
+    site.consume("q", prefetch=1)
+    assert site.drained() == []
+    assert site.broker.stats("q").inflight == 1
+    site.send("there", "t1")
+    site.ack("t0")
+    assert site.drained() == ["s0"], "nothing else is held now"
+    site.ack("s0")
+    assert site.drained() == ["t1"]
+
+
+def test_a_suspect_waits_for_a_lease_at_most(site: Site) -> None:
+    site.send("there", "long")
+    site.consume("there", prefetch=1)
+    assert site.drained() == ["long"]
+    site.left_by_a_dead_worker("q", "s0")
+    site.consume("q", prefetch=1)
+    eventually(lambda: site.drained(), "the suspect")
+    assert site.got[-1][0] == "s0"
+    site.send("there", "next")
+    site.ack("long")
+    assert site.drained() == [], "something is claimed beside it"
+    site.ack("s0")
+    assert site.drained() == ["next"]
+    assert (site.broker.stats("q").pending, site.broker.stats("q").dead) == (0, 0)
