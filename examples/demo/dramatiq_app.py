@@ -30,6 +30,7 @@ def postponed(key, sent):
 
 @dramatiq.actor
 def poison(key):
+    time.sleep(0.5)  # Dramatiq's master can wait for ever for a process that dies while it boots
     indexing.poison("dramatiq", key)
 
 
