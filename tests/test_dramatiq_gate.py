@@ -63,12 +63,12 @@ def test_a_suspect_waits_for_what_is_held_and_is_given_out_alone(broker: RelayBr
     assert broker.core.stats("there").ready == 2
     there.ack(running)
     suspect = next(here)
-    assert key_of(suspect) == "s0"
+    assert key_of(suspect) in ("s0", "s1")
     assert next(there) is None
     assert next(here) is None
     here.ack(suspect)
     second = next(here)
-    assert key_of(second) == "s1", "the other suspect has its turn"
+    assert {key_of(suspect), key_of(second)} == {"s0", "s1"}, "the other suspect has its turn"
     here.ack(second)
     assert key_of(next(here)) == "h0"
     assert key_of(next(there)) == "t1"
