@@ -143,7 +143,10 @@ class SentinelTrio(Topology):
         old = self.primary
         # A sentinel answers NOGOODSLAVE until it has seen the replicas' INFO after the last failover.
         eventually(lambda: self.sentinels[0].cli("SENTINEL", "FAILOVER", self.service), "failover starts")
-        return self.wait_for_primary(other_than=old)
+        primary = self.wait_for_primary(other_than=old)
+        # until it is a replica, the old one takes writes of connections that are still open, and loses them then
+        eventually(lambda: old.info("replication")["role"] == "slave", "the old primary follows", 60)
+        return primary
 
     def kill_primary(self) -> Server:
         """SIGKILL the primary and return it; `wait_for_primary` tells when another has taken over."""
