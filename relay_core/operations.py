@@ -8,6 +8,7 @@ store, so that there is one copy of the logic, and it is tested without either.
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,8 +95,9 @@ class Settings:
 
     @property
     def max_block(self) -> float:
-        """Longest wait for a wake-up: short against the lease, so that a dead worker's jobs are seen in time."""
-        return min(_MAX_BLOCK, self.lease / 3)
+        """Longest wait for a wake-up: short against the lease, so that a dead worker's jobs are seen in time; a little
+        different each time, so that workers that began together do not all look together."""
+        return min(_MAX_BLOCK, self.lease / 3) * random.uniform(0.9, 1.1)
 
     def keys(self, queue: str) -> keys.QueueKeys:
         try:
