@@ -13,9 +13,6 @@ from tests.conftest import Pool
 from tests.pages import ROOT, Block, Page, Wrong, blocks, broken_links, missing_files, pages
 from tests.servers import Server
 
-WRITTEN_AT_A_RELEASE = {"benchmarks/README.md", "../benchmarks/README.md"}
-"""The figures of the last measurement; between releases they may not be there."""
-
 
 @pytest.fixture
 def port(pool: Pool) -> int:
@@ -43,7 +40,7 @@ def test_every_file_and_test_that_the_page_names_is_there(path: Path) -> None:
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_of_the_page_leads_to_a_file_and_heading(path: Path) -> None:
-    assert [link for link in broken_links(path) if link not in WRITTEN_AT_A_RELEASE] == []
+    assert broken_links(path) == []
 
 
 def test_every_metric_that_a_page_names_is_on_the_page_of_metrics() -> None:
