@@ -10,15 +10,16 @@ import pytest
 from kombu import Connection, Consumer, Queue
 
 from relay_core import Broker
-from tests.servers import Flavour, Server, eventually
+from tests.servers import Server, eventually
 
 LEASE = 1.0
 
 
 @pytest.fixture
-def flavour() -> Flavour:
-    """One server is enough: what is tested is on this side of it."""
-    return "redis"
+def server() -> Iterator[Server]:
+    """One of its own, since the adapter's connection stays open for as long as this process lives."""
+    with Server("redis") as server:
+        yield server
 
 
 class Site:

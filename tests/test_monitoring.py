@@ -108,7 +108,7 @@ def test_promtool_finds_nothing_wrong_with_what_is_served(server: Server) -> Non
 
 
 def test_where_prometheus_is_missing_and_cannot_be_installed_setup_says_what_to_do(tmp_path: Path) -> None:
-    for name in ("sh", "sed", "redis-server", "openssl", "id"):
+    for name in ("sh", "sed", "redis-server", "openssl", "curl", "id"):
         found = shutil.which(name)
         assert found is not None
         (tmp_path / name).symlink_to(found)
