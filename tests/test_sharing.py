@@ -20,8 +20,15 @@ from relay_core.connection import AsyncStore, SyncStore
 from relay_core.errors import InvalidArgument, Unavailable
 from relay_core.settings import StoreSettings, parse_url
 from tests.proxy import Proxy, to_socket
-from tests.servers import Server, eventually
+from tests.servers import Flavour, Server, eventually
 from tests.shells import count, script
+
+
+@pytest.fixture
+def server(flavour: Flavour) -> Iterator[Server]:
+    """One of its own: connections are counted here, and an adapter keeps its own as long as this process lives."""
+    with Server(flavour) as server:
+        yield server
 
 
 @pytest.fixture
