@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar, cast
 
 import pytest
 
+from relay_core import Broker
+from tests.command_line import Cli
 from tests.servers import FLAVOURS, AclServer, Flavour, MissingServer, Server, TlsServer
 from tests.topologies import Cluster, SentinelTrio
 
@@ -82,6 +84,19 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
 def server(flavour: Flavour, pool: Pool) -> Server:
     """An empty server on a unix socket: the fastest, and what most tests want."""
     return pool.get(Server, flavour)
+
+
+@pytest.fixture
+def cli(server: Server) -> Cli:
+    """The `relay` command, on that server."""
+    return Cli(server.url)
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    """A broker on that server, for tests that need nothing else of it."""
+    with Broker(server.url, retry_for=2.0) as broker:
+        yield broker
 
 
 @pytest.fixture

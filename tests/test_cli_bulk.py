@@ -46,17 +46,6 @@ def flavour(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def cli(server: Server) -> Cli:
-    return Cli(server.url)
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url, retry_for=2.0) as broker:
-        yield broker
-
-
 def fill(server: Server, count: int, *, per_ms: int = 7, payload: bytes = b"x") -> None:
     keys = (Q.jobs, Q.owners, Q.errors, Q.dead, Q.config)
     server.cli("EVAL", FILL, len(keys), *keys, count, per_ms, payload)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import zlib
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,24 +12,12 @@ from relay_core import Broker, commands, hookimpl
 from relay_core.keys import worker_keys
 from relay_core.plugins import Plugins
 from tests.command_line import Cli
-from tests.servers import Server
 
 
 @pytest.fixture(params=["valkey"])
 def flavour(request: pytest.FixtureRequest) -> str:
     """One is enough: the scripts have tests of their own on both."""
     return str(request.param)
-
-
-@pytest.fixture
-def cli(server: Server) -> Cli:
-    return Cli(server.url)
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url, retry_for=2.0) as broker:
-        yield broker
 
 
 def events(cli: Cli, id: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -14,24 +13,12 @@ from relay_core import Broker, hookimpl
 from relay_core.job import Job, JobSummary, StoredJob
 from relay_core.plugins import Plugins
 from tests.command_line import Cli
-from tests.servers import Server
 
 
 @pytest.fixture(params=["valkey"])
 def flavour(request: pytest.FixtureRequest) -> str:
     """One is enough: the scripts have tests of their own on both."""
     return str(request.param)
-
-
-@pytest.fixture
-def cli(server: Server) -> Cli:
-    return Cli(server.url)
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url, retry_for=2.0) as broker:
-        yield broker
 
 
 def bury(broker: Broker, *payloads: bytes, error: str = "no luck", queue: str = "mail") -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,6 @@ from tests.servers import Server, eventually
 def flavour(request: pytest.FixtureRequest) -> str:
     """One is enough: the scripts have tests of their own on both."""
     return str(request.param)
-
-
-@pytest.fixture
-def cli(server: Server) -> Cli:
-    return Cli(server.url)
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url, retry_for=2.0) as broker:
-        yield broker
 
 
 def test_a_schedule_is_added_listed_and_removed(cli: Cli) -> None:

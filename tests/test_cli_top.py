@@ -14,7 +14,6 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,17 +31,6 @@ from tests.servers import Server, eventually
 def flavour(request: pytest.FixtureRequest) -> str:
     """One is enough: the scripts have tests of their own on both."""
     return str(request.param)
-
-
-@pytest.fixture
-def cli(server: Server) -> Cli:
-    return Cli(server.url)
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url, retry_for=2.0) as broker:
-        yield broker
 
 
 def beat(broker: Broker, name: str, face: str, *queues: str, inflight: int = 0) -> None:
