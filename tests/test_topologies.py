@@ -297,15 +297,13 @@ def test_commands_follow_a_slot_that_moves(cluster: Cluster, store_at: Open) -> 
         assert store.run(count(key)) == (3, False), "asked at the new owner"
         assert store.run_many([count(key), count(key)]) == [(4, False), (5, False)]
     finally:
-        for node in (target, source):
-            node.cli("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+        cluster.hand_over(slot, source, target)
     assert store.run(count(key)) == (6, False), "moved to the new owner"
     # Back again, so that the next test finds the slots as they were.
     source.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[target])
     target.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[source])
     target.cli("MIGRATE", "127.0.0.1", source.port, key, 0, 5000)
-    for node in (source, target):
-        node.cli("CLUSTER", "SETSLOT", slot, "NODE", ids[source])
+    cluster.hand_over(slot, target, source)
     assert store.run(count(key)) == (7, False)
 
 

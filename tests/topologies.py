@@ -264,6 +264,23 @@ class Cluster(Topology):
     def slot_of(self, key: str | bytes) -> int:
         return int(next(node for node in self.nodes if node.running).cli("CLUSTER", "KEYSLOT", key))
 
+    def hand_over(self, slot: int, source: Server, target: Server) -> None:
+        """End a migration of the slot, and wait until every node knows: with its new owner's epoch too, as a node
+        that missed one would claim a slot anew with an epoch of no more weight, and be overruled."""
+        name = target.cli("CLUSTER", "MYID")
+        for node in (target, source):
+            node.cli("CLUSTER", "SETSLOT", str(slot), "NODE", name)
+
+        def epoch(node: Server) -> bytes:
+            lines = [line.split() for line in node.cli("CLUSTER", "NODES").splitlines()]
+            return bytes(next(words[6] for words in lines if words[0] == name))
+
+        def agreed() -> bool:
+            owners = {port for node in self._up() for low, high, port in self._ranges(node) if low <= slot <= high}
+            return owners == {target.port} and len({epoch(node) for node in self._up()}) == 1
+
+        eventually(agreed, "every node knows the slot's owner")
+
     def kill_primary_of(self, slot: int) -> Server:
         """SIGKILL the node that serves the slot and return it; see `wait_until_replaced`."""
         node = self.primary_of(slot)
