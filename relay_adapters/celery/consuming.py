@@ -12,7 +12,6 @@ from relay_adapters.celery.envelope import DELIVERED, unpack
 from relay_adapters.celery.order import in_order
 from relay_adapters.celery.settling import Settling
 from relay_core import Job
-from relay_core.errors import RelayError
 
 logger = logging.getLogger("relay.celery")
 
@@ -92,7 +91,7 @@ class Consuming(Settling):
             return self.broker.drive(flows.claim((queue,), room, 0.0, woken))
         try:
             acked, _, jobs = self.broker.drive(flows.finish(queue, [held.job for held in acks], (), room, woken))
-        except RelayError:
+        except BaseException:
             self.leases.unsent(acks)
             raise
         self.leases.sent(acks, acked)

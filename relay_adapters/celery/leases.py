@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from relay_adapters.celery import children
 from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Job, Verdict
@@ -74,13 +75,20 @@ class Leases:
         self._watching = False
         self._thread: threading.Thread | None = None
         self._next_beat = 0.0
+        self._sure = 0.0
+        self._row = children.Row()
         self.apart = Apart(self)
 
     # what is held
 
     def add(self, tag: str, job: Job) -> None:
         with self._lock:
+            if self._thread is None:
+                self._row = children.row()
+            if not self._held or job.expires_at < self._sure:
+                self._be_sure(job.expires_at)
             self._held[tag] = Held(tag, job, job.expires_at)
+            self._row.held(tag)
             if self._thread is None:
                 self._next_beat = time.monotonic() + self.broker.settings.lease / 3
                 self._thread = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
@@ -104,11 +112,14 @@ class Leases:
                 if held.job.id == job.id and held.job.token == job.token:
                     held.expected = True
 
-    def start(self, tag: str) -> bool:
-        """A task is about to run. False: it was handed back, or its lease is over, and it must not."""
+    def start(self, tag: str, here: bool = True) -> bool:
+        """A task is about to run. False: it was handed back, or its lease is over, and it must not.
+
+        :param here: in this process; a child looks at its lease itself, and waits where that may be over
+        """
         with self._lock:
             held = self._held.get(tag)
-            if held is None or held.lost or (not held.started and time.monotonic() > held.until):
+            if held is None or held.lost or (here and not held.started and time.monotonic() > held.until):
                 return False
             held.started = True
             return True
@@ -157,7 +168,10 @@ class Leases:
         with self._lock:
             for held, verdict in zip(taken, verdicts, strict=True):
                 self._held.pop(held.tag, None)
-                if verdict is Verdict.LOST and not held.expected:
+                if verdict is not Verdict.LOST:
+                    self._row.done(held.tag)
+                elif not held.expected:
+                    self._row.lost(held.tag)
                     _warn_lost(held, "its ack came too late, and it may run again")
         self.apart.changed()
 
@@ -196,8 +210,7 @@ class Leases:
             for tag in tags:
                 held = self._held.get(tag)
                 if held is not None and not held.acked and (started or not held.started):
-                    del self._held[tag]
-                    self._releases.append(held.job)
+                    self._let_go(held)
             busy = bool(self._releases or self._acks)
         self.apart.changed()
         if not busy:
@@ -207,6 +220,11 @@ class Leases:
         except RelayError as error:
             logger.warning("messages that were not started are handed back when the server is there again: %s", error)
             self._event.set()
+
+    def _let_go(self, held: Held) -> None:
+        del self._held[held.tag]
+        self._row.lost(held.tag)
+        self._releases.append(held.job)
 
     def leave(self, now: float) -> float:
         """Hand back what was not started when the worker stops: its channels close only when the last task has ended,
@@ -229,17 +247,43 @@ class Leases:
 
     def extend(self) -> None:
         """Extend all leases. A lease that was lost is not extended again; the ack of its task says so."""
+        if time.monotonic() > self._sure:  # a child may wait for word of a task that was acked as it was accepted
+            self.flush()
         with self._lock:
             batch = [held for held in self._held.values() if not held.lost]
-        if not batch:
-            return
         until = time.monotonic() + self.broker.settings.lease
-        for held, verdict in zip(batch, self.broker.extend([held.job for held in batch]), strict=True):
+        verdicts = self.broker.extend([held.job for held in batch]) if batch else []
+        for held, verdict in zip(batch, verdicts, strict=True):
             if verdict is not Verdict.LOST:
                 held.until = until
             elif self._held.get(held.tag) is held and not (held.acked or held.expected):
                 held.lost = True
+                self._row.lost(held.tag)
                 _warn_lost(held, "its lease was lost while it was held")
+        with self._lock:
+            if time.monotonic() > self._sure and any(held.acked for held in self._held.values()):
+                self._next_beat = time.monotonic() + LINGER  # what became of these acks is not known yet
+                return
+            sure = (held.until for held in self._held.values() if not (held.lost or held.acked))
+            self._be_sure(min(sure, default=until))
+
+    def _be_sure(self, until: float) -> None:
+        self._sure = until
+        self._row.sure(until)
+
+    def give_up(self) -> None:
+        """The server is not there and leases are over: what a child has not started for that reason, it shall not."""
+        with self._lock:
+            if time.monotonic() <= self._sure:
+                return
+            for held in [held for held in self._held.values() if self._row.waits(held.tag)]:
+                acks = self._acks.get(held.job.queue, [])
+                if held in acks:
+                    acks.remove(held)
+                elif held.acked:
+                    continue
+                self._let_go(held)
+            self._acks = {queue: acks for queue, acks in self._acks.items() if acks}
 
     def work(self) -> float:
         """What the thread has to do now: seconds until it has to look again."""
@@ -251,6 +295,7 @@ class Leases:
             except RelayError as error:
                 self._next_beat = time.monotonic() + min(self.broker.settings.lease / 3, 1.0)
                 logger.warning("leases could not be extended, next try in 1 s: %s", error)
+                self.give_up()
         stopping = self.leave(now)
         if self._releases or (self._acks and now - self._acks_since >= LINGER):
             try:

@@ -44,21 +44,23 @@ class Request(Stock):
             self.request_dict[LEASE] = lease_of(held.job, self.request_dict)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        if self._leases is not None and not self._leases.start(self.message.delivery_tag):
-            self._stop_here(pid)
+        if self._leases is not None:
+            greenlet: Any = sys.modules.get("greenlet")
+            green = greenlet is not None and pid == id(greenlet.getcurrent())
+            here = green or pid == os.getpid()
+            # a child of a pool has its own look, see `children`
+            if not self._leases.start(self.message.delivery_tag, here) and here:
+                self._not_started()
+                raise greenlet.GreenletExit if green else Forgotten(self.id)
         super().on_accepted(pid, time_accepted)
 
-    def _stop_here(self, pid: int) -> None:
-        """Do not run what is not held any more. A child of a pool runs it already: too late to say no."""
-        greenlet: Any = sys.modules.get("greenlet")
-        green = greenlet is not None and pid == id(greenlet.getcurrent())
-        if not green and pid != os.getpid():
-            return
+    def _not_started(self) -> None:
+        """Let go of what is not to run: its message, if that is still held here, and the credit for it."""
         logger.info("task %s[%s] is not started: its message was handed back, or its lease is over", self.name, self.id)
         task_ready(self)
-        if green:
-            raise greenlet.GreenletExit
-        raise Forgotten(self.id)
+        if self._leases is not None:
+            self._leases.hand_back([self.message.delivery_tag], started=True)
+        self.reject(requeue=True)
 
     def _succeeded(self, failed__retval__runtime: Any, **options: Any) -> Any:
         failed, _result, seconds = failed__retval__runtime
@@ -86,6 +88,8 @@ class Request(Stock):
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         error = exc_info.exception
         error = getattr(error, "exc", error) if type(error).__name__ == "ExceptionWithTraceback" else error
+        if isinstance(error, Forgotten):
+            return self._not_started()
         self._blame(error)
         if self.time_start is not None:
             self._ran(time.time() - self.time_start, error)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from relay_adapters.celery import children
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
 from relay_core import Broker
@@ -33,6 +34,7 @@ def install(**_: Any) -> None:
     if "celery.worker.control" not in sys.modules:
         celery.signals.worker_init.connect(install)
         return
+    children.install(celery.signals)
     from celery.app.task import Task
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel

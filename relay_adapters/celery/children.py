@@ -1,0 +1,152 @@
+"""What the children of a prefork worker must know of leases, which their main process keeps.
+
+A message may lie in a child's pipe while its lease ends, when both were frozen for a time or the server was away. So
+main process and children share a piece of memory, made before the pool forks. There the main process says until when
+its leases are sure, and which were lost; a child looks before it starts a task. Where they are not sure it waits for
+the next heartbeat, which knows. Children that were spawned and not forked share nothing, and look at nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_ROWS = 64
+"""Tables of leases that a process may have: one per broker."""
+
+_NUMBERS = 1 << 20
+"""Deliveries that are told apart, the latest of the process."""
+
+_LOOK_EVERY = 0.005
+"""Seconds between looks of a child that waits for word."""
+
+_UNTIL = struct.Struct("d")
+_DONE, _LOST = 254, 255
+"""What a delivery's byte says: acked, so that it is to run whatever its lease; not to be started. Else its row, from 1
+on; 0 for nothing."""
+
+
+class Board:
+    """The shared memory: per row a monotonic time until which its leases are sure; per delivery a byte for what is to
+    be done with it, and one that is set while a child waits for word of it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._rows = 0
+        self.memory = mmap.mmap(-1, _ROWS * _UNTIL.size + 2 * _NUMBERS)
+
+    def row(self) -> Row:
+        """A row of its own for a table of leases; one that says nothing when there are no more."""
+        if self._rows == _ROWS:
+            return Row()
+        self._rows += 1
+        return Row(self.memory, self._rows)
+
+    def may_start(self, tag: object) -> bool:
+        """In a child: whether to start what was delivered by this tag. Waits while that is not sure."""
+        number = _number(tag)
+        if number is None:
+            return True
+        said, waits = _said(number), _waits(number)
+        while (row := self.memory[said]) not in (0, _DONE, _LOST):
+            if time.monotonic() < _UNTIL.unpack_from(self.memory, (row - 1) * _UNTIL.size)[0]:
+                break
+            if os.getppid() != self.pid:
+                return False
+            self.memory[waits] = 1
+            time.sleep(_LOOK_EVERY)
+        self.memory[waits] = 0
+        # what was lost is said before the row is sure again
+        return self.memory[said] != _LOST
+
+    def guarded(self, trace: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of Celery's that runs a task, and that looks first."""
+
+        @functools.wraps(trace)
+        def run(task: Any, uuid: Any, request: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
+            if not self.may_start((request.get("properties") or {}).get("delivery_tag")):
+                from relay_adapters.celery.request import Forgotten
+
+                raise Forgotten(uuid)
+            return trace(task, uuid, request, *rest, **options)
+
+        return run
+
+
+class Row:
+    """What the table of leases of one broker says to children. Without memory: to nobody."""
+
+    def __init__(self, memory: mmap.mmap | None = None, row: int = 0) -> None:
+        self._memory = memory
+        self._row = row
+
+    def sure(self, until: float) -> None:
+        """All leases last until then, but for those of which something else was said before."""
+        if self._memory is not None:
+            _UNTIL.pack_into(self._memory, (self._row - 1) * _UNTIL.size, until)
+
+    def held(self, tag: str) -> None:
+        self._say(tag, self._row, True)
+
+    def done(self, tag: str) -> None:
+        self._say(tag, _DONE)
+
+    def lost(self, tag: str) -> None:
+        self._say(tag, _LOST)
+
+    def waits(self, tag: str) -> bool:
+        """True while a child waits for word of this delivery."""
+        number = _number(tag)
+        return self._memory is not None and number is not None and self._memory[_waits(number)] == 1
+
+    def _say(self, tag: str, what: int, fresh: bool = False) -> None:
+        if self._memory is None or (number := _number(tag)) is None:
+            return
+        if fresh:
+            self._memory[_waits(number)] = 0
+        self._memory[_said(number)] = what
+
+
+def _number(tag: object) -> int | None:
+    """The number that this transport's delivery tags begin with; None for those of others."""
+    number = tag.partition(".")[0] if isinstance(tag, str) else ""
+    return int(number) % _NUMBERS if number.isdecimal() else None
+
+
+def _said(number: int) -> int:
+    return _ROWS * _UNTIL.size + number
+
+
+def _waits(number: int) -> int:
+    return _ROWS * _UNTIL.size + _NUMBERS + number
+
+
+_board: Board | None = None
+
+
+def install(signals: Any) -> None:
+    """In a worker's main process, before its pool forks. Repeating it is harmless."""
+    global _board
+    if _board is None or _board.pid != os.getpid():
+        _board = Board()
+        signals.worker_process_init.connect(_in_child, weak=False, dispatch_uid="relay-children")
+
+
+def row() -> Row:
+    """A row for a table of leases of this process."""
+    return _board.row() if _board is not None and _board.pid == os.getpid() else Row()
+
+
+def _in_child(**_: Any) -> None:
+    """Celery sends its children the name of the function that runs a task: there it means a guarded one."""
+    if _board is None or _board.pid == os.getpid():  # the solo pool says that it is a child
+        return
+    trace = sys.modules["celery.app.trace"]
+    for name in ("fast_trace_task", "trace_task_ret"):
+        setattr(trace, name, _board.guarded(getattr(trace, name)))
