@@ -168,9 +168,19 @@ class Operations:
         queue, job = self.place(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
-        (answer,) = yield commands.enqueue(self.settings.keys(queue), (job,), again=again)
+        answer = yield from self._enqueue_one(self.settings.keys(queue), job, again)
         self._tell_enqueued(queue, spec, answer)
-        return answer  # type: ignore[no-any-return]
+        return answer
+
+    @staticmethod
+    def _enqueue_one(q: keys.QueueKeys, job: NewJob, again: bool) -> Flow[Enqueued]:
+        if not (job.due or job.dedup or again):
+            answer: Enqueued | LongWay = yield commands.enqueue_one(q, job)
+            if not isinstance(answer, LongWay):
+                return answer
+            again = answer.resent
+        (enqueued,) = yield commands.enqueue(q, (job,), again=again)
+        return enqueued  # type: ignore[no-any-return]
 
     def register(self, queue: str) -> Flow[None]:
         """Put a queue among those that people are shown, once per process."""
@@ -330,9 +340,20 @@ class Operations:
         return verdicts
 
     def ack(self, job: Job) -> Flow[None]:
-        (verdict,) = yield from self.ack_many((job,))
+        verdict = yield from self._ack_one(job)
+        self._tell_acked(job, verdict)
         if verdict is Verdict.LOST:
             raise LeaseLost(job.queue, job.id, "ack")
+
+    def _ack_one(self, job: Job) -> Flow[Verdict]:
+        q, item = self.settings.keys(job.queue), ack_of(job)
+        # what the short way would send back goes the long way at once; 'g' is a claim's mark of a queue with limits
+        if not (job.retries or item.dedup_key or item.token.endswith("g")):
+            answer: Verdict | LongWay = yield commands.ack_one(q, item)
+            if not isinstance(answer, LongWay):
+                return answer
+        (verdict,) = yield commands.ack(q, (item,))
+        return verdict  # type: ignore[no-any-return]
 
     def _tell_acked(self, job: Job, verdict: Verdict) -> None:
         if verdict is Verdict.DONE:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from relay_core import hookimpl
+from relay_core import commands, hookimpl
 from relay_core.broker import Broker
 from relay_core.commands import Verdict
 from relay_core.job import Enqueued, Job
@@ -66,6 +66,24 @@ def test_max_inflight_holds_for_all_brokers_until_one_of_the_jobs_ends(broker: B
     assert len(other.claim("q", 5)) == 2
     broker.limit("q")
     assert len(other.claim("q", 9)) == 4
+
+
+@pytest.mark.parametrize("how", ["ack", "ack_many", "finish", "ack_one"])
+def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(broker: Broker, how: str) -> None:
+    broker.limit("q", max_inflight=1)
+    broker.enqueue_many("q", [b"x"] * 2)
+    (held,) = broker.claim("q")
+    marker = broker.settings.keys("q").marker
+    broker.store.raw("ZPOPMIN", marker)
+    if how == "finish":
+        broker.finish("q", [held])
+    elif how == "ack_one":
+        short = commands.ack_one(broker.settings.keys("q"), commands.Ack(held.id, held.token))
+        assert broker.store.run(short) == commands.LongWay(resent=False)
+        broker.ack(held)
+    else:
+        broker.ack(held) if how == "ack" else broker.ack_many([held])
+    assert broker.store.raw("ZCARD", marker) == 1
 
 
 def test_a_pause_stops_claims_of_all_brokers_and_no_enqueue(broker: Broker, other: Broker) -> None:

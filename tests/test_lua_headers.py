@@ -28,7 +28,7 @@ W = WorkerKeys("relay")
 S = ScheduleKeys("relay")
 
 # What may be refused when memory is full: what makes the store larger for good.
-REFUSED_UNDER_OOM = {"adopt", "enqueue", "requeue", "schedule", "tick"}
+REFUSED_UNDER_OOM = {"adopt", "enqueue", "enqueue_one", "requeue", "schedule", "tick"}
 READ_ONLY = {"due", "list", "roster", "scan", "show", "stats"}
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "HKEYS", "HVALS"}
 # LREM and HGETALL walk a whole key: where that is paid is decided by name.
@@ -298,9 +298,11 @@ def nacks(n: int) -> Sequence[Nack]:
 
 BUILD: dict[str, Build] = {
     "enqueue": lambda n: commands.enqueue(Q, [NewJob(id, "", "", RECORD) for id in ids(n)]),
+    "enqueue_one": lambda n: commands.enqueue_one(Q, NewJob("a", "", "", RECORD)),
     "claim": lambda n: commands.claim(Q, 1, 1000, "a", levels="90", max_deliveries=5),
     "finish": lambda n: commands.finish(Q, acks(n), (), 1, 1000, "a", max_deliveries=5),
     "ack": lambda n: commands.ack(Q, acks(n)),
+    "ack_one": lambda n: commands.ack_one(Q, Ack("a", "1:1:a")),
     "nack": lambda n: commands.nack(Q, nacks(n)),
     "extend": lambda n: commands.extend(Q, pairs(n), 1000),
     "release": lambda n: commands.release(Q, pairs(n)),
@@ -343,9 +345,10 @@ def test_every_script_has_a_builder() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_builder_passes_the_keys_of_the_header_in_its_order(name: str) -> None:
     command = BUILD[name](1)
-    if name in ("enqueue", "claim"):
+    at_hand = {"enqueue": (8, (Q.ready[3],)), "enqueue_one": (3, (Q.ready[3],)), "claim": (6, (Q.ready[9], Q.ready[0]))}
+    if name in at_hand:
         # they name only the lists of the levels at hand, so that each is declared
-        fixed, lists = {"enqueue": (8, (Q.ready[3],)), "claim": (6, (Q.ready[9], Q.ready[0]))}[name]
+        fixed, lists = at_hand[name]
         assert command.keys[fixed:] == lists
         assert command.keys[:fixed] == tuple(LETTERS[header(name).keys()[n][0]] for n in range(1, fixed + 1))
         return

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from relay_core import commands, scripts
 from relay_core.broker import Broker
-from relay_core.commands import Ack, ClaimReply, Command, LongWay, Nack, NewJob
+from relay_core.commands import Ack, ClaimReply, Command, Finish, LongWay, Nack, NewJob
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
 from relay_core.maintenance import limits
@@ -29,6 +29,7 @@ from tests.model import Model, ModelClaim, ModelJob
 from tests.servers import Server
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 UNIT = 3_600_000
 """Milliseconds of one unit of the model's time."""
@@ -66,7 +67,7 @@ class Queue(RuleBasedStateMachine):
         self.q = QueueKeys("relay", "q")
         self.model = Model()
         self.receipts: list[tuple[str, str, str]] = []
-        self.sent: list[tuple[Command[list[Enqueued]], list[tuple[ModelJob, int]]]] = []
+        self.sent: list[tuple[Callable[[], list[Enqueued] | Enqueued], list[ModelJob]]] = []
         self.made = self.claims = 0
         self.levels = ""
         self.at = 0
@@ -89,6 +90,13 @@ class Queue(RuleBasedStateMachine):
         if twice:
             got, want = self.send(command, True), move(True)
         return got, want
+
+    def short_or_long(
+        self, short: Command[T | LongWay], long: Callable[[LongWay], Command[U]], resent: bool = False
+    ) -> T | U:
+        """As brokers do: the short way, and the long one where that is asked for."""
+        reply = self.send(short, resent)
+        return self.send(long(reply)) if isinstance(reply, LongWay) else reply
 
     def receipts_at(self, pick: list[int]) -> list[tuple[str, str, str]]:
         """Receipts of claims, the latest first: many are stale."""
@@ -150,7 +158,30 @@ class Queue(RuleBasedStateMachine):
         got, want = self.both(command, move, twice)
         assert got == self.enqueued(rows, want, twice)
         if all(answer == 1 for answer in answers[0]):
-            self.sent.append((command, rows))
+            self.sent.append((lambda: self.send(command, True), [job for job, _delay in rows]))
+
+    @rule(level=st.sampled_from([0, 5, 9]), own_max=st.sampled_from([0, 0, 1]), again=st.integers(0, 3), twice=lost)
+    def enqueue_one(self, level: int, own_max: int, again: int, twice: bool) -> None:
+        self.made = max(0, self.made - again)
+        job = ModelJob(f"id{self.made:04}", level, own_max, "", 0)
+        self.made += 1
+        new = NewJob(job.id, "", "", Record.pack(level, Options(max_deliveries=own_max or None), b"x"))
+        short = commands.enqueue_one(self.q, new)
+
+        def long(answer: LongWay) -> Command[list[Enqueued]]:
+            return commands.enqueue(self.q, [new], again=answer.resent)
+
+        def model(resent: bool) -> int | str:
+            return self.model.enqueue(ModelJob(job.id, level, own_max, "", 0), 0, resent)
+
+        got, first = self.short_or_long(short, long), model(False)
+        want = first
+        if twice:
+            got, want = self.short_or_long(short, long, resent=True), model(True)
+        (answer,) = got if isinstance(got, list) else (got,)
+        assert [answer] == self.enqueued([(job, 0)], [want], twice)
+        if first == 1:
+            self.sent.append((lambda: self.short_or_long(short, long, resent=True), [job]))
 
     @staticmethod
     def enqueued(rows: list[tuple[ModelJob, int]], answers: list[int | str], resent: bool) -> list[Enqueued]:
@@ -164,10 +195,11 @@ class Queue(RuleBasedStateMachine):
     @rule(back=st.integers(0, 5))
     def send_an_old_enqueue_again(self, back: int) -> None:
         """Its jobs may be claimed, retried, dead or done by now; nothing is stored twice."""
-        for command, rows in self.sent[-1 - back :][:1]:
-            gone = {job.id for job, _ in rows} - self.model.jobs.keys() - {id for id, _ in self.model.finished}
+        for resend, jobs in self.sent[-1 - back :][:1]:
+            gone = {job.id for job in jobs} - self.model.jobs.keys() - {id for id, _ in self.model.finished}
             if not gone:  # cancelled and purged ones are stored anew: nobody remembers them
-                assert self.send(command, True) == [Enqueued(job.id) for job, _ in rows]
+                answer = resend()
+                assert (answer if isinstance(answer, list) else [answer]) == [Enqueued(job.id) for job in jobs]
 
     @rule(after=pauses, count=st.integers(1, 4), lease=times, most=st.integers(1, 3), woken=st.booleans(), twice=lost)
     def claim(self, after: int, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
@@ -188,17 +220,17 @@ class Queue(RuleBasedStateMachine):
     def claim_as_brokers_do(
         self, count: int, lease: int, nonce: str, most: int, woken: bool, resent: bool
     ) -> ClaimReply:
-        """The short way, and the long one where that is asked for."""
-        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, max_deliveries=most, woken=woken)
-        reply = self.send(short, resent)
-        self.levels = reply.levels
-        if isinstance(reply, LongWay):
-            long = commands.finish(
+        def long(answer: LongWay) -> Command[Finish]:
+            return commands.finish(
                 self.q, (), (), count, lease * UNIT, nonce,
-                max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken, resent=reply.resent,
+                max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken, resent=answer.resent,
             )  # fmt: skip
-            return self.send(long).claim
-        return reply
+
+        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, max_deliveries=most, woken=woken)
+        reply = self.short_or_long(short, long, resent)
+        claimed = reply.claim if isinstance(reply, Finish) else reply
+        self.levels = claimed.levels
+        return claimed
 
     def nonce(self) -> str:
         self.claims += 1
@@ -235,6 +267,17 @@ class Queue(RuleBasedStateMachine):
         if items := self.acks(pick):
             got, want = self.both(commands.ack(self.q, items), lambda _resent: self.model.ack(items), twice)
             assert got == want
+
+    @rule(pick=st.integers(0, 12), twice=lost)
+    def ack_one(self, pick: int, twice: bool) -> None:
+        for item in self.acks([pick]):
+            if item.dedup_key:
+                continue
+            short, got = commands.ack_one(self.q, item), None
+            for resent in (False, True)[: 1 + twice]:
+                got = self.short_or_long(short, lambda _: commands.ack(self.q, [item]), resent)  # noqa: B023
+                want = self.model.ack([item])
+            assert (got if isinstance(got, list) else [got]) == want
 
     @rule(pick=picks, delay=st.integers(-1, 3), retries=st.integers(0, 3), twice=lost)
     def nack(self, pick: list[int], delay: int, retries: int, twice: bool) -> None:

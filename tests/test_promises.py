@@ -302,29 +302,43 @@ def unlucky(proxy: Proxy) -> Iterator[Broker]:
         yield broker
 
 
-def test_an_enqueue_whose_reply_is_lost_stores_one_job(proxy: Proxy, unlucky: Broker) -> None:
+WAYS = [pytest.param({}, id="short"), pytest.param({"dedup_key": "k"}, id="long")]
+"""Options of an enqueue that takes the short script, in a queue that has seen a job, and the long one."""
+
+
+@pytest.fixture
+def in_use(broker: Broker) -> None:
+    broker.enqueue("q", b"x")
+    broker.ack(one(broker))
+
+
+@pytest.mark.usefixtures("in_use")
+@pytest.mark.parametrize("options", WAYS)
+def test_an_enqueue_whose_reply_is_lost_stores_one_job(proxy: Proxy, unlucky: Broker, options: dict[str, str]) -> None:
     proxy.cut_reply(b"EVALSHA")
-    assert unlucky.enqueue("q", b"x", id="it") == Enqueued("it")
+    assert unlucky.enqueue("q", b"x", id="it", **options) == Enqueued("it")
     proxy.cut_reply(b"EVALSHA")
     assert [e.duplicate for e in unlucky.enqueue_many("q", [b"y"] * 3)] == [False] * 3
     assert proxy.pending == 0
     assert depths(unlucky) == (4, 0, 0, 0)
-    assert unlucky.enqueue("q", b"x", id="it") == Enqueued("it", duplicate=True)
+    assert unlucky.enqueue("q", b"x", id="it", **options) == Enqueued("it", duplicate=True)
 
 
+@pytest.mark.usefixtures("in_use")
+@pytest.mark.parametrize("options", WAYS)
 def test_an_enqueue_that_is_sent_again_after_its_job_is_done_stores_nothing(
-    proxy: Proxy, unlucky: Broker, broker: Broker
+    proxy: Proxy, unlucky: Broker, broker: Broker, options: dict[str, str]
 ) -> None:
     proxy.swallow_reply(b"EVALSHA")
     answers: list[Enqueued] = []
-    producer = threading.Thread(target=lambda: answers.append(unlucky.enqueue("q", b"x", id="it")))
+    producer = threading.Thread(target=lambda: answers.append(unlucky.enqueue("q", b"x", id="it", **options)))
     producer.start()
     broker.ack(one(broker))
     assert not answers
     producer.join(30)
     assert answers == [Enqueued("it")]
     assert depths(broker) == (0, 0, 0, 0)
-    assert broker.stats("q").counters["enqueued"] == 1
+    assert broker.stats("q").counters["enqueued"] == 2  # with the one of before
 
 
 def test_a_claim_whose_reply_is_lost_gives_the_same_jobs_once(proxy: Proxy, unlucky: Broker) -> None:

@@ -136,6 +136,16 @@ def test_an_enqueue_that_is_sent_again_looks_through_all_receipts_in_bounded_tim
     assert broker.stats("q").ready == 100
 
 
+def test_receipts_are_trimmed_by_an_ack_of_one_too(server: Server, broker: Broker) -> None:
+    for at in range(0, 11_000, 1000):
+        server.cli("RPUSH", Q.finished, *(f"done{n:05} 1:{n}:abcdefabcd" for n in range(at, at + 1000)))
+    broker.enqueue_many("q", [b"x"] * 2)
+    for job in broker.claim("q", 2):
+        broker.ack(job)
+    assert server.cli("LLEN", Q.finished) == 10_001
+    assert broker.stats("q").counters["processed"] == 11_002
+
+
 def test_a_claim_sweeps_a_bounded_few_of_20_000_due_jobs_and_expired_leases(server: Server, broker: Broker) -> None:
     fill(server, -DAY, -DAY)
     jobs = broker.claim("q", 10)

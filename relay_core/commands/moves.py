@@ -95,14 +95,14 @@ class ClaimReply:
 
 @dataclass(frozen=True, slots=True)
 class LongWay:
-    """The answer of a claim that did nothing, because more is to be done than it can: send a finish.
+    """The answer of a short script that did nothing, because more is to be done than it can: send the long one.
 
-    :ivar levels: the priority levels in use, for the next claim
-    :ivar resent: an earlier send of the claim may have run: the finish must say so
+    :ivar resent: an earlier send of the short one may have run: the long one must say so
+    :ivar levels: of a claim: the priority levels in use, for the next claim
     """
 
-    levels: str
     resent: bool
+    levels: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +175,20 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Com
     return Command(scripts.load("enqueue"), keys, tuple(args), parse, resent_at=1, durable=True)
 
 
+def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
+    """Store a job the short way; the long one is `enqueue`, for any job.
+
+    :param job: one that is ready now (`due` is "") and has no dedup key
+    """
+
+    def parse(reply: int, resent: bool) -> Enqueued | LongWay:
+        return Enqueued(job.id) if reply else LongWay(resent)
+
+    keys = (q.config, q.jobs, q.marker, q.ready[job.record[0] - 48])  # the level, an ASCII digit
+    args = (LAYOUT, 0, job.id, job.record)
+    return Command(scripts.load("enqueue_one"), keys, args, parse, resent_at=1, durable=True)
+
+
 def claim(
     q: QueueKeys, count: int, lease_ms: int, nonce: str, *, levels: str, max_deliveries: int, woken: bool = False
 ) -> Command[ClaimReply | LongWay]:
@@ -186,7 +200,7 @@ def claim(
 
     def parse(reply: Any, resent: bool) -> ClaimReply | LongWay:
         if isinstance(reply, bytes):
-            return LongWay(reply.decode(), resent)
+            return LongWay(resent, reply.decode())
         if len(reply) == 5:
             hint, now, id, token, record = reply
             return ClaimReply((Grant(id.decode(), token.decode(), 0, record),), None, hint, now, 0, 0, (), levels)
@@ -231,6 +245,19 @@ def ack(q: QueueKeys, acks: Sequence[Ack]) -> Command[list[Verdict]]:
         q.owners, q.jobs, q.leases, q.errors, q.dedup, q.finished, q.counters, q.marker,
     )  # fmt: skip
     return Command(scripts.load("ack"), keys, args, _acked)
+
+
+def ack_one(q: QueueKeys, item: Ack) -> Command[Verdict | LongWay]:
+    """A job is done and leaves the store, the short way; the long one is `ack`, for any job.
+
+    :param item: of a job that never failed, and without a dedup key
+    """
+
+    def parse(reply: int, resent: bool) -> Verdict | LongWay:
+        return Verdict.DONE if reply else LongWay(resent)
+
+    keys = (q.owners, q.jobs, q.leases, q.finished)
+    return Command(scripts.load("ack_one"), keys, (item.id, item.token), parse)
 
 
 def nack(q: QueueKeys, nacks: Sequence[Nack]) -> Command[list[Verdict]]:

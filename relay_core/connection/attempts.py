@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from relay_core.commands import LongWay
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import fitness
 from relay_core.connection.replies import (
@@ -357,10 +358,11 @@ def _take_in(
             if judged.verdict is Verdict.NO_SCRIPT:
                 call.ask_at = asked  # the script is missing there, so it must be loaded there
             _judge(call, judged, address, router)
-        elif unconfirmed is not None and call.durable:
-            call.fail(unconfirmed)
         else:
             call.succeed(reply)
+            # a script that did nothing has stored nothing to confirm
+            if unconfirmed is not None and call.durable and not isinstance(call.result, LongWay):
+                call.fail(unconfirmed)
     if outcome.failure is not None:
         judged = (judge_cut if outcome.sent else judge_connect)(outcome.failure, str(address))
         for call in unanswered:

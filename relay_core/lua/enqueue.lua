@@ -25,24 +25,13 @@ local set = redis.call('HMGET', config, 'v', 'levels')
 local found, levels = set[1], set[2] or ''
 --@include layout
 
-if #args == 7 and args[5] == '' and args[6] == '' and not resent and string.find(levels, named, 1, true) then
-  -- one plain job, the commonest call, without the tables that the others need
-  if redis.call('HSETNX', jobs, args[4], string.format('%d ', now) .. args[7]) == 0 then
-    redis.call('HSET', config, 'v', layout) -- a write to wait for, as at the end
-    return {now, 0}
-  end
-  redis.call('RPUSH', KEYS[FIRST_LIST + 1], args[4])
-  redis.call('ZADD', marker, '0', 'w')
-  return {now, 1}
-end
-
 local ids, known = {}, {}
 for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 -- a lone job without a dedup key is checked by its own write below
 if #ids > 1 or resent or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
 
 local answers, puts, pushes, stored, duplicates = {now}, {}, {}, {}, 0
-local born, waits, earliest, past = now .. ' ', nil, nil, nil
+local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
   local taken, holder, keep = known[i] or stored[id], nil, nil
