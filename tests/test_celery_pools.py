@@ -154,6 +154,34 @@ def test_revoking_a_task_that_waits_in_the_store_cancels_it_there(site: Site, po
     ended(site, pool)
 
 
+def test_revoking_by_stamps_cancels_what_waits_in_the_store_and_bears_them(site: Site, pool: str, send: Send) -> None:
+    """More tasks than one page of the search; delayed and ready ones; stamped so, with more, otherwise, not at all."""
+
+    def stamped(key: str, value: object, **options: Any) -> AsyncResult:
+        task = site.task("run", key, queue=pool)
+        task.stamp(customer=value)
+        return task.apply_async(**options)
+
+    site.broker.pause(pool)
+    with site.app.producer_or_acquire() as producer, producer.batch():
+        others = [send("run", f"other-{pool}-{n}", countdown=3600, producer=producer) for n in range(210)]
+    kept = [stamped(f"kept-{pool}", "one", countdown=3600), *others]
+    gone = [
+        stamped(f"gone-{pool}-0", "seven", countdown=3600),
+        stamped(f"gone-{pool}-1", ["six", "seven"], countdown=7200),
+        stamped(f"gone-{pool}-2", "seven"),
+    ]
+    site.app.control.revoke_by_stamped_headers({"customer": ["seven", "eight"]}, destination=[f"{pool}@{_host()}"])
+    eventually(
+        lambda: site.broker.show(pool, gone[2].id) is None, "the ready one, which is sought last, to be cancelled"
+    )
+    assert [site.broker.show(pool, result.id) for result in gone] == [None] * 3
+    eventually(lambda: {result.state for result in gone} == {"REVOKED"}, "the results to say so")
+    assert site.broker.cancel_many(pool, [result.id for result in kept]) == ["delayed"] * len(kept)
+    site.broker.resume(pool)
+    ended(site, pool)
+
+
 def test_inspect_scheduled_lists_what_waits_in_the_store(site: Site, pool: str, send: Send) -> None:
     result = send("run", f"listed-{pool}", countdown=3600)
     answer = site.app.control.inspect([f"{pool}@{_host()}"], timeout=10, limit=1).scheduled()

@@ -7,18 +7,13 @@ it. `inspect scheduled` lists what waits in a worker's memory; here it is in the
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from relay_adapters.celery import children
+from relay_adapters.celery import children, revoking
 from relay_adapters.celery.envelope import unpack
-from relay_adapters.celery.ids import ids_of
 from relay_core import Broker
-from relay_core.errors import RelayError
-
-logger = logging.getLogger("relay.celery")
 
 _LISTED = 1000
 """Most waiting tasks of a queue that `inspect scheduled` lists, the next due first."""
@@ -43,6 +38,7 @@ def install(**_: Any) -> None:
         Task.Request = _REQUEST
     if not isinstance(Panel.data["revoke"], _Revoke):
         Panel.data["revoke"] = _Revoke(Panel.data["revoke"])
+        Panel.data["revoke_by_stamped_headers"] = _RevokeByStamps(Panel.data["revoke_by_stamped_headers"])
         Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
         Mingle.start = _mingle_at_first(Mingle.start)
@@ -74,23 +70,16 @@ class _Revoke(_Command):
         answer = self._stock(state, task_id, *args, **options)
         ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
         for broker, queues in _consumed(state):
-            try:
-                for id in ids:
-                    _cancel(state.app, broker, queues, id)
-            except RelayError as error:
-                logger.warning("tasks that wait in the store could not be revoked there: %s", error)
+            revoking.by_ids(state.app, broker, queues, ids)
         return answer
 
 
-def _cancel(app: Any, broker: Broker, queues: Iterable[str], task_id: str) -> None:
-    for queue in queues:
-        ids = ids_of(task_id)
-        found = [s for s in broker.cancel_many(queue, ids) if s in ("ready", "delayed")]
-        if not found:
-            continue
-        logger.info("task %s was revoked while it waited in queue %r", task_id, queue)
-        if app.backend.get_state(task_id) not in ("SUCCESS", "FAILURE", "REVOKED"):
-            app.backend.mark_as_revoked(task_id, reason="revoked", store_result=True)
+class _RevokeByStamps(_Command):
+    def __call__(self, state: Any, headers: Any, *args: Any, **options: Any) -> Any:
+        answer = self._stock(state, headers, *args, **options)
+        for broker, queues in _consumed(state):
+            revoking.by_stamps(state.app, broker, queues, revoking.stamps_of(headers))
+        return answer
 
 
 class _Scheduled(_Command):
