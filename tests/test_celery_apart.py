@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from kombu import Connection, Consumer, Queue
 
 from relay_core import Broker
+from tests.celery_workers import CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 
 LEASE = 1.0
@@ -117,3 +119,45 @@ def test_a_suspect_waits_for_a_lease_at_most(site: Site) -> None:
     site.ack("s0")
     assert site.drained() == ["next"]
     assert (site.broker.stats("q").pending, site.broker.stats("q").dead) == (0, 0)
+
+
+def test_a_gevent_worker_runs_a_suspect_alone(server: Server, tmp_path: Path) -> None:
+    app = client_of(server.url, tmp_path)
+
+    def send(queue: str, name: str, *args: str) -> None:
+        app.send_task(f"tests.celery_app.{name}", args, queue=queue)
+
+    def started() -> list[str]:
+        return [line.split()[0] for line in lines(tmp_path, "started")]
+
+    with Broker(server.url) as broker:
+        send("risky", "hold", "suspect", "end-suspect")
+        with Broker(server.url, lease=0.1) as dying:
+            assert dying.claim("risky")
+            eventually(lambda: dying.reap("risky"), "the lease to end")
+        broker.pause("risky")
+        flags = ("-P", "gevent", "-c", "4", "-Q", "safe,risky")
+        with CeleryWorker(server.url, tmp_path, *flags, options={"lease": 30.0, "max_deliveries": 2}) as worker:
+            send("safe", "hold", "busy", "end-busy")
+            eventually(lambda: started() == ["busy"], "a task to run")
+            broker.resume("risky")
+            eventually(lambda: broker.stats("risky").inflight, "the suspect to be fetched")
+            for n in range(3):
+                send("safe", "late", f"other-{n}")
+            assert app.control.ping(timeout=20, limit=1), "its answer is another turn of the worker"
+            assert started() == ["busy"]
+            (tmp_path / "end-busy").touch()
+            eventually(lambda: started() == ["busy", "suspect"], "the suspect to run")
+            assert app.control.ping(timeout=20, limit=1)
+            assert (broker.stats("safe").ready, broker.stats("safe").inflight) == (3, 0)
+            (tmp_path / "end-suspect").touch()
+            eventually(lambda: not broker.stats("safe").pending + broker.stats("risky").pending, "all to be done")
+            assert worker.process.poll() is None
+        assert sorted(line.split()[0] for line in lines(tmp_path)) == [
+            "busy",
+            "other-0",
+            "other-1",
+            "other-2",
+            "suspect",
+        ]
+    app.close()

@@ -101,6 +101,19 @@ def test_a_failover_list_of_several_hosts_and_sockets_moves_on(
             connection.SimpleQueue("list").put(1)
 
 
+def test_a_url_of_a_failover_list_inherits_nothing_from_the_one_before() -> None:
+    with Connection("relay://user:secret@127.0.0.1:1/3;relay://127.0.0.2") as connection:
+        assert connection.as_uri() == "relay://**@127.0.0.1:1/3"
+        connection.maybe_switch_next()
+        assert options.url_of(connection) == connection.as_uri() == "relay://127.0.0.2"
+
+
+def test_a_password_that_is_not_quoted_is_not_in_the_error() -> None:
+    with pytest.raises(RelayError, match="'#'") as raised:
+        Connection("relay://user:secret#1@127.0.0.1:6379/0").channel()
+    assert "secret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("flavour", ["redis"], indirect=True)
 def test_options_reach_the_broker(tcp_server: Server) -> None:
     given = {

@@ -100,7 +100,7 @@ def test_a_dramatiq_message_that_kills_its_process_goes_to_dead_alone(
 @pytest.mark.parametrize("flavour", ["redis"], indirect=True)
 def test_a_celery_task_that_kills_its_worker_goes_to_dead_alone(server: Server, tmp_path: Path) -> None:
     """One worker per pool that has no children to die in its place. No result backend: nobody can be told."""
-    pools = ("solo", "threads")
+    pools = ("solo", "threads", "gevent")
     app = client_of(server.url, tmp_path)
     broker = Broker(server.url, lease=1.0)
     for pool in pools:
@@ -119,7 +119,7 @@ def test_a_celery_task_that_kills_its_worker_goes_to_dead_alone(server: Server, 
         return all(broker.stats(pool).pending == 0 for pool in pools)
 
     try:
-        eventually(all_over, "both queues to be empty", 90)
+        eventually(all_over, "all queues to be empty", 90)
         eventually(lambda: all(workers[pool].logged("went to dead") for pool in pools), "word of the dead tasks")
     finally:
         for worker in workers.values():

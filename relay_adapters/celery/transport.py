@@ -41,6 +41,9 @@ class Transport(virtual.Transport):
 
     Channel = channels.Channel
     can_parse_url = True
+    """So kombu leaves URLs whole, and its connections know no port or database of their own. Where it takes URLs apart,
+    it knows no `?dir=`, the next one of a failover list inherits the port and database that it leaves out from the one
+    before, and the error for a password that is not quoted shows a part of it."""
     driver_type = "redis"
     """Celery asks for `redis` or `amqp` before it turns on mingle and gossip, and for `redis` before it takes
     worker_disable_prefetch; `amqp` would turn on delayed delivery by RabbitMQ's plugin-like exchanges."""
