@@ -69,10 +69,7 @@ class Costs:
             for _ in range(calls)
         ]
         enqueue, _ = self.timed(lambda: sent(self.broker, enqueues))
-        claims = [
-            commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", levels="0", max_deliveries=5)
-            for i in range(calls)
-        ]
+        claims = [commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", levels="0") for i in range(calls)]
         claim, replies = self.timed(lambda: sent(self.broker, claims))
         done = [[Ack(grant.id, grant.token) for grant in reply.grants] for reply in replies]
         acks: list[Command[Any]] = [

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from relay_core import commands, keys
-from relay_core.commands import Ack, ClaimReply, Command, Grant, LongWay, Nack, NewJob, Verdict
+from relay_core.commands import Ack, ClaimReply, Command, Finish, Grant, LongWay, Nack, NewJob, Verdict
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument, InvalidRecord, LeaseLost, RelayError
 from relay_core.job import NO_OPTIONS, Claimed, Enqueued, Job, Record
@@ -257,26 +257,31 @@ class Operations:
             woken = True
 
     def _claim_one(self, queue: str, count: int, woken: bool) -> Flow[Claimed]:
-        s = self.settings
         sent = time.monotonic()
-        q, nonce = s.keys(queue), new_nonce()
-        reply = yield commands.claim(
-            q,
-            count,
-            s.lease_ms,
-            nonce,
-            levels=self._levels.get(queue, ""),
-            max_deliveries=s.max_deliveries,
-            woken=woken,
-        )
-        self._levels[queue] = reply.levels
-        if isinstance(reply, LongWay):
-            done = yield commands.finish(
-                q, (), (), count, s.lease_ms, nonce,
-                max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=reply.resent,
-            )  # fmt: skip
-            reply = done.claim
-        return (yield from self._received(queue, reply, sent))
+        done = yield from self._end_and_claim(queue, (), (), count, woken)
+        return (yield from self._received(queue, done.claim, sent))
+
+    def _end_and_claim(
+        self, queue: str, done: Sequence[Job], nacks: Sequence[Nack], count: int, woken: bool
+    ) -> Flow[Finish]:
+        """The short way where that may do, and the long one where it does not."""
+        s = self.settings
+        q, nonce, resent = s.keys(queue), new_nonce(), False
+        acks = [ack_of(job) for job in done]
+        if count and not nacks and all(map(is_plain, done)) and len({job.id for job in done}) == len(done):
+            answer: ClaimReply | LongWay = yield commands.claim(
+                q, count, s.lease_ms, nonce, levels=self._levels.get(queue, ""), woken=woken, acks=acks
+            )
+            self._levels[queue] = answer.levels
+            if not isinstance(answer, LongWay):
+                return Finish([Verdict.DONE] * len(acks), (), answer)
+            resent = answer.resent
+        finished: Finish = yield commands.finish(
+            q, acks, nacks, count, s.lease_ms, nonce,
+            max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=resent,
+        )  # fmt: skip
+        self._levels[queue] = finished.claim.levels
+        return finished
 
     def _received(self, queue: str, reply: ClaimReply, sent: float) -> Flow[Claimed]:
         if reply.reaped or reply.promoted:
@@ -347,8 +352,7 @@ class Operations:
 
     def _ack_one(self, job: Job) -> Flow[Verdict]:
         q, item = self.settings.keys(job.queue), ack_of(job)
-        # what the short way would send back goes the long way at once; 'g' is a claim's mark of a queue with limits
-        if not (job.retries or item.dedup_key or item.token.endswith("g")):
+        if is_plain(job):
             answer: Verdict | LongWay = yield commands.ack_one(q, item)
             if not isinstance(answer, LongWay):
                 return answer
@@ -427,12 +431,8 @@ class Operations:
         """Ack and nack jobs of one queue and claim up to `count` more of it, in one round trip."""
         if len(acks) > MAX_BATCH or len(nacks) > MAX_BATCH or not 0 <= count <= MAX_BATCH:
             raise InvalidArgument(f"finish takes at most {MAX_BATCH} acks, nacks and jobs to claim")
-        s = self.settings
         sent = time.monotonic()
-        done = yield commands.finish(
-            s.keys(queue), [ack_of(job) for job in acks], [item for _job, item in nacks], count, s.lease_ms,
-            new_nonce(), max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken,
-        )  # fmt: skip
+        done = yield from self._end_and_claim(queue, acks, [item for _job, item in nacks], count, woken)
         for job, verdict in zip(acks, done.acked, strict=True):
             self._tell_acked(job, verdict)
         for (job, item), verdict in zip(nacks, done.nacked, strict=True):
@@ -504,10 +504,20 @@ class Operations:
         return int(reaped)
 
 
+def holds_key(job: Job) -> bool:
+    """Is a dedup key taken until the job is done?"""
+    return bool(job.options.dedup_key and not job.options.dedup_ms)
+
+
+def is_plain(job: Job) -> bool:
+    """May its ack go the short way? A job that failed before is sent back there, and one of a queue with limits, which
+    the last letter of its token tells."""
+    return not (job.retries or job.token.endswith("g") or holds_key(job))
+
+
 def ack_of(job: Job) -> Ack:
     """The ack of a job; it frees the dedup key that is held until the job is done."""
-    options = job.options
-    return Ack(job.id, job.token, options.dedup_key if options.dedup_key and not options.dedup_ms else "")
+    return Ack(job.id, job.token, (job.options.dedup_key or "") if holds_key(job) else "")
 
 
 def new_nonce() -> str:

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from relay_core import commands, scripts
 from relay_core.broker import Broker
-from relay_core.commands import Ack, ClaimReply, Command, Finish, LongWay, Nack, NewJob
+from relay_core.commands import Ack, ClaimReply, Command, Finish, LongWay, Nack, NewJob, Verdict
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
 from relay_core.maintenance import limits
@@ -226,7 +226,7 @@ class Queue(RuleBasedStateMachine):
                 max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken, resent=answer.resent,
             )  # fmt: skip
 
-        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, max_deliveries=most, woken=woken)
+        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, woken=woken)
         reply = self.short_or_long(short, long, resent)
         claimed = reply.claim if isinstance(reply, Finish) else reply
         self.levels = claimed.levels
@@ -372,6 +372,26 @@ class Queue(RuleBasedStateMachine):
         changes = limits(per_second, burst if rate else None, max_inflight)
         self.both(commands.configure(self.q, changes), move, twice)
         self.excused = False
+
+    @rule(pick=picks, count=st.integers(1, 3), lease=times, twice=lost)
+    def ack_and_claim_as_brokers_do(self, pick: list[int], count: int, lease: int, twice: bool) -> None:
+        items = list({item.id: item for item in self.acks(pick) if not item.dedup_key}.values())
+        nonce = self.nonce()
+
+        def long(answer: LongWay) -> Command[Finish]:
+            return commands.finish(
+                self.q, items, (), count, lease * UNIT, nonce,
+                max_deliveries=3, keep_ms=FOREVER * UNIT, resent=answer.resent,
+            )  # fmt: skip
+
+        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, acks=items)
+        for resent in (False, True)[: 1 + twice]:
+            reply = self.short_or_long(short, long, resent)
+            want = self.model.ack(items), self.model.claim(count, lease, nonce, 3, resent)
+        got = reply if isinstance(reply, Finish) else Finish([Verdict.DONE] * len(items), (), reply)
+        assert got.acked == want[0]
+        self.levels = got.claim.levels
+        self.check_claim(got.claim, want[1], woken=False, ordered=not twice)
 
     # what holds after every step
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
+from relay_core import commands
 from relay_core.broker import Broker
-from relay_core.commands import Verdict
+from relay_core.commands import Ack, Command, LongWay, Verdict
 from relay_core.errors import LeaseLost, Unavailable, UnsafeStore
 from relay_core.job import Enqueued, Job
 from relay_core.validation import JobSpec
@@ -117,6 +118,7 @@ def test_every_move_is_one_request(server: Server) -> None:
     with Proxy(to_socket(server.socket), unix=True) as proxy, Broker(proxy.url) as broker:
         for _ in range(8):
             broker.enqueue("q", b"x")
+            broker.enqueue("r", b"x")
         broker.ack(one(broker))
         moves: list[Callable[[], object]] = [
             lambda: broker.enqueue("q", b"x"),
@@ -127,15 +129,39 @@ def test_every_move_is_one_request(server: Server) -> None:
             lambda: broker.reap("q"),
             lambda: broker.promote("q"),
             lambda: broker.cancel("q", held.id),
-            lambda: broker.finish("q", [third], [], 2),
+            lambda: broker.finish("r", [fresh.pop()], [], 2),
+            lambda: broker.finish("q", [third], [(retried, again)], 2),
         ]
-        held, other, third = broker.claim("q", 3)
+        held, other, third, retried = broker.claim("q", 4)
+        fresh, again = broker.claim("r", 2), broker.operations.nack_of(retried)
         for move in moves:
             move()  # the server may have to be told the script first
             before = proxy.requests
             with suppress(LeaseLost):
                 move()
             assert proxy.requests == before + 1
+
+
+def test_a_short_script_that_sends_its_caller_the_long_way_has_changed_nothing(server: Server, broker: Broker) -> None:
+    broker.enqueue_many("q", [b"x"] * 4)
+    first, second, third = broker.claim("q", 3)
+    broker.nack(first, delay=0.0)  # claimed before: what a short claim does not look into
+    q = broker.settings.keys("q")
+    before = server.cli("DUMP", q.owners), server.cli("LRANGE", q.ready[0], 0, -1), depths(broker)
+    shorts: list[Command[Any]] = [
+        commands.claim(q, 2, 60_000, "a", levels="0", acks=[Ack(second.id, second.token)]),
+        commands.claim(q, 1, 60_000, "a", levels="9", acks=[Ack(second.id, second.token)]),
+        commands.claim(q, 1, 60_000, "a", levels="0", acks=[Ack(second.id, second.token), Ack(third.id, "1:1:stale")]),
+        commands.ack_one(q, Ack(third.id, "1:1:stale")),
+        commands.enqueue_one(q, JobSpec(b"y", id=third.id).stored(b"y")),
+        commands.enqueue_one(q, JobSpec(b"y", priority=9).stored(b"y")),
+    ]
+    for short in shorts:
+        assert isinstance(broker.store.run(short), LongWay)
+        assert (server.cli("DUMP", q.owners), server.cli("LRANGE", q.ready[0], 0, -1), depths(broker)) == before
+    verdicts, _nacked, jobs = broker.finish("q", [second, third], [], 2)
+    assert verdicts == [Verdict.DONE] * 2
+    assert [job.deliveries for job in jobs] == [1, 2]
 
 
 def test_many_workers_at_once_get_each_job_once(server: Server, broker: Broker) -> None:

@@ -190,10 +190,11 @@ def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
 
 
 def claim(
-    q: QueueKeys, count: int, lease_ms: int, nonce: str, *, levels: str, max_deliveries: int, woken: bool = False
+    q: QueueKeys, count: int, lease_ms: int, nonce: str, *, levels: str, woken: bool = False, acks: Sequence[Ack] = ()
 ) -> Command[ClaimReply | LongWay]:
-    """Lease up to `count` (1..MAX_BATCH) jobs, the short way.
+    """Lease up to `count` (1..MAX_BATCH) jobs, the short way, and ack jobs, all or none: a ClaimReply means all.
 
+    :param acks: as of `ack_one`, each job once
     :param nonce: fresh per claim; a re-send finds its jobs by it
     :param levels: those in use, as the last reply told; what is out of date makes the answer a LongWay
     """
@@ -207,9 +208,11 @@ def claim(
         return _claim_reply(reply)
 
     lists = [q.ready[int(level)] for level in levels]
-    keys = (q.config, q.jobs, q.counters, q.marker, q.leases, q.owners, *lists)
-    args = (LAYOUT, levels, 0, count, lease_ms, nonce, max_deliveries, int(woken))
-    return Command(scripts.load("claim"), keys, args, parse, resent_at=2)
+    keys = (q.config, q.jobs, q.counters, q.marker, q.leases, q.owners, q.finished, *lists)
+    args: list[Arg] = [LAYOUT, levels, 0, count, lease_ms, nonce, int(woken)]
+    for item in acks:
+        args += item[:2]
+    return Command(scripts.load("claim"), keys, tuple(args), parse, resent_at=2)
 
 
 def finish(

@@ -1,30 +1,46 @@
 #!lua flags=allow-oom
--- claim: lease ready jobs of one queue partition, the short way: as long as nothing is due and no limit is set
+-- claim: lease ready jobs of one queue partition, the short way: as long as nothing is due and no limit is set; and ack
+--   jobs that never failed
 -- KEYS[1] c HASH settings
 -- KEYS[2] j HASH id -> record
 -- KEYS[3] s HASH counters
 -- KEYS[4] m ZSET wake marker
 -- KEYS[5] l ZSET id, score = lease deadline, unix ms
 -- KEYS[6] o HASH id -> delivery state
--- KEYS[7..16] LIST id, the ready lists of the levels that are named below, in their order
+-- KEYS[7] f LIST ids finished lately
+-- KEYS[8..17] LIST id, the ready lists of the levels that are named below, in their order
 -- ARGV[1] layout version | ARGV[2] the levels that the caller knows to be in use, highest first, a digit each
 -- ARGV[3] 1 when an earlier send may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
--- ARGV[7] max deliveries of jobs that name none | ARGV[8] 1 when the caller took the wake marker
+-- ARGV[7] 1 when the caller took the wake marker
+-- ARGV[8..] two per ack, at most 200 jobs, each named once: id | token
 -- returns {hint ms, now, id, token, record}: one job of a claim for one, delivered for the first time; or
 --   {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does; or
 --   levels, a text: nothing was done, take the long way, which is finish
--- moves: ready -> inflight | cost O(count log inflight)
+-- moves: ready -> inflight | inflight -> done | cost O((acks + count) log inflight)
 local config, jobs, counters, marker, leases, owners = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local FIRST_LIST = 6 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
+local finished = KEYS[7]
+local FIRST_LIST = 7 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
 local layout, named, resent, want, lease_ms, nonce = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
-local max_deliveries, woken = ARGV[7], ARGV[8] == '1'
+local woken, args = ARGV[7] == '1', ARGV
 --@include clock
 local set = redis.call('HMGET', config, 'v', 'levels', 'due', 'gate')
 local found, levels, due = set[1], set[2] or '', tonumber(set[3] or nil)
 --@include layout
 if levels ~= named or set[4] or (due and due <= now) or resent == '1' then return levels end
 
-if want == 1 and not woken then
+local done, past
+if #args > 7 then
+  done, past = {}, {}
+  for at = 8, #args, 2 do
+    done[#done + 1], past[#past + 1] = args[at], args[at] .. ' ' .. args[at + 1]
+  end
+  local states = redis.call('HMGET', owners, unpack(done))
+  for i = 1, #done do
+    -- 103 is 'g', see parts/claim
+    local token = args[2 * i + 7]
+    if states[i] ~= token .. ' 0 h' or string.byte(token, -1) == 103 then return levels end
+  end
+elseif want == 1 and not woken then
   -- one job, without the tables that more of them need
   for n = 1, #named do
     local id = redis.call('LPOP', KEYS[FIRST_LIST + n])
@@ -56,9 +72,9 @@ for n = 1, #named do
     if #ids == want then break end
   end
 end
-local reply = {0, -1, now, 0, 0, {}, levels}
+local records
 if ids then
-  local records = redis.call('HMGET', jobs, unpack(ids))
+  records = redis.call('HMGET', jobs, unpack(ids))
   local states = redis.call('HMGET', owners, unpack(ids))
   for i = #ids, 1, -1 do
     if states[i] or not records[i] then
@@ -70,6 +86,17 @@ if ids then
       return levels
     end
   end
+end
+
+-- from here on nothing sends the caller the long way
+if done then
+  redis.call('HDEL', jobs, unpack(done))
+  redis.call('HDEL', owners, unpack(done))
+  redis.call('ZREM', leases, unpack(done))
+  --@include remember
+end
+local reply = {0, -1, now, 0, 0, {}, levels}
+if ids then
   local fence = redis.call('HINCRBY', counters, 'claimed', #ids) - #ids
   local deadline = now + lease_ms
   -- as text once: a number is formatted anew for each job; %.0f is exact

@@ -3,8 +3,6 @@
 -- ack(from, count): ARGV[from..] = count times id, token, dedup key or ''
 --   answers per job: 1 done, 2 already done by this token, 0 lease lost
 local function ack(from, count)
-  -- so many receipts are remembered, to tell a re-sent enqueue or ack from a new one
-  local FINISHED_KEPT = 10000
   local answers, ids, done, past, failed, gated = {}, {}, {}, {}, nil, false
   for i = 1, count do ids[i] = ARGV[from + 3 * i - 3] end
   local states = redis.call('HMGET', owners, unpack(ids))
@@ -36,12 +34,7 @@ local function ack(from, count)
     redis.call('HDEL', owners, unpack(done))
     redis.call('ZREM', leases, unpack(done))
     if failed then redis.call('HDEL', errors, unpack(failed)) end
-    local kept = redis.call('RPUSH', finished, unpack(past))
-    if kept > FINISHED_KEPT + 1000 then
-      -- `processed` is what was trimmed here and what is still in the list: no counter to write each time
-      redis.call('HINCRBY', counters, 'processed', kept - FINISHED_KEPT)
-      redis.call('LTRIM', finished, -FINISHED_KEPT, -1)
-    end
+    --@include remember
     -- a worker that max_inflight held back may go on
     if gated then redis.call('ZADD', marker, 0, 'w') end
   end
