@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from relay_core.commands import NewJob
 from relay_core.errors import InvalidArgument
-from relay_core.job import NO_OPTIONS, Options, Record, new_id
+from relay_core.job import Options, Record, new_id
 from relay_core.keys import LEVELS
 from relay_core.retry import MAX_DELAY, RetryPolicy
 
@@ -90,6 +91,25 @@ def _headers(headers: Any) -> None:
             raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
 
 
+def _mark(headers: Any) -> tuple[tuple[str, str], ...] | None:
+    """The headers of most jobs: none, or one that an adapter knows its jobs by. None for others."""
+    if headers is None:
+        return ()
+    if type(headers) is dict and len(headers) == 1:
+        (mark,) = headers.items()
+        if type(mark[1]) is str:
+            return (mark,)
+    return None
+
+
+@lru_cache(maxsize=256)
+def _plain_head(priority: int, *headers: tuple[str, str]) -> bytes:
+    """What stands before the payload of a job that asks for nothing but these, checked."""
+    whole("priority", priority, least=0, most=LEVELS - 1)
+    _headers(dict(headers))
+    return Record.pack(priority, Options(headers=dict(headers)), b"")
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """A job to enqueue. All but the payload is optional.
@@ -119,6 +139,11 @@ class JobSpec:
     headers: Mapping[str, str] | None = None
     retry: RetryPolicy | None = None
 
+    def _asked(self) -> tuple[object, ...]:
+        return (
+            self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_for, self.retry, self.delay, self.at,
+        )  # fmt: skip
+
     def due(self) -> str:
         """The due time as the enqueue script takes it."""
         if self.delay is not None and self.at is not None:
@@ -132,11 +157,6 @@ class JobSpec:
 
     def options(self) -> Options:
         """What goes into the record beside the payload, checked."""
-        asked = (
-            self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_for, self.retry, self.delay, self.at,
-        )  # fmt: skip
-        if asked == _NOTHING and self.headers is None:
-            return NO_OPTIONS  # as most jobs
         due = self.due()
         if self.max_retries is not None:
             whole("max_retries", self.max_retries, least=0, most=10**6)
@@ -153,8 +173,6 @@ class JobSpec:
             dedup_ms = math.ceil(seconds("dedup_for", self.dedup_for, least=0.001) * 1000)
         if self.headers is not None:
             _headers(self.headers)
-            if asked == _NOTHING:
-                return Options(headers=self.headers)  # as an adapter's jobs, with their mark
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise InvalidArgument(f"retry must be a RetryPolicy, got {_shown(self.retry)}")
         return Options(
@@ -173,6 +191,9 @@ class JobSpec:
         id = new_id() if self.id is None else self.id
         if not isinstance(id, str) or not _ID.fullmatch(id):
             raise InvalidArgument(f"id must be 1 to 128 printable ASCII characters without spaces, got {_shown(id)}")
+        mark = _mark(self.headers)
+        if mark is not None and type(self.priority) is int and self._asked() == _NOTHING:
+            return NewJob(id, "", "", _plain_head(self.priority, *mark) + payload)
         whole("priority", self.priority, least=0, most=LEVELS - 1)
         options = self.options()
         record = Record.pack(self.priority, options, payload)

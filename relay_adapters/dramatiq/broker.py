@@ -21,7 +21,7 @@ from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer, dramati
 from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
-from relay_adapters.dramatiq.message import JOB_ID, RelayMessage
+from relay_adapters.dramatiq.message import JOB_ID, RelayMessage, encoded, with_options
 from relay_adapters.dramatiq.monitoring import Monitoring
 from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
 from relay_core.errors import RelayError, Unavailable
@@ -170,7 +170,7 @@ class RelayBroker(Broker):
         changes: dict[str, Any] = {JOB_ID: job_id}
         if delay is not None:
             changes["eta"] = current_millis() + delay
-        message = message.copy(options=changes)
+        message = with_options(message, changes)
         self.logger.debug("Enqueueing message %r on queue %r.", message.message_id, message.queue_name)
         self.emit_before("enqueue", message, delay)
         if retried:
@@ -187,7 +187,7 @@ class RelayBroker(Broker):
             due["delay"] = max(0, delay) / 1000
         elif isinstance(eta, (int, float)) and eta > current_millis():
             due["at"] = eta / 1000
-        payload, priority = message.encode(), self._priority(message)
+        payload, priority = encoded(message), self._priority(message)
         try:
             self.core.enqueue(message.queue_name, payload, id=job_id, priority=priority, headers=_MARK, **due)
         except Unavailable as error:
@@ -202,7 +202,7 @@ class RelayBroker(Broker):
         job, nack_of = message.lease.job, self.core.operations.nack_of
         error = changed.options.get("traceback") or message.exception
         try:
-            item = nack_of(job, error, max(0, delay) / 1000, payload=changed.encode())
+            item = nack_of(job, error, max(0, delay) / 1000, payload=encoded(changed))
         except Exception as cause:
             # It cannot be retried as it is now, and Dramatiq would log that and ack it: keep it among the dead.
             message.pending = nack_of(job, f"cannot be retried: {cause!r}\n{error}", dead=True, reason="failed")

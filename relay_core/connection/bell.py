@@ -74,8 +74,7 @@ class Channel:
         self.close()  # redis-py closes the child's copy only
 
     def fileno(self) -> int:
-        # redis-py has no public name for the socket; kombu reads the same attribute.
-        return int(self.connection._sock.fileno())
+        return int(clients.socket_of(self.connection).fileno())
 
     def close(self) -> None:
         connection, self.connection, self.armed = self.connection, None, False

@@ -113,6 +113,11 @@ def aio_connection(url: StoreUrl, settings: StoreSettings, address: Address, rol
     return _make(url, settings, address, role, aio, AioRetry(NoBackoff(), 0))
 
 
+def socket_of(connection: Any) -> Any:
+    """The socket of an open blocking connection. redis-py has no public name for it; kombu reads the same attribute."""
+    return connection._sock
+
+
 def let_go(connection: Any) -> None:
     """In a child of fork: release the child's copy of an asyncio connection's socket."""
     writer = getattr(connection, "_writer", None)  # redis-py has no public name for the socket

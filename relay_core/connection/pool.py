@@ -11,8 +11,8 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from relay_core.connection import forks
-from relay_core.connection.replies import is_reply
 from relay_core.connection.steps import Outcome
+from relay_core.connection.streams import Stream, stream_of
 from relay_core.errors import Unavailable
 
 LOOK_AFTER = 1.0
@@ -22,11 +22,11 @@ LOOK_AFTER = 1.0
 class Link:
     """One connection, opened when needed. Used by one thread at a time."""
 
-    __slots__ = ("__weakref__", "_connection", "_open", "_used")
+    __slots__ = ("__weakref__", "_connection", "_stream", "_used")
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._open = False
+        self._stream: Stream | None = None
         self._used = 0.0
         forks.watch(self)
 
@@ -35,29 +35,25 @@ class Link:
 
     def exchange(self, blocks: list[bytes], count: int) -> Outcome:
         """Send packed commands and read `count` replies. Never raises for a server or a network."""
-        connection = self._connection
-        if self._open and monotonic() - self._used > LOOK_AFTER:
+        if self._stream is not None and monotonic() - self._used > LOOK_AFTER:
             self._look()
-        if not self._open:
+        stream = self._stream
+        if stream is None:
             try:
-                connection.connect()
+                self._connection.connect()
             except Exception as error:
                 self.close()
                 return Outcome([], error, sent=False)
             except BaseException:
                 self.close()
                 raise
-            self._open = True
+            stream = self._stream = stream_of(self._connection)
         replies: list[Any] = []
         try:
-            connection.send_packed_command(blocks, check_health=False)
-            for _ in range(count):
-                try:
-                    replies.append(connection.read_response(disconnect_on_error=False))
-                except RedisError as error:
-                    if not is_reply(error):
-                        raise
-                    replies.append(error.with_traceback(None))
+            for block in blocks:
+                stream.send(block)
+            while len(replies) < count:
+                replies.append(stream.receive())
         except Exception as error:
             self.close()
             return Outcome(replies, error)
@@ -76,7 +72,7 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        self._open = False
+        self._stream = None
         with suppress(Exception):
             self._connection.disconnect()
 
@@ -93,14 +89,14 @@ class Pool:
         self._idle: list[Link] = []
         self._made = 0
         self._closed = False
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0
 
     def take(self) -> Link | None:
         """A link, or None when all were in use for too long. Give it back with `give`."""
-        with self._changed:
-            if self._idle:
-                return self._idle.pop()
-            if self._made >= self._limit and not self._changed.wait_for(self._free, self._patience):
+        with self._lock:
+            if not self._idle and self._made >= self._limit and not self._wait():
                 return None
             if self._closed:
                 raise Unavailable("the connection to the store was closed by this process")
@@ -109,26 +105,34 @@ class Pool:
             self._made += 1
         return self._make()
 
+    def _wait(self) -> bool:
+        self._waiting += 1
+        try:
+            return self._changed.wait_for(self._free, self._patience)
+        finally:
+            self._waiting -= 1
+
     def _free(self) -> bool:
         return self._closed or bool(self._idle) or self._made < self._limit
 
     def give(self, link: Link) -> None:
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._idle.append(link)
-                self._changed.notify()
+                if self._waiting:
+                    self._changed.notify()
                 return
         link.close()
 
     def drop(self) -> None:
         """Close the idle links; they open again when needed."""
-        with self._changed:
+        with self._lock:
             for link in self._idle:
                 link.close()
 
     def close(self) -> None:
         """Close the idle links now, and those in use when they are given back."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
             self._changed.notify_all()

@@ -1,0 +1,83 @@
+"""The bytes of an open connection: commands go out as they are packed, replies come in one by one.
+
+redis-py opens and closes the connection. What lies between is hiredis on its socket where hiredis is installed, since
+the layers of redis-py cost a short command as much as all the rest of its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from redis.connection import DefaultParser
+from redis.exceptions import ConnectionError, InvalidResponse, RedisError
+
+from relay_core.connection.clients import socket_of
+from relay_core.connection.replies import is_reply
+
+_Reader: Any = None
+with suppress(ImportError):
+    from hiredis import Reader
+
+    _Reader = Reader
+
+_MORE = object()
+_READ_BYTES = 1 << 16
+
+
+class Stream(Protocol):
+    """Both ways of an open connection. What they raise means that it is out of step, and must be closed."""
+
+    send: Callable[[bytes], Any]
+
+    def receive(self) -> Any:
+        """The next reply; an error reply of the server as the exception."""
+
+
+class FastStream:
+    """hiredis, fed from the socket. The socket's own timeout bounds each call."""
+
+    __slots__ = ("_buffer", "_feed", "_next", "_read", "send")
+
+    def __init__(self, connection: Any) -> None:
+        socket = socket_of(connection)
+        reader = _Reader(replyError=DefaultParser.parse_error, protocolError=InvalidResponse, notEnoughData=_MORE)
+        self.send = socket.sendall
+        self._read, self._feed, self._next = socket.recv_into, reader.feed, reader.gets
+        self._buffer = bytearray(_READ_BYTES)
+
+    def receive(self) -> Any:
+        reply = self._next()
+        while reply is _MORE:
+            size = self._read(self._buffer)
+            if not size:
+                raise ConnectionError("Connection closed by server.")
+            self._feed(self._buffer, 0, size)
+            reply = self._next()
+        if isinstance(reply, RedisError) and not is_reply(reply):
+            raise reply
+        return reply
+
+
+class PlainStream:
+    """redis-py's own parser."""
+
+    __slots__ = ("_connection", "send")
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.send = socket_of(connection).sendall
+
+    def receive(self) -> Any:
+        try:
+            return self._connection.read_response(disconnect_on_error=False)
+        except RedisError as error:
+            if is_reply(error):
+                return error.with_traceback(None)
+            raise
+
+
+def stream_of(connection: Any) -> Stream:
+    """The stream of a connection of redis-py that was just opened, and is used in no other way from now on."""
+    return PlainStream(connection) if _Reader is None else FastStream(connection)

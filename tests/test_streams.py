@@ -1,0 +1,192 @@
+"""A blocking connection byte by byte, as hiredis reads it and as redis-py alone does."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from redis.exceptions import ResponseError
+
+from relay_core.connection import clients, streams
+from relay_core.connection.pool import Link
+from relay_core.connection.replies import Verdict, judge_cut
+from relay_core.connection.steps import Address
+from relay_core.settings import StoreSettings, parse_url
+from tests.servers import Server
+
+Script = Callable[[socket.socket], None]
+
+
+@pytest.fixture(params=["hiredis", "without"], autouse=True)
+def _parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without":
+        monkeypatch.setattr(streams, "_Reader", None)
+
+
+class Actor:
+    """A server on a unix socket that does what it is told with each connection, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._threads: list[threading.Thread] = []
+
+    def plays(self, *scripts: Script) -> None:
+        def run() -> None:
+            for script in scripts:
+                with self._listener.accept()[0] as client:
+                    script(client)
+
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self._listener.close()
+
+
+@pytest.fixture
+def actor(tmp_path: Path) -> Iterator[Actor]:
+    made = Actor(tmp_path / "s")
+    yield made
+    made.close()
+
+
+def link_to(path: Path, timeout: float = 10.0) -> Link:
+    settings = StoreSettings(socket_timeout=timeout)
+    url = parse_url(f"relay+unix://{path}?db=0")
+    return Link(clients.connection(url, settings, Address(str(path), 0), "store"))
+
+
+def answers(*pieces: bytes) -> Script:
+    """Each piece by itself, once something was asked; then waits until the client goes."""
+
+    def script(client: socket.socket) -> None:
+        client.recv(100)
+        for piece in pieces:
+            client.sendall(piece)
+        while client.recv(1 << 16):
+            pass
+
+    return script
+
+
+PING = clients.pack(("PING",))
+
+
+def test_replies_of_every_kind_come_in_order_and_errors_in_their_places(server: Server) -> None:
+    link = link_to(server.socket)
+    wires = [
+        ("PING",), ("GET", "none"), ("EVAL", "return {1, 'a', {}, {false, 2}}", 0), ("NOSUCHCOMMAND",),
+        ("EVAL", "return 'x\\r\\ny'", 0), ("EVAL", "return {}", 0), ("EVAL", "return -7", 0),
+    ]  # fmt: skip
+    outcome = link.exchange([clients.pack(wire) for wire in wires], len(wires))
+    assert outcome.failure is None
+    error = outcome.replies.pop(3)
+    assert isinstance(error, ResponseError)
+    assert error.__traceback__ is None
+    assert outcome.replies == [b"PONG", None, [1, b"a", [], [None, 2]], b"x\r\ny", [], -7]
+    assert link.exchange([PING], 1).replies == [b"PONG"]
+    link.close()
+
+
+def test_a_reply_in_many_pieces_is_put_together(actor: Actor) -> None:
+    reply = b"*2\r\n$5\r\nhe\r\no\r\n:12\r\n"
+    actor.plays(answers(*(reply[i : i + 1] for i in range(len(reply)))))
+    link = link_to(actor.path)
+    assert link.exchange([PING], 1).replies == [[b"he\r\no", 12]]
+    link.close()
+
+
+def test_what_came_before_the_server_closed_is_kept(actor: Actor) -> None:
+    def script(client: socket.socket) -> None:
+        client.recv(100)
+        client.sendall(b"+one\r\n$10\r\nhal")
+
+    actor.plays(script)
+    outcome = link_to(actor.path).exchange([PING + PING], 2)
+    assert outcome.replies == [b"one"]
+    assert outcome.sent
+    assert outcome.failure is not None
+    assert judge_cut(outcome.failure, "here").verdict is Verdict.UNKNOWN
+
+
+def test_silence_ends_after_the_timeout_and_closes_the_connection(actor: Actor) -> None:
+    actor.plays(answers(b"+one\r\n"), answers(b"+two\r\n"))
+    link = link_to(actor.path, timeout=0.05)
+    outcome = link.exchange([PING + PING], 2)
+    assert outcome.replies == [b"one"]
+    assert outcome.sent
+    assert outcome.failure is not None
+    assert judge_cut(outcome.failure, "here").verdict is Verdict.UNKNOWN
+    assert link.exchange([PING], 1).replies == [b"two"]
+    link.close()
+
+
+def test_a_server_that_does_not_read_holds_nobody_up_for_longer_than_the_timeout(actor: Actor) -> None:
+    done = threading.Event()
+    actor.plays(lambda client: (done.wait(10), None)[1])
+    outcome = link_to(actor.path, timeout=0.05).exchange([b"x" * (1 << 23)], 1)
+    done.set()
+    assert outcome.replies == []
+    assert outcome.failure is not None
+
+
+def test_an_interrupt_while_a_reply_is_awaited_leaves_no_reply_for_the_next(actor: Actor) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise Interrupt
+
+    actor.plays(answers(), answers(b"+two\r\n"))
+    link = link_to(actor.path)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(Interrupt):
+            link.exchange([PING], 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert link.exchange([PING], 1).replies == [b"two"]
+    link.close()
+
+
+def test_signals_do_not_put_the_timeout_off(actor: Actor) -> None:
+    rung: list[int] = []
+    actor.plays(answers())
+    link = link_to(actor.path, timeout=0.2)
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: rung.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        assert link.exchange([PING], 1).failure is not None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rung
+
+
+def test_a_server_that_turns_clients_away_did_not_run_the_command(actor: Actor) -> None:
+    actor.plays(answers(b"-ERR max number of clients reached\r\n"))
+    outcome = link_to(actor.path).exchange([PING], 1)
+    assert outcome.replies == []
+    assert outcome.failure is not None
+    assert judge_cut(outcome.failure, "here").verdict is Verdict.NOT_EXECUTED
+
+
+def test_what_is_no_reply_at_all_closes_the_connection(actor: Actor) -> None:
+    actor.plays(answers(b"HTTP/1.1 400 Bad Request\r\n"), answers(b"+two\r\n"))
+    link = link_to(actor.path)
+    assert link.exchange([PING], 1).failure is not None
+    assert link.exchange([PING], 1).replies == [b"two"]
+    link.close()
