@@ -7,17 +7,17 @@ the layers of redis-py cost a short command as much as all the rest of its way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Protocol
 
 from redis.connection import DefaultParser
 from redis.exceptions import ConnectionError, InvalidResponse, RedisError
+from redis.utils import HIREDIS_AVAILABLE
 
 from relay_core.connection.clients import socket_of
 from relay_core.connection.replies import is_reply
 
 _Reader: Any = None
-with suppress(ImportError):
+if HIREDIS_AVAILABLE:  # and new enough
     from hiredis import Reader
 
     _Reader = Reader
