@@ -52,7 +52,7 @@ class Costs:
         self.batch = batch
         self.jobs = jobs
         broker.enqueue("bench", PAYLOAD)  # the first of its level goes the long way
-        broker.ack(*broker.claim("bench"))
+        broker.purge("bench")
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         before = self.clock()

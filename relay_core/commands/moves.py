@@ -259,7 +259,7 @@ def ack_one(q: QueueKeys, item: Ack) -> Command[Verdict | LongWay]:
     def parse(reply: int, resent: bool) -> Verdict | LongWay:
         return Verdict.DONE if reply else LongWay(resent)
 
-    keys = (q.owners, q.jobs, q.leases, q.finished)
+    keys = (q.owners, q.jobs, q.leases, q.finished, q.counters)
     return Command(scripts.load("ack_one"), keys, (item.id, item.token), parse)
 
 

@@ -4,19 +4,17 @@
 -- KEYS[2] j HASH id -> record
 -- KEYS[3] l ZSET id, score = lease deadline, unix ms
 -- KEYS[4] f LIST ids finished lately
+-- KEYS[5] s HASH counters
 -- ARGV[1] id | ARGV[2] token
 -- returns 1 done | 0 nothing was done, take the long way, which is ack
 -- moves: inflight -> done | cost O(log inflight)
-local owners, jobs, leases, finished = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local owners, jobs, leases, finished, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local id, token = ARGV[1], ARGV[2]
 -- 103 is 'g', see parts/claim
 if string.byte(token, -1) == 103 or redis.call('HGET', owners, id) ~= token .. ' 0 h' then return 0 end
-if redis.call('RPUSH', finished, id .. ' ' .. token) > 11000 then
-  -- as many as the long way lets gather before it trims
-  redis.call('RPOP', finished)
-  return 0
-end
 redis.call('HDEL', jobs, id)
 redis.call('HDEL', owners, id)
 redis.call('ZREM', leases, id)
+local past = {id .. ' ' .. token}
+--@include remember
 return 1
