@@ -144,10 +144,12 @@ def test_a_solo_worker_keeps_the_leases_of_a_task_that_is_longer_than_them(
 def test_an_early_ack_does_not_wait_for_the_end_of_a_solo_task(
     kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
 ) -> None:
-    running.enter_context(CeleryWorker(kept.url, tmp_path, "-P", "solo", "--prefetch-multiplier", "1"))
+    running.enter_context(CeleryWorker(kept.url, tmp_path, "-P", "solo", "--prefetch-multiplier", "4"))
+    broker.pause("celery")  # so that all three are fetched at once, and run within one turn of the loop
     for n in range(2):
         send(client, "celery", "run", f"quick-{n}")
     send(client, "celery", "hold", "long", "go")
+    broker.resume("celery")
     started(tmp_path, "long")
     eventually(lambda: broker.stats("celery").counters.get("processed") == 2, "the acks to arrive")
     (tmp_path / "go").touch()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SLICE = 0.002
 """Seconds for which messages are handed over in one go. A pool that runs a task in the loop's own thread takes its
-time there, and what became of it must be told before the next one starts."""
+time there, and what Celery put off until the loop's next turn waits for that: rejects and control commands."""
 
 
 class Watch:
