@@ -15,6 +15,6 @@ if string.byte(token, -1) == 103 or redis.call('HGET', owners, id) ~= token .. '
 redis.call('HDEL', jobs, id)
 redis.call('HDEL', owners, id)
 redis.call('ZREM', leases, id)
-local past = {id .. ' ' .. token}
---@include remember
+local kept = redis.call('RPUSH', finished, id .. ' ' .. token)
+--@include trim
 return 1

@@ -53,11 +53,12 @@ elseif want == 1 and not woken then
         redis.call('LPUSH', KEYS[FIRST_LIST + n], id)
         return levels
       end
-      local deadline = string.format('%d', now + lease_ms)
-      redis.call('ZADD', leases, deadline, id)
-      if not due or now + lease_ms < due then
-        redis.call('HSET', config, 'due', deadline)
-        due = now + lease_ms
+      local deadline = now + lease_ms
+      local deadline_text = string.format('%d', deadline)
+      redis.call('ZADD', leases, deadline_text, id)
+      if not due or deadline < due then
+        redis.call('HSET', config, 'due', deadline_text)
+        due = deadline
       end
       return {due - now, now, id, token, record}
     end
@@ -93,7 +94,8 @@ if done then
   redis.call('HDEL', jobs, unpack(done))
   redis.call('HDEL', owners, unpack(done))
   redis.call('ZREM', leases, unpack(done))
-  --@include remember
+  local kept = redis.call('RPUSH', finished, unpack(past))
+  --@include trim
 end
 local reply = {0, -1, now, 0, 0, {}, levels}
 if ids then

@@ -34,7 +34,8 @@ local function ack(from, count)
     redis.call('HDEL', owners, unpack(done))
     redis.call('ZREM', leases, unpack(done))
     if failed then redis.call('HDEL', errors, unpack(failed)) end
-    --@include remember
+    local kept = redis.call('RPUSH', finished, unpack(past))
+    --@include trim
     -- a worker that max_inflight held back may go on
     if gated then redis.call('ZADD', marker, 0, 'w') end
   end
