@@ -9,7 +9,8 @@ from dramatiq.broker import MessageProxy
 from dramatiq.encoder import Encoder, JSONEncoder, MessageData, PickleEncoder
 from dramatiq.message import Message, get_encoder, set_encoder
 
-from relay_adapters.dramatiq.message import encoded, with_options
+from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, encoded, with_options
+from relay_core import Job
 
 
 class Other(Message[None]):
@@ -61,3 +62,15 @@ def test_what_no_json_holds_is_refused_as_by_dramatiq() -> None:
     strange = message().copy(options={"what": object()})
     with pytest.raises(TypeError, match="not JSON serializable"):
         encoded(strange)
+
+
+def test_a_delivered_message_shows_the_fields_of_its_message_and_shares_its_options() -> None:
+    given = message()
+    job = Job("id", "q", given.encode(), 0.0, 0.0, 0, 1, 0, "1:1:a", 0.0, 0.0)
+    shown = RelayMessage(given, Lease(job), Holding())
+    for name, value in vars(given).items():
+        assert getattr(shown, name) is value
+    shown.options["retries"] = 1  # as the Retries middleware does
+    assert shown == given
+    assert shown.encode() == given.encode() == message().copy(options={"retries": 1}).encode()
+    assert shown.copy(options={"eta": 1}).options == {**given.options, "eta": 1}

@@ -17,7 +17,7 @@ from dramatiq.middleware import Middleware, SkipMessage
 
 import relay_core
 from relay_adapters.dramatiq.burial import Burial
-from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer, dramatiq_errors
+from relay_adapters.dramatiq.consumer import MAX_RETRIES, DramatiqErrors, RelayConsumer
 from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
@@ -119,13 +119,13 @@ class RelayBroker(Broker):
 
     def get_queue_message_counts(self, queue_name: str) -> tuple[int, int, int]:
         """How many messages of `queue_name` are ready, delayed and dead, at one instant. Raises ConnectionClosed."""
-        with dramatiq_errors():
+        with DramatiqErrors():
             stats = self.core.stats(queue_name)
         return stats.ready, stats.delayed, stats.dead
 
     def flush(self, queue_name: str) -> None:
         """Drop all messages of `queue_name` but those that are running. Raises ConnectionClosed."""
-        with dramatiq_errors():
+        with DramatiqErrors():
             self.core.purge(queue_name, ("ready", "delayed", "dead"))
 
     def flush_all(self) -> None:
@@ -142,7 +142,7 @@ class RelayBroker(Broker):
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
         pause = 0.005
         while True:
-            with dramatiq_errors():
+            with DramatiqErrors():
                 stats = self.core.stats(queue_name)
             if not stats.ready and not stats.delayed and not stats.inflight:
                 return
@@ -208,7 +208,7 @@ class RelayBroker(Broker):
             message.pending = nack_of(job, f"cannot be retried: {cause!r}\n{error}", dead=True, reason="failed")
             raise
         message.pending = item = item._replace(max_retries=MAX_RETRIES)
-        with dramatiq_errors():
+        with DramatiqErrors():
             self._line(job.queue).nack(job, item)
         message.pending = None
         message.settle()
@@ -287,7 +287,7 @@ class RelayBroker(Broker):
             heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is not None:
             heartbeat.stop()
-        with dramatiq_errors():
+        with DramatiqErrors():
             try:
                 for line in list(self._lines.values()):
                     line.flush()

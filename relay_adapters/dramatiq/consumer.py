@@ -6,8 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import ConnectionClosed, DecodeError
@@ -28,13 +27,16 @@ MAX_RETRIES = 2**31
 """Dramatiq counts retries in the message and decides when they are used up; the store must not."""
 
 
-@contextmanager
-def dramatiq_errors() -> Iterator[None]:
-    """What Dramatiq's threads handle by trying again."""
-    try:
-        yield
-    except Unavailable as error:
-        raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
+class DramatiqErrors:
+    """`with DramatiqErrors():` raises what Dramatiq's threads handle by trying again. Around every message, so it is
+    no generator."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Unavailable):
+            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
 
 
 def _wait(marker: bytes, timeout: float) -> Flow[bool]:
@@ -71,7 +73,7 @@ class RelayConsumer(Consumer):
 
     def __next__(self) -> RelayMessage | None:
         deadline = time.monotonic() + self.timeout / 1000
-        with dramatiq_errors():
+        with DramatiqErrors():
             while True:
                 if self._suspect is not None and self._line.gate.is_clear():
                     self._buffer.append(self._suspect)
@@ -208,7 +210,7 @@ class RelayConsumer(Consumer):
     def ack(self, message: MessageProxy) -> None:
         if not isinstance(message, RelayMessage):
             return self._strange(message)
-        with dramatiq_errors():
+        with DramatiqErrors():
             if message.pending is not None:
                 self._end(message, message.pending)
             elif message.settle() and not message.lease.lost:
@@ -222,7 +224,7 @@ class RelayConsumer(Consumer):
         if not isinstance(message, RelayMessage):
             return self._strange(message)
         if not message.settled:
-            with dramatiq_errors():
+            with DramatiqErrors():
                 self._end(message, message.pending or self._dead(message))
         return None
 
@@ -269,13 +271,13 @@ class RelayConsumer(Consumer):
         try:
             self._hand_back()
         finally:
-            with dramatiq_errors():
+            with DramatiqErrors():
                 self._line.flush()
 
     def _release(self, leases: Iterable[Lease]) -> None:
         jobs = [lease.job for lease in leases if not lease.lost]
         if jobs:
-            with dramatiq_errors():
+            with DramatiqErrors():
                 self._core.release(jobs)
         self._line.freed()
         self._line.gate.changed()

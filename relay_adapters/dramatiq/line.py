@@ -34,7 +34,8 @@ class Line:
         self.gate = gate
         self.holdings: list[Holding] = []
         self._acks: deque[Job] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._attending = 0
         self._waiting = 0
         self._enough = 1
@@ -57,12 +58,12 @@ class Line:
 
     def join(self, holding: Holding) -> None:
         """A consumer opens. Those that closed and hold nothing are forgotten."""
-        with self._changed:
+        with self._lock:
             self.holdings = [*(kept for kept in self.holdings if kept or not kept.closed), holding]
 
     def ack(self, job: Job) -> None:
         """The job is done. Raises Unavailable when it was for this thread to send it and that failed."""
-        with self._changed:
+        with self._lock:
             self._acks.append(job)
             if self._waiting and (not self._attending or len(self._acks) in (1, self._enough)):
                 self._changed.notify_all()
@@ -78,13 +79,13 @@ class Line:
 
     def freed(self) -> None:
         """A slot came free in another way than by an ack."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def flush(self) -> None:
         """Send the acks that wait, unless another thread is doing it."""
         while True:
-            with self._changed:
+            with self._lock:
                 if self._flushing:
                     return
                 acks = self._take()
@@ -99,28 +100,28 @@ class Line:
             else:
                 self._sent(acks)
             finally:
-                with self._changed:
+                with self._lock:
                     self._flushing = False
 
     def attend(self) -> None:
         """From now on acks are left to the caller, until it leaves."""
-        with self._changed:
+        with self._lock:
             self._attending += 1
 
     def leave(self) -> None:
         """From now on acks are no longer left to the caller, who has to look once more for those that were."""
-        with self._changed:
+        with self._lock:
             self._attending -= 1
 
     def take(self) -> list[Job]:
         """The acks that wait; the caller sends them."""
-        with self._changed:
+        with self._lock:
             return self._take()
 
     def gather(self, full: Callable[[], bool], timeout: float, enough: int) -> list[Job]:
         """Wait until there are acks or a free slot; where there was none, a moment more for up to `enough` acks."""
         deadline = time.monotonic() + timeout
-        with self._changed:
+        with self._lock:
             self._enough = enough
             self._waiting += 1
             try:
@@ -155,12 +156,12 @@ class Line:
         return taken
 
     def _sent(self, acks: Sequence[Job]) -> None:
-        with self._changed:
+        with self._lock:
             self._on_their_way -= len(acks)
         self.gate.changed()
 
     def _put_back(self, acks: Sequence[Job]) -> None:
-        with self._changed:
+        with self._lock:
             self._on_their_way -= len(acks)
             self._acks.extendleft(reversed(acks))
 

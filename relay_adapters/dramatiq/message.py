@@ -55,6 +55,8 @@ class RelayMessage(MessageProxy):
 
     def __init__(self, message: Message[Any], lease: Lease, holding: Holding) -> None:
         super().__init__(message)
+        # Dramatiq looks these up some twenty times for each message, and its proxy finds each the long way
+        self.__dict__.update(vars(message))
         self.lease = lease
         self.pending: Nack | None = None
         self.exception: BaseException | None = None
