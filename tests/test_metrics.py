@@ -220,7 +220,7 @@ def test_with_a_recorder_and_without_one_the_same_bytes_are_sent(
         server.cli("SCRIPT", "FLUSH")
         numbers, nonces = itertools.count(), itertools.count()
         monkeypatch.setattr("relay_core.validation.new_id", lambda n=numbers: f"id{next(n)}")
-        monkeypatch.setattr("relay_core.operations.new_nonce", lambda n=nonces: f"n{next(n)}")
+        monkeypatch.setattr("relay_core.operations.claiming.new_nonce", lambda n=nonces: f"n{next(n)}")
         with Recording(server) as proxy, Broker(proxy.url, plugins=plugins) as broker:
             a_day(broker)
             sent.append(proxy.sent)

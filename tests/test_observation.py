@@ -93,7 +93,7 @@ def test_a_plugin_that_watches_changes_no_byte_on_the_wire(
         server.cli("SCRIPT", "FLUSH")
         numbers, nonces = itertools.count(), itertools.count()
         monkeypatch.setattr("relay_core.validation.new_id", lambda n=numbers: f"id{next(n)}")
-        monkeypatch.setattr("relay_core.operations.new_nonce", lambda n=nonces: f"n{next(n)}")
+        monkeypatch.setattr("relay_core.operations.claiming.new_nonce", lambda n=nonces: f"n{next(n)}")
         with Recording(server) as proxy, Broker(proxy.url, plugins=plugins) as broker:
             records.append((a_day(broker), proxy.sent))
     assert records[0] == records[1]

@@ -406,7 +406,7 @@ def test_the_second_stop_hands_back_at_once(broker: Broker, gate: Gate) -> None:
 
 
 def test_an_idle_worker_stops_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relay_core.operations._MAX_BLOCK", 300.0)  # so long would it wait for a wake-up
+    monkeypatch.setattr("relay_core.operations.settings._MAX_BLOCK", 300.0)  # so long would it wait for a wake-up
     with Broker(server.url, lease=3600) as broker, running(broker, print) as worker:
         eventually(lambda: server.info("clients")["blocked_clients"] == "1", "a blocked worker")
         worker.worker.stop()

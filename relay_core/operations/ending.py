@@ -1,0 +1,167 @@
+"""How a claimed job ends, or is held on to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from relay_core import commands
+from relay_core.commands import Ack, LongWay, Nack, Verdict
+from relay_core.commands.moves import MAX_BATCH
+from relay_core.errors import LeaseLost, RelayError
+from relay_core.job import Job, Record
+from relay_core.operations.base import Base
+from relay_core.operations.steps import Flow
+from relay_core.validation import payload_bytes, payload_size, seconds
+
+MAX_ERROR = 4096
+"""Bytes of an error text that are kept."""
+
+
+def error_text(error: BaseException | str | None) -> str:
+    """What is kept of an error: its repr or text, at most 4 KiB."""
+    text = "" if error is None else error if isinstance(error, str) else repr(error)
+    return text.encode(errors="replace")[:MAX_ERROR].decode(errors="ignore")
+
+
+def holds_key(job: Job) -> bool:
+    """Is a dedup key taken until the job is done?"""
+    return bool(job.options.dedup_key and not job.options.dedup_ms)
+
+
+def is_plain(job: Job) -> bool:
+    """May its ack go the short way? A job that failed before is sent back there, and one of a queue with limits, which
+    the last letter of its token tells."""
+    return not (job.retries or job.token.endswith("g") or holds_key(job))
+
+
+def ack_of(job: Job) -> Ack:
+    """The ack of a job; it frees the dedup key that is held until the job is done."""
+    return Ack(job.id, job.token, (job.options.dedup_key or "") if holds_key(job) else "")
+
+
+class Ending(Base):
+    """ack, nack, extend and release."""
+
+    def ack_many(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
+        verdicts = yield from self._by_queue(jobs, lambda q, batch: commands.ack(q, [ack_of(job) for job in batch]))
+        for job, verdict in zip(jobs, verdicts, strict=True):
+            self._tell_acked(job, verdict)
+        return verdicts
+
+    def ack(self, job: Job) -> Flow[None]:
+        verdict = yield from self._ack_one(job)
+        self._tell_acked(job, verdict)
+        if verdict is Verdict.LOST:
+            raise LeaseLost(job.queue, job.id, "ack")
+
+    def _ack_one(self, job: Job) -> Flow[Verdict]:
+        q, item = self.settings.keys(job.queue), ack_of(job)
+        if is_plain(job):
+            answer: Verdict | LongWay = yield commands.ack_one(q, item)
+            if not isinstance(answer, LongWay):
+                return answer
+        (verdict,) = yield commands.ack(q, (item,))
+        return verdict  # type: ignore[no-any-return]
+
+    def _tell_acked(self, job: Job, verdict: Verdict) -> None:
+        if verdict is Verdict.DONE:
+            if self.plugins.wants("relay_job_acked"):
+                self.plugins.notify("relay_job_acked", job=job, latency=job.age())
+        elif verdict is Verdict.LOST:
+            self._tell_lost(job, "ack")
+
+    def _tell_lost(self, job: Job, move: str) -> None:
+        self.plugins.notify("relay_lease_lost", queue=job.queue, id=job.id, move=move)
+
+    def nack_of(
+        self,
+        job: Job,
+        error: BaseException | str | None = None,
+        delay: float | None = None,
+        *,
+        reason: str | None = None,
+        dead: bool = False,
+        payload: bytes | None = None,
+    ) -> Nack:
+        """The nack that the policies and plugins make of a failure."""
+        policy = self.settings.policy(job)
+        if delay is None:
+            delay = self.plugins.retry_delay(job, error, policy.delay(job.retries))
+        ms = -1 if dead else round(seconds("delay", delay) * 1000)
+        limit = policy.max_retries if job.options.max_retries is None else job.options.max_retries
+        record = b""
+        if payload is not None:
+            body = self.plugins.encode(payload_bytes(payload), job.queue)
+            payload_size(body, self.settings.max_payload)
+            record = Record.pack(job.priority, job.options, body)
+        why = "_".join(error_text(reason).split()) or ("rejected" if dead else "max_retries")
+        return Nack(job.id, job.token, ms, limit, why, error_text(error), record)
+
+    def nack(
+        self,
+        job: Job,
+        error: BaseException | str | None = None,
+        delay: float | None = None,
+        *,
+        reason: str | None = None,
+        dead: bool = False,
+        payload: bytes | None = None,
+        lenient: bool = False,
+    ) -> Flow[Verdict]:
+        item = self.nack_of(job, error, delay, reason=reason, dead=dead, payload=payload)
+        (verdict,) = yield commands.nack(self.settings.keys(job.queue), [item])
+        self._tell_nacked(job, item, verdict)
+        if verdict is Verdict.LOST and not lenient:
+            raise LeaseLost(job.queue, job.id, "nack")
+        return Verdict(verdict)
+
+    def _tell_nacked(self, job: Job, item: Nack, verdict: Verdict) -> None:
+        error = item.error or None
+        if verdict is Verdict.DONE:
+            self.plugins.notify("relay_job_retried", job=job, delay=item.delay_ms / 1000, error=error)
+        elif verdict is Verdict.DEAD:
+            self.plugins.notify("relay_job_dead", job=job, reason=item.reason, error=error)
+        elif verdict is Verdict.LOST:
+            self._tell_lost(job, "nack")
+
+    def extend(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict]]:
+        lease = self.settings.lease if lease is None else seconds("lease", lease, least=0.1, most=86400)
+        ms = int(lease * 1000)
+        verdicts = yield from self._by_queue(
+            jobs, lambda q, batch: commands.extend(q, [(job.id, job.token) for job in batch], ms)
+        )
+        for job, verdict in zip(jobs, verdicts, strict=True):
+            if verdict is Verdict.LOST:
+                self._tell_lost(job, "extend")
+        return verdicts
+
+    def release(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
+        verdicts = yield from self._by_queue(
+            jobs, lambda q, batch: commands.release(q, [(job.id, job.token) for job in batch])
+        )
+        for job, verdict in zip(jobs, verdicts, strict=True):
+            if verdict is Verdict.LOST:
+                self._tell_lost(job, "release")
+        return verdicts
+
+    def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Verdict]]:
+        """One command per queue and MAX_BATCH jobs, sent as one pipeline; verdicts in the order of `jobs`."""
+        groups: dict[str, list[int]] = {}
+        for i, job in enumerate(jobs):
+            groups.setdefault(job.queue, []).append(i)
+        batches = [
+            (queue, indices[at : at + MAX_BATCH])
+            for queue, indices in groups.items()
+            for at in range(0, len(indices), MAX_BATCH)
+        ]
+        built = [build(self.settings.keys(queue), [jobs[i] for i in batch]) for queue, batch in batches]
+        results = [(yield built[0])] if len(built) == 1 else (yield built) if built else []
+        verdicts = [Verdict.LOST] * len(jobs)
+        failed = next((result for result in results if isinstance(result, RelayError)), None)
+        if failed:
+            raise failed
+        for (_queue, batch), result in zip(batches, results, strict=True):
+            for i, verdict in zip(batch, result, strict=True):
+                verdicts[i] = verdict
+        return verdicts

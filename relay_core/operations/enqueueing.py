@@ -1,0 +1,124 @@
+"""How a job comes into the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from relay_core import commands, keys
+from relay_core.commands import LongWay, NewJob
+from relay_core.commands.moves import MAX_BATCH
+from relay_core.errors import RelayError
+from relay_core.job import Enqueued
+from relay_core.operations.base import Base
+from relay_core.operations.settings import Settings
+from relay_core.operations.steps import Flow, Raw
+from relay_core.plugins import Plugins
+from relay_core.validation import JobSpec, payload_bytes, payload_size
+
+_MAX_BATCH_BYTES = 4 * 2**20
+
+
+class Enqueueing(Base):
+    """Enqueues of one job and of many."""
+
+    def __init__(self, settings: Settings, plugins: Plugins) -> None:
+        super().__init__(settings, plugins)
+        self._registered: set[str] = set()
+
+    def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes], again: bool = False) -> Flow[list[Enqueued]]:
+        """All are checked before the first is sent.
+
+        :param again: an earlier call may have stored jobs of these ids: such a job is no duplicate, done or not
+        """
+        checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
+        if self.plugins.wants("relay_add_headers"):
+            checked = [self._with_headers(queue, spec) for spec in checked]
+        placed = [self.place(queue, spec) for spec in checked]
+        answers: list[Enqueued | None] = [None] * len(placed)
+        batches = self._batches(placed)
+        for name in {placed[batch[0]][0] for batch in batches} - self._registered:
+            yield from self.register(name)
+        built = [
+            commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch], again=again)
+            for batch in batches
+        ]
+        failed: RelayError | None = None
+        results = [(yield built[0])] if len(built) == 1 else (yield built) if built else []
+        for batch, result in zip(batches, results, strict=True):
+            if isinstance(result, RelayError):
+                failed = failed or result
+                continue
+            for i, answer in zip(batch, result, strict=True):
+                answers[i] = answer
+                self._tell_enqueued(placed[i][0], checked[i], answer)
+        if failed:
+            raise failed
+        return [answer for answer in answers if answer is not None]
+
+    def enqueue(self, queue: str, spec: JobSpec, again: bool = False) -> Flow[Enqueued]:
+        """`enqueue_many` of one, the commonest call, without the lists that many need."""
+        if self.plugins.wants("relay_add_headers"):
+            spec = self._with_headers(queue, spec)
+        queue, job = self.place(queue, spec)
+        if queue not in self._registered:
+            yield from self.register(queue)
+        answer = yield from self._enqueue_one(self.settings.keys(queue), job, again)
+        self._tell_enqueued(queue, spec, answer)
+        return answer
+
+    @staticmethod
+    def _enqueue_one(q: keys.QueueKeys, job: NewJob, again: bool) -> Flow[Enqueued]:
+        if not (job.due or job.dedup or again):
+            answer: Enqueued | LongWay = yield commands.enqueue_one(q, job)
+            if not isinstance(answer, LongWay):
+                return answer
+            again = answer.resent
+        (enqueued,) = yield commands.enqueue(q, (job,), again=again)
+        return enqueued  # type: ignore[no-any-return]
+
+    def register(self, queue: str) -> Flow[None]:
+        """Put a queue among those that people are shown, once per process."""
+        if queue not in self._registered:
+            yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
+            self._registered.add(queue)
+
+    def _with_headers(self, queue: str, spec: JobSpec) -> JobSpec:
+        spec.options()  # its own headers are checked before a plugin is shown them
+        return replace(spec, headers=self.plugins.headers(queue, payload_bytes(spec.payload), spec.headers or {}))
+
+    def place(self, queue: str, spec: JobSpec) -> tuple[str, NewJob]:
+        """The queue that a job goes to, and the job as it is stored, as the plugins make it."""
+        payload = payload_bytes(spec.payload)
+        self.settings.keys(queue)
+        routed = self.plugins.route(queue, payload, spec.headers or {})
+        if routed != queue:
+            self.settings.keys(routed)
+            queue = routed
+        payload = self.plugins.encode(payload, queue)
+        payload_size(payload, self.settings.max_payload)
+        return queue, spec.stored(payload)
+
+    @staticmethod
+    def _batches(placed: Sequence[tuple[str, NewJob]]) -> list[list[int]]:
+        """Indices, split by queue, count and bytes; the order within a queue is kept."""
+        batches: list[list[int]] = []
+        open_batch: dict[str, tuple[list[int], int]] = {}
+        for i, (queue, job) in enumerate(placed):
+            batch, size = open_batch.get(queue, (None, 0))
+            if batch is None or len(batch) == MAX_BATCH or size + len(job.record) > _MAX_BATCH_BYTES:
+                batch, size = [], 0
+                batches.append(batch)
+            batch.append(i)
+            open_batch[queue] = (batch, size + len(job.record))
+        return batches
+
+    def _tell_enqueued(self, queue: str, spec: JobSpec, answer: Enqueued) -> None:
+        if answer.duplicate:
+            self.plugins.notify("relay_job_deduplicated", queue=queue, id=answer.id, dedup_key=spec.dedup_key)
+        elif self.plugins.wants("relay_job_enqueued"):
+            delay = spec.delay or (max(0.0, spec.at - time.time()) if spec.at else 0.0)
+            self.plugins.notify(
+                "relay_job_enqueued", queue=queue, id=answer.id, delay=delay, headers=spec.headers or {}
+            )
