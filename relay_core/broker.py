@@ -15,7 +15,7 @@ from relay_core.connection import Bell, SyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
-from relay_core.operations import Flow, Raw, Wait
+from relay_core.operations import Flow, Raw, Step, Wait
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
 from relay_core.schedule.plan import Schedule, Scheduled
@@ -73,7 +73,7 @@ class Broker(BrokerBase):
             step = next(flow)
             while True:
                 try:
-                    answer = self.store.run(step) if isinstance(step, Command) else self._perform(step)
+                    answer = self._perform(step)
                 except RelayError as error:
                     step = flow.throw(error)
                 else:
@@ -82,7 +82,9 @@ class Broker(BrokerBase):
             result: T = stop.value
             return result
 
-    def _perform(self, step: list[Command[Any]] | Raw | Wait) -> Any:
+    def _perform(self, step: Step) -> Any:
+        if isinstance(step, Command):
+            return self.store.run(step)
         if isinstance(step, list):
             return self.store.run_many(step)
         if isinstance(step, Raw):
