@@ -115,7 +115,6 @@ def test_a_child_waits_for_word_of_a_lease_that_is_over_and_then_starts(site: Si
 
 
 def test_a_child_does_not_wait_for_a_server_that_is_away_and_its_tasks_run_when_that_is_back(site: Site) -> None:
-    before = site.worker.text.count("is not started")
     site.into_the_pipes("away")
     time.sleep(LEASE * 1.2)
     site.resume_children()
@@ -129,7 +128,6 @@ def test_a_child_does_not_wait_for_a_server_that_is_away_and_its_tasks_run_when_
     eventually(lambda: len(site.ran("away")) == 2, "both tasks to run", 60)
     site.empty()
     assert site.ran("away") == ["away-late", "away-run"]
-    assert site.worker.text.count("is not started") == before + 2
 
 
 def _rests(pid: int) -> bool:

@@ -163,8 +163,7 @@ def test_revoking_by_stamps_cancels_what_waits_in_the_store_and_bears_them(site:
         return task.apply_async(**options)
 
     site.broker.pause(pool)
-    with site.app.producer_or_acquire() as producer, producer.batch():
-        others = [send("run", f"other-{pool}-{n}", countdown=3600, producer=producer) for n in range(210)]
+    others = [send("run", f"other-{pool}-{n}", countdown=3600) for n in range(210)]
     kept = [stamped(f"kept-{pool}", "one", countdown=3600), *others]
     gone = [
         stamped(f"gone-{pool}-0", "seven", countdown=3600),

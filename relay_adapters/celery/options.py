@@ -123,7 +123,9 @@ def options_of(client: Any) -> dict[str, Any]:
         raise InvalidArgument(f"{_WHERE}['priority_order'] must be {wanted}, got {order!r}")
     if isinstance(client.ssl, Mapping):
         options["ssl"] = _tls(client.ssl)
-    provider = given.get("credential_provider") or client.credential_provider
+    provider = given.get("credential_provider")
+    if provider is None:
+        provider = getattr(client, "credential_provider", None)  # older kombu has none
     if provider is not None:
         options["credential_provider"] = _provider(provider)
     return options
