@@ -9,7 +9,7 @@ import pytest
 
 from relay_core import JobSpec
 from relay_core.errors import InvalidArgument
-from relay_core.job import Record
+from relay_core.job import Record, new_id
 
 PLAIN: list[dict[str, Any]] = [
     {},
@@ -52,3 +52,20 @@ def test_what_cannot_be_is_refused_each_time(asked: dict[str, Any]) -> None:
     for _ in range(2):
         with pytest.raises(InvalidArgument, match=next(iter(asked))):
             JobSpec(b"", **asked).stored(b"")
+
+
+def test_fresh_ids_are_ordered_by_their_millisecond_and_else_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = "0123456789abcdefghjkmnpqrstvwxyz"
+    first, last = 1_700_000_000_000, 1_700_000_000_000 + 40 * 365 * 86_400_000
+    made = []
+    for ms in (first, first + 1, last):
+        monkeypatch.setattr("time.time_ns", lambda now=ms: now * 1_000_000 + 999_999)
+        ids = {new_id() for _ in range(100)}
+        assert len(ids) == 100
+        for id in ids:
+            assert len(id) == 22
+            assert sum(digits.index(digit) << 5 * place for place, digit in enumerate(reversed(id[:10]))) == ms
+        assert {digit for id in ids for digit in id[10:]} == set(digits)
+        made.append(ids)
+    assert max(made[0]) < min(made[1])
+    assert max(made[1]) < min(made[2])
