@@ -82,10 +82,10 @@ class Request(Stock):
             plugins = self._leases.broker.plugins
             plugins.notify("relay_run_ended", job=self._job, seconds=max(0.0, seconds), error=error)
 
-    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+    def cancel(self, pool: Any, signal: Any = None, **options: Any) -> None:
         """Celery ends a running task without an answer, as `worker_cancel_long_running_tasks_on_connection_loss` asks:
         another worker may have it now."""
-        super().cancel(pool, signal=signal, emit_retry=emit_retry)
+        super().cancel(pool, signal=signal, **options)
         if self._leases is not None:
             self._leases.hand_back([self.message.delivery_tag], started=True)
 
