@@ -142,6 +142,22 @@ def test_every_move_is_one_request(server: Server) -> None:
             assert proxy.requests == before + 1
 
 
+@pytest.mark.parametrize("why", ["limit", "retries", "due"])
+def test_where_claims_take_the_long_way_they_take_it_at_once(server: Server, why: str) -> None:
+    with Proxy(to_socket(server.socket), unix=True) as proxy, Broker(proxy.url) as broker:
+        broker.enqueue_many("q", [JobSpec(b"x", delay=0.001 if why == "due" else None)] * 8)
+        if why == "limit":
+            broker.limit("q", max_inflight=100)
+        for job in broker.claim("q", 8, wait=20.0) if why == "retries" else ():
+            broker.nack(job, delay=0.0)
+        held = broker.claim("q", 1, wait=20.0)
+        before = proxy.requests
+        for _ in range(3):
+            held = broker.finish("q", held, [], 1)[2] if why == "limit" else broker.claim("q")
+            assert len(held) == 1
+        assert proxy.requests == before + 3
+
+
 def test_a_short_script_that_sends_its_caller_the_long_way_has_changed_nothing(server: Server, broker: Broker) -> None:
     broker.enqueue_many("q", [b"x"] * 4)
     first, second, third = broker.claim("q", 3)

@@ -24,6 +24,8 @@ class Claiming(Ending):
     def __init__(self, settings: Settings, plugins: Plugins) -> None:
         super().__init__(settings, plugins)
         self._levels: dict[str, str] = {}
+        self._long: set[str] = set()
+        """Queues where the last long way found more than the common case: the next claim takes it at once."""
 
     def claim(self, queues: Sequence[str], count: int = 1, wait: float = 0.0, woken: bool = False) -> Flow[Claimed]:
         """Ask the queues in their order until `count` jobs are leased; wait up to `wait` seconds for the first."""
@@ -64,7 +66,8 @@ class Claiming(Ending):
         s = self.settings
         q, nonce, resent = s.keys(queue), new_nonce(), False
         acks = [ack_of(job) for job in done]
-        if count and not nacks and all(map(is_plain, done)) and len({job.id for job in done}) == len(done):
+        plain = queue not in self._long and all(map(is_plain, done)) and len({job.id for job in done}) == len(done)
+        if count and not nacks and plain:
             answer: ClaimReply | LongWay = yield commands.claim(
                 q, count, s.lease_ms, nonce, levels=self._levels.get(queue, ""), woken=woken, acks=acks
             )
@@ -77,6 +80,7 @@ class Claiming(Ending):
             max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=resent,
         )  # fmt: skip
         self._levels[queue] = finished.claim.levels
+        (self._long.add if _is_special(finished.claim) else self._long.discard)(queue)
         return finished
 
     def _received(self, queue: str, reply: ClaimReply, sent: float) -> Flow[Claimed]:
@@ -171,6 +175,13 @@ class Claiming(Ending):
         for grant in buried:
             self._tell_buried(queue, grant, int(time.time() * 1000), sent)
         return int(reaped)
+
+
+def _is_special(reply: ClaimReply) -> bool:
+    """Did it do what a short claim cannot? A token begins with the number of deliveries, and under limits ends in g."""
+    return bool(reply.limited or reply.promoted or reply.reaped) or any(
+        grant.token[:2] != "1:" or grant.token.endswith("g") for grant in reply.grants
+    )
 
 
 def new_nonce() -> str:
