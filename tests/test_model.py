@@ -78,11 +78,12 @@ class Queue(RuleBasedStateMachine):
     # how a command is run
 
     def send(self, command: Command[T], resent: bool = False) -> T:
-        while (now := time.time_ns() // 1_000_000) == self.at:  # no two steps share a millisecond
+        while time.time_ns() // 1_000_000 == self.at:  # no two steps share a millisecond
             time.sleep(0.0001)
-        self.at = now
         self.model.step += 1
-        return command.parse(self.server.cli("EVALSHA", *command.wire(resent)), resent)
+        reply = self.server.cli("EVALSHA", *command.wire(resent))
+        self.at = time.time_ns() // 1_000_000  # the server looked at its clock in this one or before
+        return command.parse(reply, resent)
 
     def both(self, command: Command[T], move: Callable[[bool], Any], twice: bool) -> tuple[T, Any]:
         """Run it here and there; `twice`: the first reply is lost, and the command is sent again."""
