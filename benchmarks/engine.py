@@ -61,7 +61,7 @@ class Costs:
 
     def round(self) -> tuple[float, float, float]:
         calls = self.jobs // self.batch
-        alone = self.batch == 1  # then a broker takes the short way, as the claims do
+        alone = self.batch == 1  # then a broker sends the short scripts
         enqueues: list[Command[Any]] = [
             commands.enqueue_one(self.q, new_job())
             if alone
@@ -69,7 +69,12 @@ class Costs:
             for _ in range(calls)
         ]
         enqueue, _ = self.timed(lambda: sent(self.broker, enqueues))
-        claims = [commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", levels="0") for i in range(calls)]
+        claims = [
+            commands.claim_one(self.q, LEASE_MS, f"{i:010x}", levels="0")
+            if alone
+            else commands.claim(self.q, self.batch, LEASE_MS, f"{i:010x}", levels="0")
+            for i in range(calls)
+        ]
         claim, replies = self.timed(lambda: sent(self.broker, claims))
         done = [[Ack(grant.id, grant.token) for grant in reply.grants] for reply in replies]
         acks: list[Command[Any]] = [

@@ -300,6 +300,7 @@ BUILD: dict[str, Build] = {
     "enqueue": lambda n: commands.enqueue(Q, [NewJob(id, "", "", RECORD) for id in ids(n)]),
     "enqueue_one": lambda n: commands.enqueue_one(Q, NewJob("a", "", "", RECORD)),
     "claim": lambda n: commands.claim(Q, 1, 1000, "a", levels="90", acks=acks(n)),
+    "claim_one": lambda n: commands.claim_one(Q, 1000, "a", levels="90"),
     "finish": lambda n: commands.finish(Q, acks(n), (), 1, 1000, "a", max_deliveries=5),
     "ack": lambda n: commands.ack(Q, acks(n)),
     "ack_one": lambda n: commands.ack_one(Q, Ack("a", "1:1:a")),
@@ -345,7 +346,12 @@ def test_every_script_has_a_builder() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_builder_passes_the_keys_of_the_header_in_its_order(name: str) -> None:
     command = BUILD[name](1)
-    at_hand = {"enqueue": (8, (Q.ready[3],)), "enqueue_one": (3, (Q.ready[3],)), "claim": (7, (Q.ready[9], Q.ready[0]))}
+    at_hand = {
+        "enqueue": (8, (Q.ready[3],)),
+        "enqueue_one": (3, (Q.ready[3],)),
+        "claim": (7, (Q.ready[9], Q.ready[0])),
+        "claim_one": (5, (Q.ready[9], Q.ready[0])),
+    }
     if name in at_hand:
         # they name only the lists of the levels at hand, so that each is declared
         fixed, lists = at_hand[name]

@@ -227,7 +227,11 @@ class Queue(RuleBasedStateMachine):
                 max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken, resent=answer.resent,
             )  # fmt: skip
 
-        short = commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, woken=woken)
+        short = (
+            commands.claim_one(self.q, lease * UNIT, nonce, levels=self.levels)
+            if count == 1 and not woken
+            else commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, woken=woken)
+        )
         reply = self.short_or_long(short, long, resent)
         claimed = reply.claim if isinstance(reply, Finish) else reply
         self.levels = claimed.levels

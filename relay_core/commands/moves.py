@@ -189,6 +189,21 @@ def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
     return Command(scripts.load("enqueue_one"), keys, args, parse, resent_at=1, durable=True)
 
 
+def claim_one(q: QueueKeys, lease_ms: int, nonce: str, *, levels: str) -> Command[ClaimReply | LongWay]:
+    """Lease a job, the short way, by a caller that took no wake-up; see `claim`."""
+
+    def parse(reply: Any, resent: bool) -> ClaimReply | LongWay:
+        if isinstance(reply, bytes):
+            return LongWay(resent, reply.decode())
+        hint, now, *row = reply
+        grants = [Grant(row[0].decode(), row[1].decode(), 0, row[2])] if row else ()
+        return ClaimReply(grants, None, None if hint < 0 else hint, now, 0, 0, (), levels)
+
+    lists = [q.ready[int(level)] for level in levels]
+    keys = (q.config, q.jobs, q.counters, q.leases, q.owners, *lists)
+    return Command(scripts.load("claim_one"), keys, (LAYOUT, levels, 0, lease_ms, nonce), parse, resent_at=2)
+
+
 def claim(
     q: QueueKeys, count: int, lease_ms: int, nonce: str, *, levels: str, woken: bool = False, acks: Sequence[Ack] = ()
 ) -> Command[ClaimReply | LongWay]:
@@ -202,9 +217,6 @@ def claim(
     def parse(reply: Any, resent: bool) -> ClaimReply | LongWay:
         if isinstance(reply, bytes):
             return LongWay(resent, reply.decode())
-        if len(reply) == 5:
-            hint, now, id, token, record = reply
-            return ClaimReply((Grant(id.decode(), token.decode(), 0, record),), None, hint, now, 0, 0, (), levels)
         return _claim_reply(reply)
 
     lists = [q.ready[int(level)] for level in levels]

@@ -13,8 +13,7 @@
 -- ARGV[3] 1 when an earlier send may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
 -- ARGV[7] 1 when the caller took the wake marker
 -- ARGV[8..] two per ack, at most 200 jobs, each named once: id | token
--- returns {hint ms, now, id, token, record}: one job of a claim for one, delivered for the first time; or
---   {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does; or
+-- returns {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does; or
 --   levels, a text: nothing was done, take the long way, which is finish
 -- moves: ready -> inflight | inflight -> done | cost O((acks + count) log inflight)
 local config, jobs, counters, marker, leases, owners = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -39,29 +38,6 @@ if #args > 7 then
     -- 103 is 'g', see parts/claim
     local token = args[2 * i + 7]
     if states[i] ~= token .. ' 0 h' or string.byte(token, -1) == 103 then return levels end
-  end
-elseif want == 1 and not woken then
-  -- one job, without the tables that more of them need
-  for n = 1, #named do
-    local id = redis.call('LPOP', KEYS[FIRST_LIST + n])
-    if id then
-      local record = redis.call('HGET', jobs, id)
-      local token = string.format('1:%d:%s', redis.call('HINCRBY', counters, 'claimed', 1), nonce)
-      if not record or redis.call('HSETNX', owners, id, token .. ' 0 h') == 0 then
-        -- claimed before, perhaps one delivery over its bound: it goes back, the long way looks closer
-        redis.call('HINCRBY', counters, 'claimed', -1)
-        redis.call('LPUSH', KEYS[FIRST_LIST + n], id)
-        return levels
-      end
-      local deadline = now + lease_ms
-      local deadline_text = string.format('%d', deadline)
-      redis.call('ZADD', leases, deadline_text, id)
-      if not due or deadline < due then
-        redis.call('HSET', config, 'due', deadline_text)
-        due = deadline
-      end
-      return {due - now, now, id, token, record}
-    end
   end
 end
 

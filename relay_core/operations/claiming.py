@@ -68,8 +68,11 @@ class Claiming(Ending):
         acks = [ack_of(job) for job in done]
         plain = queue not in self._long and all(map(is_plain, done)) and len({job.id for job in done}) == len(done)
         if count and not nacks and plain:
-            answer: ClaimReply | LongWay = yield commands.claim(
-                q, count, s.lease_ms, nonce, levels=self._levels.get(queue, ""), woken=woken, acks=acks
+            levels = self._levels.get(queue, "")
+            answer: ClaimReply | LongWay = yield (
+                commands.claim_one(q, s.lease_ms, nonce, levels=levels)
+                if count == 1 and not acks and not woken
+                else commands.claim(q, count, s.lease_ms, nonce, levels=levels, woken=woken, acks=acks)
             )
             self._levels[queue] = answer.levels
             if not isinstance(answer, LongWay):
