@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
@@ -36,7 +37,7 @@ class Request(Stock):
         if self._leases is None:
             return
         # Celery has its loop do this in its next turn, for which a task that runs in the loop's own thread lets it wait
-        self._on_ack = self._ack
+        self._on_ack = partial(_ack, message)
         if (held := self._leases.get(message.delivery_tag)) is not None:
             self._job, held.task = held.job, True
             if self._leases.broker.plugins.wants("relay_run_ended"):
@@ -44,12 +45,6 @@ class Request(Stock):
                 self.__dict__["on_success"] = self._succeeded
         if held is not None and self.task.acks_late:
             self.request_dict[LEASE] = lease_of(held.job, self.request_dict)
-
-    def _ack(self, log: logging.Logger, errors: Any) -> None:
-        try:
-            self.message.ack_log_error(log, errors)
-        except Exception:
-            logger.exception("task %s[%s]: its message could not be acked", self.name, self.id)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if self._leases is not None:
@@ -115,3 +110,10 @@ class Request(Stock):
         held.cause = cause
         # a retry may have moved the very job: then its ack finds nothing, and that is right
         held.expected = held.expected or cause is None
+
+
+def _ack(message: Any, log: logging.Logger, errors: Any) -> None:
+    try:
+        message.ack_log_error(log, errors)
+    except Exception:
+        logger.exception("message %s could not be acked", message.delivery_tag)
