@@ -11,7 +11,7 @@ from relay_core.commands import ClaimReply, Finish, Grant, LongWay, Nack, Verdic
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument, InvalidRecord
 from relay_core.job import NO_OPTIONS, Claimed, Job, Record
-from relay_core.operations.ending import Ending, ack_of, is_plain
+from relay_core.operations.ending import Ending, ack_of, are_plain
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow, Wait
 from relay_core.plugins import Plugins
@@ -66,8 +66,7 @@ class Claiming(Ending):
         s = self.settings
         q, nonce, resent = s.keys(queue), new_nonce(), False
         acks = [ack_of(job) for job in done]
-        plain = queue not in self._long and all(map(is_plain, done)) and len({job.id for job in done}) == len(done)
-        if count and not nacks and plain:
+        if count and not nacks and queue not in self._long and are_plain(done):
             levels = self._levels.get(queue, "")
             answer: ClaimReply | LongWay = yield (
                 commands.claim_one(q, s.lease_ms, nonce, levels=levels)

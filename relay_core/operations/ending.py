@@ -35,6 +35,11 @@ def is_plain(job: Job) -> bool:
     return not (job.retries or job.token.endswith("g") or holds_key(job))
 
 
+def are_plain(jobs: Sequence[Job]) -> bool:
+    """May their acks go the short way together? It takes each job once."""
+    return all(map(is_plain, jobs)) and (len(jobs) < 2 or len({job.id for job in jobs}) == len(jobs))
+
+
 def ack_of(job: Job) -> Ack:
     """The ack of a job; it frees the dedup key that is held until the job is done."""
     return Ack(job.id, job.token, (job.options.dedup_key or "") if holds_key(job) else "")
