@@ -133,7 +133,7 @@ def memory(jobs: int = 100_000) -> Table:
     return table
 
 
-def depth(rounds: int = 7, jobs: int = 5_000, deep: int = 1_000_000) -> Table:
+def depth(rounds: int = 21, jobs: int = 5_000, deep: int = 1_000_000) -> Table:
     """Time per job, as clients see it, with few and with many jobs waiting, measured in turn in one run."""
     table = Table(title=f"Speed with {deep} jobs waiting against 1,000 (ratio of medians, 1.0 is as fast)")
     for column in ("server", "enqueue", "claim + ack", "target"):
@@ -147,9 +147,11 @@ def depth(rounds: int = 7, jobs: int = 5_000, deep: int = 1_000_000) -> Table:
             for _ in range(deep // 50_000):
                 broker.enqueue_many("deep", [PAYLOAD] * 50_000)
             found: dict[str, list[tuple[float, float, float]]] = {"few": [], "many": []}
+            turns = [("few", shallow), ("many", full)]
             for _ in range(rounds):
-                found["few"].append(shallow.round())
-                found["many"].append(full.round())
+                for name, costs in turns:
+                    found[name].append(costs.round())
+                turns.reverse()  # neither always goes first
             few = [statistics.median(move) for move in zip(*found["few"], strict=True)]
             many = [statistics.median(move) for move in zip(*found["many"], strict=True)]
             ratios = (few[0] / many[0], (few[1] + few[2]) / (many[1] + many[2]))
