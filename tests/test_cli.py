@@ -20,17 +20,6 @@ from tests.command_line import Cli
 from tests.servers import AclServer, Server, free_port
 
 
-@pytest.fixture
-def cli(server: Server) -> Cli:
-    return Cli(server.url)
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url, retry_for=2.0) as broker:
-        yield broker
-
-
 def bury(broker: Broker, queue: str, *payloads: bytes, error: str = "no luck") -> list[str]:
     """Dead jobs: their ids."""
     broker.enqueue_many(queue, payloads)

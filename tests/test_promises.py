@@ -151,6 +151,7 @@ def test_where_claims_take_the_long_way_they_take_it_at_once(server: Server, why
         for job in broker.claim("q", 8, wait=20.0) if why == "retries" else ():
             broker.nack(job, delay=0.0)
         held = broker.claim("q", 1, wait=20.0)
+        broker.finish("q", [], [], 0)  # one that claims nothing has nothing to tell of the next
         before = proxy.requests
         for _ in range(3):
             held = broker.finish("q", held, [], 1)[2] if why == "limit" else broker.claim("q")

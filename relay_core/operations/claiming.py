@@ -82,7 +82,8 @@ class Claiming(Ending):
             max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=resent,
         )  # fmt: skip
         self._levels[queue] = finished.claim.levels
-        (self._long.add if _is_special(finished.claim) else self._long.discard)(queue)
+        if count:
+            (self._long.add if _is_special(finished.claim) else self._long.discard)(queue)
         return finished
 
     def _received(self, queue: str, reply: ClaimReply, sent: float) -> Flow[Claimed]:
