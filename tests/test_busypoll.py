@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from relay_core import Broker
 from relay_core.connection import busypoll
 from relay_core.connection.busypoll import BusyPoll, busy_poll
 from tests.servers import Server
@@ -83,9 +84,23 @@ def test_a_real_socket_is_asked_and_left_unread() -> None:
         assert look._misses == 0
 
 
+def test_an_exchange_looks_once_after_all_was_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[socket.socket] = []
+    monkeypatch.setattr("relay_core.connection.pool.busy_poll", lambda connected: lambda: looks.append(connected))
+    with Broker(server.url) as broker:
+        broker.enqueue("q", b"first")  # finds the server fit, and loads the scripts
+        looks.clear()
+        broker.enqueue("q", b"one")
+        assert len(looks) == 1
+        broker.enqueue_many("q", [b"more"] * 1000)  # a pipeline
+        assert len(looks) == 2
+        assert all(isinstance(connected, socket.socket) for connected in looks)
+
+
 _GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import sys
+from relay_core import Broker
 from relay_core import Broker
 from relay_core.connection import busypoll
 def fail(self): raise SystemExit("it looked")
@@ -97,5 +112,5 @@ with Broker(sys.argv[1]) as broker:
 
 
 def test_gevent_is_left_to_switch(server: Server) -> None:
-    run = [sys.executable, "-c", _GEVENT, f"relay+unix://{server.socket}?db=0"]
+    run = [sys.executable, "-c", _GEVENT, server.url]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "1\n"

@@ -51,11 +51,11 @@ class BusyPoll:
 def busy_poll(socket: Any) -> Callable[[], None]:
     """What looks out for replies on a connected socket: nothing under gevent, where a read blocks no thread."""
     if not isinstance(socket, _socket.socket) or not hasattr(select, "poll"):
-        return _nothing
+        return no_poll
     poller = select.poll()
     poller.register(socket, select.POLLIN)
     return BusyPoll(partial(poller.poll, 0))
 
 
-def _nothing() -> None:
-    """Leave it to the read."""
+def no_poll() -> None:
+    """Leave the waiting to the read."""

@@ -11,6 +11,8 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from relay_core.connection import forks
+from relay_core.connection.busypoll import busy_poll, no_poll
+from relay_core.connection.clients import socket_of
 from relay_core.connection.steps import Outcome
 from relay_core.connection.streams import Stream, stream_of
 from relay_core.errors import Unavailable
@@ -22,11 +24,12 @@ LOOK_AFTER = 1.0
 class Link:
     """One connection, opened when needed. Used by one thread at a time."""
 
-    __slots__ = ("__weakref__", "_connection", "_stream", "_used")
+    __slots__ = ("__weakref__", "_busy_poll", "_connection", "_stream", "_used")
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._stream: Stream | None = None
+        self._busy_poll: Callable[[], None] = no_poll
         self._used = 0.0
         forks.watch(self)
 
@@ -48,10 +51,12 @@ class Link:
                 self.close()
                 raise
             stream = self._stream = stream_of(self._connection)
+            self._busy_poll = busy_poll(socket_of(self._connection))
         replies: list[Any] = []
         try:
             for block in blocks:
                 stream.send(block)
+            self._busy_poll()
             while len(replies) < count:
                 replies.append(stream.receive())
         except Exception as error:

@@ -13,7 +13,6 @@ from redis.connection import DefaultParser
 from redis.exceptions import ConnectionError, InvalidResponse, RedisError
 from redis.utils import HIREDIS_AVAILABLE
 
-from relay_core.connection.busypoll import busy_poll
 from relay_core.connection.clients import socket_of
 from relay_core.connection.replies import is_reply
 
@@ -39,7 +38,7 @@ class Stream(Protocol):
 class FastStream:
     """hiredis, fed from the socket. The socket's own timeout bounds each call."""
 
-    __slots__ = ("_buffer", "_feed", "_look", "_next", "_read", "send")
+    __slots__ = ("_buffer", "_feed", "_next", "_read", "send")
 
     def __init__(self, connection: Any) -> None:
         socket = socket_of(connection)
@@ -47,12 +46,9 @@ class FastStream:
         self.send = socket.sendall
         self._read, self._feed, self._next = socket.recv_into, reader.feed, reader.gets
         self._buffer = bytearray(_READ_BYTES)
-        self._look = busy_poll(socket)
 
     def receive(self) -> Any:
         reply = self._next()
-        if reply is _MORE:
-            self._look()
         while reply is _MORE:
             size = self._read(self._buffer)
             if not size:
