@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import celery_speed, client, dramatiq_speed, engine, failover, idle
+from benchmarks import celery_speed, client, dramatiq_speed, engine, failover, idle, round_trip
 
 
 def main(names: list[str]) -> int:
@@ -23,6 +23,7 @@ def main(names: list[str]) -> int:
             "memory": engine.memory,
             "depth": engine.depth,
             "wake-up": idle.wake_up,
+            "round-trip": round_trip.round_trip,
             "client": lambda: client.client(Path(folder)),
             "celery": lambda: celery_speed.celery(Path(folder)),
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
