@@ -56,7 +56,13 @@ def _take_in(ops: Operations, arrivals: Sequence[Arrival]) -> Flow[list[bool]]:
                 fresh[i] = new
                 if new and arrivals[i].state != "dead":
                     delay = max(0.0, arrivals[i].at - time.time()) if arrivals[i].state == "delayed" else 0.0
-                    ops.plugins.notify("relay_job_enqueued", queue=queue, id=arrivals[i].id, delay=delay)
+                    ops.plugins.notify(
+                        "relay_job_enqueued",
+                        queue=queue,
+                        id=arrivals[i].id,
+                        delay=delay,
+                        headers=arrivals[i].headers,
+                    )
     return fresh
 
 

@@ -154,7 +154,8 @@ def relay_add_headers(queue: str, payload: bytes, headers: Mapping[str, str]) ->
     """Headers to add to a job on its way into the store: a trace context, a tenant. None adds none.
 
     All implementations run, each with what the ones before it added; a name that is there already is replaced.
-    What one raises reaches the caller of `enqueue`; nothing was stored.
+    What one raises reaches the caller of `enqueue`; nothing was stored. Called for each
+    tick of a schedule too, and not for what `relay migrate` takes in.
 
     :param payload: before any encoding
     """

@@ -20,6 +20,22 @@ from relay_core.validation import seconds
 
 logger = logging.getLogger("relay.plugins")
 
+_NAMES = frozenset(name for name in vars(hooks) if name.startswith("relay_"))
+
+
+def _problem(impl: HookImpl) -> str:
+    """Why it cannot be called as a hook, or nothing."""
+    function, plugin = impl.function, impl.plugin
+    if impl.wrapper or impl.hookwrapper:
+        return "a wrapper; relay calls plain hooks only"
+    if inspect.iscoroutinefunction(function):
+        return "an async function, and would never be awaited; make it a plain one"
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        return "a generator, and its body would never run; make it a plain function"
+    if inspect.isclass(plugin) and inspect.isfunction(inspect.getattr_static(plugin, function.__name__, None)):
+        return "a method, and needs an instance; give that in place of its class"
+    return ""
+
 
 @lru_cache(maxsize=1)
 def _entry_points() -> tuple[EntryPoint, ...]:
@@ -44,21 +60,20 @@ class Plugins:
     :param plugins: objects or modules with `hookimpl` functions, registered in this order
     :param installed: also load the entry-point group `relay`. Default True
 
-    Raises PluginError for a misspelt hook name, an async implementation, or a plugin given twice.
+    Raises PluginError for a misspelt hook name, an async implementation, one without its mark, or a plugin given twice.
     """
 
     def __init__(self, plugins: Iterable[object] = (), *, installed: bool = True) -> None:
         self._manager = pluggy.PluginManager(hooks.PROJECT)
         self._manager.add_hookspecs(hooks)
         self._known: dict[str, list[HookImpl]] = {}
+        self.adapters: dict[str, str] = {}
+        self._internal: list[str] = []
         if installed:
             for entry in _entry_points():
                 self.register(_load(entry))
         for plugin in plugins:
             self.register(plugin)
-        self.adapters: dict[str, str] = {}
-        self._internal: list[str] = []
-        self._call_each("relay_register_adapter", register=self._register_adapter)
 
     def register(self, plugin: object) -> None:
         """Add a plugin; what it says wrong is a PluginError, and it is not added."""
@@ -67,13 +82,15 @@ class Plugins:
             self._known = {}
         except (ValueError, pluggy.PluginValidationError) as error:
             raise PluginError(f"plugin {plugin!r} cannot be registered: {error}") from error
+        if name is None:
+            raise PluginError(f"plugin {plugin!r} is blocked")
         try:
             self._check(plugin)
         except PluginError:
             self.unregister(plugin)
             raise
-        if name is None:
-            raise PluginError(f"plugin {plugin!r} is blocked")
+        mine = [impl for impl in self._impls("relay_register_adapter") if impl.plugin is plugin]
+        self._call_each(mine, "relay_register_adapter", register=self._register_adapter)
 
     def _register_adapter(self, name: str, description: str, internal: Iterable[str] = ()) -> None:
         self.adapters[name] = description
@@ -84,7 +101,9 @@ class Plugins:
         return any(fnmatchcase(queue, pattern) for pattern in self._internal)
 
     def unregister(self, plugin: object) -> None:
-        """Take a plugin out again; its hooks are not called any more."""
+        """Take a plugin out again; its hooks are not called any more. Raises PluginError where it is not registered."""
+        if not self._manager.is_registered(plugin):
+            raise PluginError(f"plugin {plugin!r} cannot be unregistered: it is not registered here")
         self._manager.unregister(plugin)
         self._known = {}
 
@@ -93,15 +112,17 @@ class Plugins:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"plugin {plugin!r}: {error}; see relay_core/hooks.py for the names") from error
-        for caller in self._manager.get_hookcallers(plugin) or ():
+        callers = self._manager.get_hookcallers(plugin) or []
+        for caller in callers:
             for impl in caller.get_hookimpls():
-                if impl.plugin is plugin and (impl.wrapper or impl.hookwrapper):
-                    raise PluginError(f"plugin {plugin!r}: {caller.name} is a wrapper; relay calls plain hooks only")
-                if impl.plugin is plugin and inspect.iscoroutinefunction(impl.function):
-                    raise PluginError(
-                        f"plugin {plugin!r}: {caller.name} is an async function, and would never be awaited; "
-                        "make it a plain one"
-                    )
+                if impl.plugin is plugin and (problem := _problem(impl)):
+                    raise PluginError(f"plugin {plugin!r}: {caller.name} is {problem}")
+        for name in sorted(_NAMES - {caller.name for caller in callers}):
+            found = getattr(plugin, name, None)
+            if callable(found) and not hasattr(found, f"{hooks.PROJECT}_spec"):
+                raise PluginError(f"plugin {plugin!r}: {name} is not marked with hookimpl, and would never be called")
+        if not callers:
+            raise PluginError(f"plugin {plugin!r} has no hooks: mark its functions with hookimpl")
 
     def _impls(self, name: str) -> list[HookImpl]:
         """Remembered until a plugin comes or goes: several hooks are asked for each job."""
@@ -120,14 +141,12 @@ class Plugins:
     def _call(impl: HookImpl, arguments: Mapping[str, Any]) -> Any:
         return impl.function(*(arguments[name] for name in impl.argnames))
 
-    def _call_each(self, name: str, **arguments: Any) -> list[Any]:
-        results = []
-        for impl in self._in_order(name):
+    def _call_each(self, impls: Iterable[HookImpl], name: str, **arguments: Any) -> None:
+        for impl in impls:
             try:
-                results.append(self._call(impl, arguments))
+                self._call(impl, arguments)
             except Exception:
                 logger.exception("plugin %s: %s raised; the job goes on", impl.plugin_name, name)
-        return results
 
     def wants(self, name: str) -> bool:
         """True when some plugin implements this hook."""
@@ -136,7 +155,7 @@ class Plugins:
     def notify(self, name: str, **arguments: Any) -> None:
         """Tell every plugin; one that raises is logged and does not stop the others."""
         if self._impls(name):
-            self._call_each(name, **arguments)
+            self._call_each(self._in_order(name), name, **arguments)
 
     def retry_delay(self, job: Job, error: BaseException | str | None, delay: float) -> float:
         """The seconds that the first plugin to answer says, else `delay`; nonsense is logged and passed over."""
@@ -208,4 +227,4 @@ class Plugins:
 
     def register_commands(self, group: Any) -> None:
         """Let plugins add click commands to the `relay` command."""
-        self._call_each("relay_register_commands", group=group)
+        self.notify("relay_register_commands", group=group)

@@ -13,7 +13,7 @@ import inspect
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import click
 import pytest
 
+import relay_adapters
 from relay_core import AsyncBroker, Broker, Job, JobSpec, JobSummary, RetryPolicy, StoredJob, hookimpl, hooks, plugins
 from relay_core.errors import LeaseLost, PluginError
 from relay_core.plugins import Plugins
@@ -858,6 +859,35 @@ def test_an_async_implementation_is_refused() -> None:
         Plugins([Async()])
 
 
+def test_what_would_never_run_is_refused() -> None:
+    class Lazy:
+        @hookimpl
+        def relay_job_acked(self, job: Job) -> Iterator[None]:
+            yield
+
+    class AsyncLazy:
+        @hookimpl
+        async def relay_job_acked(self, job: Job) -> AsyncIterator[None]:
+            yield
+
+    class Unmarked:
+        @hookimpl
+        def relay_job_dead(self, job: Job) -> None: ...
+
+        def relay_job_acked(self, job: Job) -> None: ...
+
+    for lazy in (Lazy(), AsyncLazy()):
+        with pytest.raises(PluginError, match="relay_job_acked is a generator, and its body would never run"):
+            Plugins([lazy])
+    with pytest.raises(PluginError, match="relay_job_acked is not marked with hookimpl, and would never be called"):
+        Plugins([Unmarked()])
+    with pytest.raises(PluginError, match="is a method, and needs an instance; give that in place of its class"):
+        Plugins([Notebook])
+    for nothing in (object(), "audit_log"):
+        with pytest.raises(PluginError, match="has no hooks: mark its functions with hookimpl"):
+            Plugins([nothing])
+
+
 @pytest.mark.parametrize("option", ["wrapper", "hookwrapper"])
 def test_a_wrapper_is_refused(option: str) -> None:
     def around(job: Job) -> Iterator[None]:
@@ -893,6 +923,18 @@ def test_an_unregistered_plugin_is_not_called_any_more(broker: Broker, notebook:
     broker.enqueue("mail", b"")
     assert notebook.names() == ["job_enqueued"]
     assert not broker.plugins.wants("relay_job_acked")
+
+
+def test_a_plugin_that_is_not_registered_cannot_be_unregistered(notebook: Notebook) -> None:
+    with pytest.raises(PluginError, match="cannot be unregistered: it is not registered here"):
+        Plugins().unregister(notebook)
+
+
+def test_a_plugin_that_comes_later_may_bring_an_adapter_too() -> None:
+    found = Plugins(installed=False)
+    found.register(impl("relay_register_adapter", lambda register: register("late", "L", internal=("late.*",))))
+    assert found.adapters == {"late": "L"}
+    assert found.is_internal("late.one")
 
 
 def test_each_broker_has_plugins_of_its_own(server: Server, notebook: Notebook) -> None:
@@ -976,6 +1018,17 @@ def specs() -> dict[str, ast.FunctionDef]:
 def test_each_hook_has_a_docstring_and_a_test_that_is_named_after_it(name: str) -> None:
     assert ast.get_docstring(specs()[name])
     assert any(test.startswith(f"test_{name}_") for test in globals())
+
+
+def test_whoever_tells_of_an_event_tells_all_that_its_hook_promises() -> None:
+    told: list[tuple[str, int, str, set[str | None]]] = []
+    for path in (*Path(hooks.__file__).parent.rglob("*.py"), *Path(relay_adapters.__path__[0]).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            match call:
+                case ast.Call(func=ast.Attribute(attr="notify"), args=[ast.Constant(value=str(name))]):
+                    told.append((path.name, call.lineno, name, {given.arg for given in call.keywords}))
+    assert len(told) > 15
+    assert not [one for one in told if one[3] != set(inspect.signature(getattr(hooks, one[2])).parameters)]
 
 
 @pytest.mark.parametrize("name", NAMES)

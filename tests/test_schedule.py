@@ -8,9 +8,9 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -357,8 +357,12 @@ class Codec:
         return f"{queue}-routed"
 
     @hookimpl
-    def relay_job_enqueued(self, queue: str, id: str) -> None:
-        self.told.append(("enqueued", queue, id))
+    def relay_add_headers(self, payload: bytes, headers: Mapping[str, str]) -> dict[str, str]:
+        return {"of": f"{payload.decode()} for {headers['tenant']}"}
+
+    @hookimpl
+    def relay_job_enqueued(self, queue: str, id: str, headers: Mapping[str, str]) -> None:
+        self.told.append((f"enqueued {headers['of']}", queue, id))
 
     @hookimpl
     def relay_job_deduplicated(self, queue: str, id: str) -> None:
@@ -368,18 +372,42 @@ class Codec:
 def test_plugins_encode_route_and_are_told(server: Server) -> None:
     codec = Codec()
     with Broker(server.url, plugins=[codec]) as broker:
-        broker.schedule("a", "q", b"secret", every=60.0, overlap=False)
+        broker.schedule("a", "q", b"secret", every=60.0, overlap=False, headers={"tenant": "ann"})
         assert b"secret" not in server.cli("HGET", S.plans, "a")
         assert broker.schedules()[0].schedule.payload == b"secret"
         tick = move_back(server, "a", 60)
         broker.run_due()
         broker.run_due()
-        assert broker.claim("q-routed")[0].payload == b"secret"
+        (job,) = broker.claim("q-routed")
+        assert (job.payload, job.headers) == (b"secret", {"tenant": "ann", "of": "secret for ann"})
         move_back(server, "a", 60)
         server.cli("DEL", broker.settings.keys("q-routed").ticks)
         broker.run_due()
     id = f"a@{tick}"
-    assert codec.told == [("enqueued", "q-routed", id), ("deduplicated", "q-routed", id)]
+    assert codec.told == [("enqueued secret for ann", "q-routed", id), ("deduplicated", "q-routed", id)]
+
+
+class Spoilt:
+    """A plugin whose headers cannot be had at first, and then cannot be stored."""
+
+    answers: ClassVar[list[Any]] = [OSError("no tenant"), {"n": 1}, {}]
+
+    @hookimpl
+    def relay_add_headers(self) -> dict[str, str]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(answer)
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_plugin_that_spoils_a_tick_does_not_lose_it(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with Broker(server.url, plugins=[Spoilt()]) as broker:
+        broker.schedule("a", "q", every=60.0)
+        tick = move_back(server, "a", 60)
+        assert [broker.run_due().enqueued for _ in range(3)] == [[], [], [("a", "q", f"a@{tick}")]]
+    assert caplog.text.count("schedule a: no job is made of its tick, trying again") == 2
+    assert "OSError('no tenant')" in caplog.text
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)

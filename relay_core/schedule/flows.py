@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from relay_core import commands, keys
-from relay_core.errors import InvalidArgument, InvalidRecord, NotDurable, StoreError
+from relay_core.errors import InvalidArgument, InvalidRecord, NotDurable, PluginError, StoreError
 from relay_core.keys import ScheduleKeys
 from relay_core.maintenance import pairs
 from relay_core.operations import Flow, Operations, Raw
 from relay_core.schedule.plan import MAX_PAYLOAD, Plan, Schedule, Scheduled
-from relay_core.validation import payload_size
+from relay_core.validation import JobSpec, payload_size
 
 logger = logging.getLogger("relay.schedule")
 
@@ -146,6 +146,10 @@ def run_due(ops: Operations) -> Flow[Round]:
                 logger.error("schedule %s: queue %r refuses its job: %s", name, plan.schedule.queue, error)
                 refused += 1
                 continue
+            except (PluginError, InvalidArgument) as error:
+                logger.error("schedule %s: no job is made of its tick, trying again: %s", name, error)
+                refused += 1
+                continue
             yield commands.advance(s, name, raw, tick, plan.schedule.after(found.now_ms, plan.anchor_ms))
     if refused:
         done = replace(done, wait=_AGAIN if done.wait is None else min(done.wait, _AGAIN))
@@ -164,7 +168,8 @@ def _ticks(
     q = ops.settings.keys(one.queue)
     for tick in one.to_enqueue(first_ms, now_ms, plan.anchor_ms):
         yield from _register(ops, one.queue)
-        answer = yield commands.tick(q, one.name, tick, one.job(tick).stored(one.payload), one.dedup_key or "")
+        spec = _with_headers(ops, one, one.job(tick))
+        answer = yield commands.tick(q, one.name, tick, spec.stored(one.payload), one.dedup_key or "")
         if answer is None:
             continue
         if answer.duplicate:
@@ -172,7 +177,18 @@ def _ticks(
             ops.plugins.notify("relay_job_deduplicated", queue=one.queue, id=answer.id, dedup_key=one.dedup_key)
         else:
             done.enqueued.append((one.name, one.queue, answer.id))
-            ops.plugins.notify("relay_job_enqueued", queue=one.queue, id=answer.id, delay=0.0)
+            headers = spec.headers or {}
+            ops.plugins.notify("relay_job_enqueued", queue=one.queue, id=answer.id, delay=0.0, headers=headers)
+
+
+def _with_headers(ops: Operations, one: Schedule, spec: JobSpec) -> JobSpec:
+    """The job of a tick with what plugins add. Raises PluginError for whatever they raise: the tick is not lost."""
+    if not ops.plugins.wants("relay_add_headers"):
+        return spec
+    try:
+        return replace(spec, headers=ops.plugins.headers(one.queue, _readable(ops, one).payload, spec.headers or {}))
+    except Exception as error:
+        raise PluginError(f"a plugin's relay_add_headers raised {error!r}") from error
 
 
 def _register(ops: Operations, queue: str) -> Flow[None]:
