@@ -77,10 +77,10 @@ def slow(folder):
 class Process:
     """A framework's own command, in a session of its own, with its log in a file."""
 
-    def __init__(self, folder: Path, command: list[str], url: str, metrics: str) -> None:
+    def __init__(self, folder: Path, command: list[str], url: str, metrics: str, **more: str) -> None:
         self.log = folder / f"{command[0]}-{time.monotonic_ns()}.log"
         script = str(Path(sysconfig.get_path("scripts"), command[0]))
-        environment = {**os.environ, "SITE_URL": url, "SITE_METRICS": metrics, "PYTHONPATH": str(folder)}
+        environment = {**os.environ, "SITE_URL": url, "SITE_METRICS": metrics, "PYTHONPATH": str(folder), **more}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [script, *command[1:]], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -127,10 +127,10 @@ def faces(core: Broker) -> list[str]:
 # --- Celery
 
 
-def celery_worker(folder: Path, store: Server, address: str, name: str) -> Process:
+def celery_worker(folder: Path, store: Server, address: str, name: str, *options: str, **more: str) -> Process:
     command = ["celery", "-A", "celery_site", "worker", "-c", "2", "-n", f"{name}@%h", "-l", "info"]
-    command += ["--without-mingle", "--without-gossip"]
-    return Process(folder, command, store.url, address)
+    command += ["--without-mingle", "--without-gossip", *options]
+    return Process(folder, command, store.url, address, **more)
 
 
 def test_a_celery_worker_serves_metrics_of_all_its_children_until_they_have_drained(
@@ -173,6 +173,26 @@ def test_a_celery_worker_serves_metrics_of_all_its_children_until_they_have_drai
         with pytest.raises(OSError):
             scrape_url(url)
         assert worker.process.pid not in [info.pid for info in core.workers()]
+
+
+def test_in_multiprocess_mode_the_children_of_a_celery_worker_count_what_their_tasks_enqueue(
+    store: Server, core: Broker, folder: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    app = Celery(broker=store.url)
+    # a child of the start counts, and so does one that took a place later
+    options = ["-c", "1", "--max-tasks-per-child", "1"]
+    more = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    with celery_worker(folder, store, f"127.0.0.1:{port}", "many", *options, **more):
+        for _ in range(2):
+            app.send_task("parent")
+
+        def counted() -> bool:
+            scrape = scrape_url(f"http://127.0.0.1:{port}/metrics")
+            done = sum(scrape("relay_jobs_processed_total", queue="celery", task=t) or 0 for t in ("parent", "fine"))
+            return (done, scrape("relay_jobs_enqueued_total", queue="celery")) == (4, 2)
+
+        eventually(counted, "the enqueues of two children", 60)
 
 
 class Controller:

@@ -128,6 +128,8 @@ def _waits(number: int) -> int:
 
 
 _board: Board | None = None
+_child = 0
+"""This process, where it is a child of a pool."""
 
 
 def install(signals: Any) -> None:
@@ -138,6 +140,11 @@ def install(signals: Any) -> None:
         signals.worker_process_init.connect(_in_child, weak=False, dispatch_uid="relay-children")
 
 
+def here() -> bool:
+    """True in a child of a prefork pool."""
+    return _child == os.getpid()
+
+
 def row() -> Row:
     """A row for a table of leases of this process."""
     return _board.row() if _board is not None and _board.pid == os.getpid() else Row()
@@ -145,8 +152,10 @@ def row() -> Row:
 
 def _in_child(**_: Any) -> None:
     """Celery sends its children the name of the function that runs a task: there it means a guarded one."""
+    global _child
     if _board is None or _board.pid == os.getpid():  # the solo pool says that it is a child
         return
+    _child = os.getpid()
     trace = sys.modules["celery.app.trace"]
     for name in ("fast_trace_task", "trace_task_ret"):
         setattr(trace, name, _board.guarded(getattr(trace, name)))

@@ -1,7 +1,8 @@
 """What a Celery worker shows of itself: its place in the roster of live workers, and `/metrics` where asked for.
 
 `broker_transport_options={"metrics_addr": "127.0.0.1:9191"}` is the one setting; `metrics_tasks` gives so many task
-names a label of their own. Both are of the worker's main process, which claims and acks for all its children.
+names a label of their own. Both are of the worker's main process, which claims and acks for all its children; what
+their tasks enqueue they count themselves, where prometheus-client's multiprocess mode is on.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import atexit
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
+from relay_adapters.celery import children
 from relay_adapters.celery.leases import leases_of
 from relay_adapters.celery.options import shared_broker
 from relay_core.errors import InvalidArgument
@@ -79,6 +82,28 @@ def watch_workers() -> None:
     if signals is not None:
         signals.worker_ready.connect(_ready, weak=False, dispatch_uid=_UID)
         signals.worker_shutdown.connect(_shutdown, weak=False, dispatch_uid=_UID)
+
+
+def count_in_child(client: Any) -> None:
+    """Called at each connect: in a child of a prefork pool, enqueues go into the multiprocess folder if there is one.
+
+    A child that was forked once its worker served metrics has the worker's recorder, which does so.
+    """
+    global _counts_in
+    if _counts_in == os.getpid() or "PROMETHEUS_MULTIPROC_DIR" not in os.environ or not children.here():
+        return
+    _counts_in = os.getpid()
+    options = client.transport_options or {}
+    if options.get("metrics_addr") is None or _running:
+        return
+    with suppress(ImportError, InvalidArgument):  # the main process has said what is wrong
+        from relay_core.metrics import Recorder
+
+        plugins = shared_broker(client).plugins
+        plugins.register(Recorder(tasks=options.get("metrics_tasks", 0), plugins=plugins))
+
+
+_counts_in = 0
 
 
 def _ready(sender: Any, **_: Any) -> None:

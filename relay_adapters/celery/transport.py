@@ -90,6 +90,7 @@ class Transport(virtual.Transport):
         Leases that this process holds are extended first, before anybody's claim finds them at their end.
         """
         monitoring.watch_workers()
+        monitoring.count_in_child(self.client)
         pace = Pace.of(self.client)
         if pace is not None:
             pace.wait()
