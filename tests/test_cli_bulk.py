@@ -137,9 +137,18 @@ def test_since_is_a_duration_or_a_moment(cli: Cli, broker: Broker, server: Serve
     ]  # fmt: skip
     assert cli.json("dlq", "purge", "-q", "mail", "--since", str(times[7] / 1000), "--yes")["purged"] == 3
     assert depths(broker) == (0, 7)
-    result = cli.run("dlq", "ls", "-q", "mail", "--since", "yesterday", code=2)
-    assert "--since" in result.stderr
-    assert "2h" in result.stderr
+    for nonsense in ("yesterday", "-5", "-2h"):
+        result = cli.run("dlq", "ls", "-q", "mail", "--since", nonsense, code=2)
+        assert "--since" in result.stderr
+        assert "2h" in result.stderr
+
+
+def test_a_queue_whose_name_is_mistyped_is_not_taken_for_an_empty_one(server: Server, cli: Cli) -> None:
+    fill(server, 1)
+    server.cli("SADD", "relay:queues", "mail")
+    for command in ("dlq ls", "dlq requeue --all", "dlq purge --error x --yes", "dlq purge --all --dry-run", "job ls"):
+        told = cli.run(*command.split(), "-q", "mial", code=1).stderr
+        assert "queue 'mial': nothing was ever enqueued to it; did you mean 'mail'?" in told
 
 
 @pytest.mark.parametrize("flavour", ["valkey", "redis"], indirect=True)

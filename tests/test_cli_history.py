@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zlib
 
 import pytest
@@ -65,8 +66,9 @@ def test_people_read_what_failed_when_it_is_due_and_what_is_not_kept(cli: Cli, b
     broker.enqueue("mail", b"x", id="j2")
     (job,) = broker.claim("mail")
     assert f"fence {job.fence}, the lease ends in" in cli.run("job", "show", "j2", "-q", "mail").stdout
-    broker.nack(job, "no", dead=True, reason="rejected")
-    assert "rejected: no" in cli.run("dlq", "show", "j2", "-q", "mail").stdout
+    broker.nack(job, "no\nTraceback:\n  File \x1b[31m", dead=True, reason="rejected")
+    shown = cli.run("dlq", "show", "j2", "-q", "mail").stdout
+    assert re.search(r"died .* ago: rejected: no\n {13}Traceback:\n {13}  File \\x1b\[31m\n", shown)
 
 
 def test_json_is_laid_out_and_other_text_is_not_touched(cli: Cli, broker: Broker) -> None:

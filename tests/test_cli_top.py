@@ -20,8 +20,8 @@ import pytest
 from rich.console import Console
 
 from relay_core import Broker, JobSpec, commands
-from relay_core.cli.top import Looks, render
-from relay_core.keys import worker_keys
+from relay_core.cli.top import Looks, _left_out, render
+from relay_core.keys import LAYOUT, worker_keys
 from relay_core.worker import Worker
 from tests.command_line import Cli, environment, working
 from tests.servers import Server, eventually
@@ -147,15 +147,39 @@ def test_on_a_narrow_terminal_columns_are_left_out_and_never_cut(broker: Broker,
     assert len(rows) == 2
 
 
-def test_queues_that_do_not_fit_the_terminal_are_counted(broker: Broker) -> None:
+def test_of_queues_that_do_not_fit_the_terminal_the_ones_that_wait_longest_are_shown(
+    server: Server, broker: Broker
+) -> None:
     for n in range(30):
         broker.enqueue(f"q{n:02}", b"x")
+    stuck = broker.settings.keys("q29")
+    server.cli("HSET", stuck.jobs, "old", f"{(int(server.cli('TIME')[0]) - 600) * 1000} 0 0 \nx")
+    server.cli("LPUSH", stuck.ready[0], "old")
     out = io.StringIO()
     Console(file=out, width=80).print(render(Looks(broker, []).look(), 80, 12, "cannot be reached"))
     lines = out.getvalue().splitlines()
     assert len(lines) <= 12
+    assert lines[2].split()[0] == "q29"
     assert "and 23 queues more" in lines[-2]
     assert "cannot be reached" in lines[-1]
+
+
+def test_a_queue_that_cannot_be_read_hides_no_other(server: Server, cli: Cli, broker: Broker) -> None:
+    for name in ("mail", "newer"):
+        broker.enqueue(name, b"x")
+    server.cli("HSET", broker.settings.keys("newer").config, "v", LAYOUT + 1)
+    for command in (("top", "--interval", "0.1"), ("stats",), ("queue", "ls")):
+        told = cli.json(*command)
+        assert [row["queue"] for row in told["queues"]] == ["mail"]
+        assert "has layout 2" in told["left_out"]["newer"]
+        shown = cli.run(*command)
+        assert "mail" in shown.stdout
+        assert "Warning: queue 'newer' is left out: " in shown.stderr
+    out = io.StringIO()
+    frame = Looks(broker, []).look()
+    Console(file=out, width=200).print(render(frame, 200, 12, _left_out(frame)))
+    assert "queue 'newer' cannot be read: " in out.getvalue()
+    assert "has layout 2" in cli.run("stats", "newer", code=1).stderr
 
 
 def test_it_is_live_on_a_terminal_and_ctrl_c_ends_it_with_0(server: Server, broker: Broker, tmp_path: Path) -> None:

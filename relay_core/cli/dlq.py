@@ -15,6 +15,7 @@ from relay_core.cli.output import emit, plural, progress
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
 from relay_core.cli.sift import Filter, Run, Tally, pages
+from relay_core.cli.stats import known
 from relay_core.errors import InvalidArgument
 from relay_core.job import JobSummary, StoredJob
 
@@ -61,7 +62,7 @@ def ls(session: Session, pick: Filter, limit: int) -> None:
 
 
 def _dead(session: Session, pick: Filter) -> Iterator[tuple[StoredJob, JobSummary | None]]:
-    now = session.broker.stats(pick.queue).now
+    now = known(session.broker, pick.queue).now
     for page in pages(session.broker, pick, pick.start(now), now, records=True):
         yield from ((job, summary) for job, summary, _point in page.jobs)
 

@@ -45,8 +45,9 @@ def lines(job: StoredJob, now: float) -> list[str]:
         told.append("delivered  never")
     if job.failed_at is not None:
         name = "died" if job.state == "dead" else "failed"
-        why = ": ".join(part for part in (job.reason, job.error) if part)
+        why, *traceback = ": ".join(part for part in (job.reason, job.error) if part).splitlines() or ["-"]
         told.append(f"{name:<11}{_at(job.failed_at, now)}: {why}")
+        told += [f"{'':<11}{line}" for line in traceback]
     if job.held:
         left = (
             "-" if job.due_at is None else _left(job.due_at - now, "the lease ends in {}", "the lease is over for {}")

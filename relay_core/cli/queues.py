@@ -10,7 +10,7 @@ from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
-from relay_core.cli.stats import held_back, known, limits_of
+from relay_core.cli.stats import NONE, held_back, known, limits_of, read, tell_left_out
 from relay_core.errors import InvalidArgument
 from relay_core.job import State
 
@@ -24,8 +24,8 @@ def queue() -> None:
 @pass_session
 def ls(session: Session) -> None:
     """List the queues ever enqueued to."""
-    broker = session.broker
-    found = [broker.stats(name) for name in broker.queues()]
+    found, left_out = read(session.broker, session.broker.queues())
+    tell_left_out(left_out)
     if session.json:
         rows = [
             {
@@ -38,9 +38,9 @@ def ls(session: Session) -> None:
             }
             for one in found
         ]
-        emit(session, {"queues": rows})
+        emit(session, {"queues": rows, "left_out": left_out})
     elif not found:
-        click.echo("No queues yet: nothing was ever enqueued here.")
+        click.echo(NONE if not left_out else "No queue can be read.")
     else:
         columns = ("queue", "ready", "delayed", "inflight", "dead", "held back by")
         table(

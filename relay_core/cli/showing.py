@@ -16,6 +16,7 @@ from relay_core.cli import history
 from relay_core.cli.jobview import document, summary_document, text_of, what
 from relay_core.cli.output import age, emit, plural, printable, shortened, table
 from relay_core.cli.session import Session
+from relay_core.cli.stats import known
 from relay_core.commands import WorkerInfo
 from relay_core.errors import JobNotFound
 from relay_core.job import JobSummary, State, StoredJob
@@ -40,7 +41,7 @@ def list_jobs(
     :param states: those that were looked at
     :param errors: show what failed, if anything did
     """
-    now = session.broker.stats(queue).now
+    now = known(session.broker, queue).now
     first = islice(found, limit)
     if session.json:
         rows = [document(job, summary, payload=False) for job, summary in first]

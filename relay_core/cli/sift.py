@@ -17,6 +17,7 @@ from relay_core import commands
 from relay_core.broker import Broker
 from relay_core.cli.jobview import matches
 from relay_core.cli.output import age
+from relay_core.cli.stats import known
 from relay_core.cli.values import Since
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.inspector import readable
@@ -107,13 +108,15 @@ class Run:
 
     :param verb: names the command: a run of another one has a place of its own
     :param resume: go on where a killed run of this verb and filter stopped, if there is one
+
+    Raises QueueNotFound: a name that was mistyped has no dead jobs either.
     """
 
     def __init__(self, broker: Broker, verb: str, pick: Filter, *, resume: bool) -> None:
         self._broker = broker
         self._pick = pick
         self._key = broker.settings.keys(pick.queue).bulk
-        self._now = broker.stats(pick.queue).now
+        self._now = known(broker, pick.queue).now
         since = None if pick.since is None else pick.since.text
         self._name = json.dumps([verb, pick.task, pick.error, since])
         self.tally = Tally()

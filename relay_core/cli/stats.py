@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import click
 
+from relay_core import commands
 from relay_core.broker import Broker
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, emit, printable, table
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.commands import QueueStats
-from relay_core.errors import RelayError
+from relay_core.errors import RelayError, Unavailable
 
 _LIMITS = ("rate", "burst", "max_inflight")
 _COUNTERS = ("enqueued", "claimed", "processed", "retried", "dead", "reaped", "promoted")
+
+_TOGETHER = 100
+"""Queues read in one pipeline."""
+
+
+NONE = "No queues yet: nothing was ever enqueued here."
 
 
 class QueueNotFound(RelayError):
@@ -33,6 +41,32 @@ def known(broker: Broker, name: str) -> QueueStats:
     near = get_close_matches(name, names, n=1)
     advice = f"did you mean {near[0]!r}?" if near else "`relay queue ls` lists the queues"
     raise QueueNotFound(f"queue {name!r}: nothing was ever enqueued to it; {advice}")
+
+
+def read(broker: Broker, names: Sequence[str]) -> tuple[list[QueueStats], dict[str, str]]:
+    """The stats of these queues, and by name why some cannot be read: one of a newer layout must not hide the others.
+
+    Raises Unavailable.
+    """
+    found: list[QueueStats] = []
+    left_out: dict[str, str] = {}
+    for at in range(0, len(names), _TOGETHER):
+        batch = names[at : at + _TOGETHER]
+        results = broker.store.run_many([commands.stats(broker.settings.keys(name)) for name in batch])
+        for name, result in zip(batch, results, strict=True):
+            if isinstance(result, Unavailable):
+                raise result
+            if isinstance(result, RelayError):
+                left_out[name] = str(result)
+            else:
+                found.append(result)
+    return found, left_out
+
+
+def tell_left_out(left_out: Mapping[str, str]) -> None:
+    """Say on stderr which queues are not shown."""
+    for name, why in left_out.items():
+        click.echo(f"Warning: queue {name!r} is left out: {why}", err=True)
 
 
 def document(stats: QueueStats) -> dict[str, Any]:
@@ -85,13 +119,13 @@ def stats(session: Session, queues: tuple[str, ...]) -> None:
     Ready jobs are also counted by priority. Next is when the next delayed job is due.
     """
     broker = session.broker
-    names = queues or tuple(broker.queues())
-    found = [known(broker, name) if queues else broker.stats(name) for name in names]
+    found, left_out = ([known(broker, name) for name in queues], {}) if queues else read(broker, broker.queues())
+    tell_left_out(left_out)
     if session.json:
-        emit(session, {"queues": [document(one) for one in found]})
+        emit(session, {"queues": [document(one) for one in found], "left_out": left_out})
         return
     if not found:
-        click.echo("No queues yet: nothing was ever enqueued here.")
+        click.echo(NONE if not left_out else "No queue can be read.")
         return
     columns = ("queue", "ready", "delayed", "inflight", "dead", "oldest", "next", "held back by")
     rows = (

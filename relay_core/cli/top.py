@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,7 @@ from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, console, emit, plural, printable
 from relay_core.cli.session import Command, Session, pass_session
-from relay_core.cli.stats import known
+from relay_core.cli.stats import known, read, tell_left_out
 from relay_core.commands import QueueStats, WorkerInfo
 from relay_core.errors import Unavailable
 
@@ -52,10 +52,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """All queues at one look."""
+    """All queues at one look.
+
+    :ivar left_out: by name, why a queue cannot be read
+    """
 
     rows: Sequence[Row]
     workers: Sequence[WorkerInfo]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class Looks:
@@ -72,12 +76,10 @@ class Looks:
     def look(self) -> Frame:
         workers = self._broker.workers()
         serving = Counter(queue for worker in workers for queue in set(worker.queues))
-        rows = []
-        for name in self._queues or self._broker.queues():
-            stats = self._broker.stats(name)
-            rows.append(self._row(stats, self._before.get(name), serving[name]))
-            self._before[name] = stats
-        return Frame(rows, workers)
+        found, left_out = read(self._broker, self._queues or self._broker.queues())
+        rows = [self._row(stats, self._before.get(stats.queue), serving[stats.queue]) for stats in found]
+        self._before = {stats.queue: stats for stats in found}
+        return Frame(rows, workers, left_out)
 
     @staticmethod
     def _row(now: QueueStats, before: QueueStats | None, workers: int) -> Row:
@@ -120,8 +122,10 @@ def top(session: Session, queues: tuple[str, ...], interval: float, once: bool) 
         looks.look()
         time.sleep(interval)
         frame = looks.look()
+        tell_left_out(frame.left_out)
         if session.json:
-            emit(session, {"interval": interval, "queues": [document(row) for row in frame.rows], **_totals(frame)})
+            rows = [document(row) for row in frame.rows]
+            emit(session, {"interval": interval, "queues": rows, "left_out": frame.left_out, **_totals(frame)})
         else:
             console().print(render(frame, console().width))
         return
@@ -144,7 +148,7 @@ def _watch(looks: Looks, interval: float) -> None:
             # the terminal may change its size before the next look
             until = time.monotonic() + interval
             while (left := until - time.monotonic()) > 0:
-                live.update(render(frame, screen.width, screen.height, trouble), refresh=True)
+                live.update(render(frame, screen.width, screen.height, trouble or _left_out(frame)), refresh=True)
                 time.sleep(min(0.25, left))
 
 
@@ -174,8 +178,24 @@ def _totals(frame: Frame) -> dict[str, Any]:
     return {"workers": len(frame.workers), "worker_inflight": sum(worker.inflight for worker in frame.workers)}
 
 
+def _left_out(frame: Frame | None) -> str:
+    """The first queue that cannot be read, in a line."""
+    if frame is None or not frame.left_out:
+        return ""
+    (name, why), *others = frame.left_out.items()
+    return f"queue {name!r}{f' and {len(others)} more' if others else ''} cannot be read: {why}"
+
+
+def _urgency(row: Row) -> tuple[float, ...]:
+    """What sorts those that need a look most to the top."""
+    return -(row.wait or 0.0), -(row.failed or 0.0), -row.stats.dead, -row.stats.pending
+
+
 def render(frame: Frame | None, width: int, height: int | None = None, trouble: str = "") -> Group:
-    """The frame for a terminal of this size: what does not fit is left out, columns by their weight."""
+    """The frame for a terminal of this size: what does not fit is left out, columns by their weight.
+
+    Where queues are left out, the ones that are shown are those whose jobs wait longest.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -183,21 +203,24 @@ def render(frame: Frame | None, width: int, height: int | None = None, trouble: 
     parts: list[Any] = []
     if frame is not None:
         parts.append(Text(_head(frame), no_wrap=True, overflow="ellipsis"))
-        cells = [_cells(row) for row in frame.rows]
-        room = None if height is None else max(1, height - 3 - bool(trouble))
-        hidden = 0 if room is None or len(cells) <= room else len(cells) - room + 1
-        cells = cells[: len(cells) - hidden]
+        rows, room = list(frame.rows), None if height is None else max(1, height - 3 - bool(trouble))
+        hidden = 0 if room is None or len(rows) <= room else len(rows) - room + 1
+        if hidden:
+            rows = sorted(rows, key=_urgency)[: len(rows) - hidden]
+        cells = [_cells(row) for row in rows]
         columns, name_width = fitting(cells, width)
         grid = Table(box=None, pad_edge=False, header_style="bold", expand=False)
         grid.add_column("queue", no_wrap=True, overflow="ellipsis", width=name_width)
         for column in columns:
             grid.add_column(column, justify="right", no_wrap=True)
-        for row in cells:
-            style = "red" if row["dead"] != "0" or row["fail/s"] not in ("-", "0") else ""
-            grid.add_row(Text(row["queue"], style="dim" if row["paused"] else style), *(row[name] for name in columns))
+        for cell in cells:
+            style = "red" if cell["dead"] != "0" or cell["fail/s"] not in ("-", "0") else ""
+            name = Text(cell["queue"], style="dim" if cell["paused"] else style)
+            grid.add_row(name, *(cell[column] for column in columns))
         parts.append(grid)
         if hidden:
-            parts.append(Text(f"and {plural(hidden, 'queue')} more: name those to see", no_wrap=True))
+            more = f"and {plural(hidden, 'queue')} more, whose jobs wait less: name those to see"
+            parts.append(Text(more, no_wrap=True, overflow="ellipsis"))
     if trouble:
         parts.append(Text(printable(trouble), style="red", no_wrap=True, overflow="ellipsis"))
     return Group(*parts)

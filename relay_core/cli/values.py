@@ -77,10 +77,13 @@ def since(value: str | Since) -> Since:
     except click.BadParameter:
         pass
     else:
-        if ago < 1e9:
+        if 0 <= ago < 1e9:
             return Since(value, ago, 0.0)
     try:
-        return Since(value, None, moment(value))
+        at = moment(value)
+        if at < 0:
+            raise click.BadParameter("negative")
+        return Since(value, None, at)
     except click.BadParameter:
         raise click.BadParameter(
             f"{value!r} is neither a duration such as 30m, 2h, 7d nor a time such as 2030-01-31T09:00+01:00"
