@@ -180,6 +180,8 @@ def test_a_queue_that_cannot_be_read_hides_no_other(server: Server, cli: Cli, br
     Console(file=out, width=200).print(render(frame, 200, 12, _left_out(frame)))
     assert "queue 'newer' cannot be read: " in out.getvalue()
     assert "has layout 2" in cli.run("stats", "newer", code=1).stderr
+    audited = cli.json("audit", code=1)
+    assert ([row["queue"] for row in audited["queues"]], list(audited["left_out"])) == (["mail"], ["newer"])
 
 
 def test_it_is_live_on_a_terminal_and_ctrl_c_ends_it_with_0(server: Server, broker: Broker, tmp_path: Path) -> None:

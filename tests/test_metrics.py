@@ -425,21 +425,25 @@ def test_a_child_of_a_fork_counts_anew_even_if_a_scrape_held_the_locks(broker: B
 
 
 MULTIPROCESS = """
-import os, sys
+import logging, os, sys, urllib.request
 from relay_core import Broker
-from relay_core.metrics import BuildCollector, Recorder
-counts = Recorder()
-with Broker(sys.argv[1], plugins=[counts]) as broker:
+from relay_core.metrics import MetricsServer
+logging.basicConfig()
+with Broker(sys.argv[1]) as broker:
+    serving = MetricsServer("127.0.0.1:0", broker, [])
+    serving.start()
     broker.enqueue("mail", b"parent")
-    for n in range(2):
+    for _ in range(2):
         child = os.fork()
         if not child:
-            broker.enqueue("mail", b"child")
-            broker.ack(broker.claim("mail")[0])
+            with Broker(sys.argv[1]) as own:
+                MetricsServer(f"127.0.0.1:{serving.port}", own, []).start()
+                own.enqueue("mail", b"child")
+                own.ack(own.claim("mail")[0])
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-    from prometheus_client import generate_latest
-    sys.stdout.write(generate_latest(counts.exposed(BuildCollector())).decode())
+    sys.stdout.write(urllib.request.urlopen(f"http://127.0.0.1:{serving.port}/metrics").read().decode())
+    serving.stop()
 """
 
 
@@ -460,6 +464,7 @@ def test_in_multiprocess_mode_one_scrape_sums_all_processes(server: Server, tmp_
     assert scrape("relay_jobs_processed_total", queue="mail") == 2
     assert scrape("relay_job_latency_seconds_count", queue="mail") == 2
     assert "relay_build_info" in scrape.names()
+    assert found.stderr.count("counting for whoever serves PROMETHEUS_MULTIPROC_DIR") == 2, "one port for all"
 
 
 # --- depths

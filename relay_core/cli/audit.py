@@ -7,7 +7,8 @@ import click
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Command, Session, pass_session
-from relay_core.cli.stats import known
+from relay_core.cli.stats import known, tell_left_out
+from relay_core.errors import StoreError
 
 
 @click.command("audit", cls=Command)
@@ -16,14 +17,25 @@ from relay_core.cli.stats import known
 @pass_session
 @click.pass_context
 def audit(ctx: click.Context, session: Session, queues: tuple[str, ...], no_repair: bool) -> None:
-    """Find jobs that are in no state or in two, and mend them. Exit code 1 when there were any."""
+    """Find jobs that are in no state or in two, and mend them. Exit code 1 when there were any.
+
+    Of all queues, one that cannot be read does not keep the others from being looked at; the exit code is 1 too.
+    """
     broker = session.broker
     for name in queues:
         known(broker, name)
     names = queues or tuple(broker.queues())
+    reports, left_out = [], {}
     with progress("checked", None) as note:
-        reports = [broker.audit(name, not no_repair, note) for name in names]
+        for name in names:
+            try:
+                reports.append(broker.audit(name, not no_repair, note))
+            except StoreError as error:
+                if queues:
+                    raise
+                left_out[name] = str(error)
     clean = all(report.clean for report in reports)
+    tell_left_out(left_out)
     if session.json:
         rows = [
             {
@@ -35,7 +47,7 @@ def audit(ctx: click.Context, session: Session, queues: tuple[str, ...], no_repa
             }
             for report in reports
         ]
-        emit(session, {"clean": clean, "queues": rows})
+        emit(session, {"clean": clean, "queues": rows, "left_out": left_out})
     else:
         findings = [(r.queue, id, finding) for r in reports for id, finding in r.findings.items()]
         if findings:
@@ -43,5 +55,5 @@ def audit(ctx: click.Context, session: Session, queues: tuple[str, ...], no_repa
         checked = sum(report.checked for report in reports)
         state = "clean" if clean else f"{len(findings)} found" + (", none mended" if no_repair else ", all mended")
         click.echo(f"{plural(checked, 'job')} in {plural(len(reports), 'queue')} checked: {state}.")
-    if not clean:
+    if left_out or not clean:
         ctx.exit(1)

@@ -121,17 +121,18 @@ class Recorder:
         are counted as `other`. 0, the default: there is no such label
     :param plugins: whose adapters name tasks and tell internal queues, which are not counted. Default: the
         installed ones
+    :ivar shared: whether it counts into the multiprocess folder
     """
 
     def __init__(self, *, tasks: int = 0, plugins: Plugins | None = None) -> None:
         self._tasks = whole("tasks", tasks, least=0, most=10_000)
         self._plugins = plugins
-        self._shared = multiprocess_folder() is not None
+        self.shared = multiprocess_folder() is not None
         self._made = _Metrics(tasks)
 
     def _now(self) -> _Metrics:
         # In a child a lock of the parent's metrics may be held for ever, and the parent's counts are not the child's.
-        if self._made.pid != os.getpid() and not self._shared:
+        if self._made.pid != os.getpid() and not self.shared:
             self._made = _Metrics(self._tasks)
         return self._made
 
@@ -143,7 +144,7 @@ class Recorder:
     def exposed(self, *others: Collector) -> CollectorRegistry:
         """What to serve: the counts of this process, or of all in the multiprocess folder, with `others`."""
         registry = CollectorRegistry()
-        if self._shared:
+        if self.shared:
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         else:
             registry.register(_Live(self))

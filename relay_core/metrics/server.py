@@ -106,16 +106,23 @@ class MetricsServer:
         return self._server.port
 
     def start(self) -> None:
-        """Begin to record and serve. A port in use is logged, and the worker goes on without metrics."""
+        """Begin to record and serve. A port in use is logged, and the worker goes on without metrics.
+
+        In multiprocess mode it goes on recording: whoever has the port serves what all count.
+        """
         try:
             self._server.start(self.recorder.exposed(self._depths, BuildCollector()))
         except OSError as error:
             where = self._server.url.removeprefix("http://").removesuffix("/metrics")
-            logger.error("no metrics: cannot listen on %s: %s; choose another address", where, error)
-            return
+            if not self.recorder.shared:
+                logger.error("no metrics: cannot listen on %s: %s; choose another address", where, error)
+                return
+            told = "counting for whoever serves PROMETHEUS_MULTIPROC_DIR, for this process cannot listen on %s: %s"
+            logger.warning(told, where, error)
+        else:
+            logger.info("serving metrics at %s", self._server.url)
         self._started = True
         self._broker.plugins.register(self.recorder)
-        logger.info("serving metrics at %s", self._server.url)
 
     def stop(self) -> None:
         """Call it when the last job has ended, so that the last scrape sees it."""
