@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from relay_core import Broker
 from tests.command_line import Cli
 from tests.servers import Server, TlsServer, eventually
 from tests.topologies import Cluster, SentinelTrio
@@ -107,8 +108,12 @@ def test_a_primary_without_a_replica_and_slots_that_nobody_serves_are_told(clust
     eventually(
         lambda: f"without a replica: 127.0.0.1:{followed}" in str(findings(cli).get("replication")), "it is told"
     )
-    owner = cluster.primary_of(16383)
-    low, high = next((low, high) for low, high, port in cluster._ranges(owner) if port == owner.port)
+    with Broker(cluster.url) as broker:
+        for name in ("c", "post"):  # of two primaries, and the list of names lies at the third
+            broker.enqueue(name, b"x")
+        lost = cluster.slot_of(broker.settings.keys("post").jobs)
+    owner = cluster.primary_of(lost)
+    low, high = next((low, high) for low, high, port in cluster._ranges(owner) if low <= lost <= high)
     for node in cluster.nodes:
         if node.running:
             node.cli("CONFIG", "SET", "cluster-require-full-coverage", "no")
@@ -117,6 +122,9 @@ def test_a_primary_without_a_replica_and_slots_that_nobody_serves_are_told(clust
         found = findings(cli, 1)
         assert found["topology"][0][0] == "error"
         assert "slots are served" in found["topology"][0][1]
+        told = cli.json("stats", "--timeout", "0.2")
+        assert [row["queue"] for row in told["queues"]] == ["c"], "one that is away hides no other"
+        assert list(told["left_out"]) == ["post"]
     finally:
         for node in cluster.nodes:
             if node.running:

@@ -233,7 +233,7 @@ class Cluster(Topology):
         self.wait_until_ok()
 
     def wait_until_ok(self) -> None:
-        """Until every running node finds the cluster ok, all slots served and all replicas in sync."""
+        """Until every running node finds the cluster ok, all slots served and all replicas in sync and known."""
 
         def ok() -> bool:
             ports = {node.port for node in self._up()}
@@ -248,7 +248,7 @@ class Cluster(Topology):
             and state["cluster_state"] == "ok"
             and int(state["cluster_known_nodes"]) == len(self.nodes)
             and int(state["cluster_slots_ok"]) == self.SLOTS
-            and {port for _low, _high, port in self._ranges(node)} <= ports
+            and {int(at[1]) for _low, _high, *nodes in node.cli("CLUSTER", "SLOTS") for at in nodes} == ports
         )
 
     def _ranges(self, node: Server) -> list[tuple[int, int, int]]:

@@ -19,8 +19,8 @@ from relay_core.errors import RelayError, Unavailable
 _LIMITS = ("rate", "burst", "max_inflight")
 _COUNTERS = ("enqueued", "claimed", "processed", "retried", "dead", "reaped", "promoted")
 
-_TOGETHER = 100
-"""Queues read in one pipeline."""
+_TOGETHER = 1000
+"""Queues read in one pipeline: a shard that is away is waited for once for all of them."""
 
 
 NONE = "No queues yet: nothing was ever enqueued here."
@@ -44,22 +44,25 @@ def known(broker: Broker, name: str) -> QueueStats:
 
 
 def read(broker: Broker, names: Sequence[str]) -> tuple[list[QueueStats], dict[str, str]]:
-    """The stats of these queues, and by name why some cannot be read: one of a newer layout must not hide the others.
+    """The stats of these queues, and by name why some cannot be read: one of a newer layout, or a shard that is away,
+    must not hide the others.
 
-    Raises Unavailable.
+    Raises Unavailable when no queue can be reached.
     """
     found: list[QueueStats] = []
     left_out: dict[str, str] = {}
+    away: Unavailable | None = None
     for at in range(0, len(names), _TOGETHER):
         batch = names[at : at + _TOGETHER]
         results = broker.store.run_many([commands.stats(broker.settings.keys(name)) for name in batch])
         for name, result in zip(batch, results, strict=True):
-            if isinstance(result, Unavailable):
-                raise result
             if isinstance(result, RelayError):
                 left_out[name] = str(result)
+                away = result if isinstance(result, Unavailable) else away
             else:
                 found.append(result)
+        if away is not None and not found:
+            raise away
     return found, left_out
 
 
