@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import celery_speed, client, dramatiq_speed, engine, failover, idle, round_trip
+from benchmarks import celery_speed, client, direct, dramatiq_speed, engine, failover, idle, round_trip
 
 
 def main(names: list[str]) -> int:
@@ -29,6 +29,7 @@ def main(names: list[str]) -> int:
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
             "dramatiq": lambda: dramatiq_speed.dramatiq(Path(folder)),
             "dramatiq-pickup": lambda: dramatiq_speed.dramatiq_pickup(Path(folder)),
+            "direct": lambda: direct.direct(Path(folder)),
             "idle": lambda: idle.idle_commands(Path(folder)),
             "failover": failover.failover,
         }
