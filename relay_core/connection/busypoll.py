@@ -1,7 +1,7 @@
 """Looks out for a reply for a moment before its thread sleeps.
 
 A server near by answers in less time than a thread takes to fall asleep and to be woken, and when the thread is awake
-neither side pays for that: see "Sends" in benchmarks/README.md.
+neither side pays for that: `make bench BENCH=round-trip`.
 """
 
 from __future__ import annotations
