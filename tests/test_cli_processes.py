@@ -186,6 +186,24 @@ def test_on_a_terminal_a_purge_asks_and_does_as_it_is_told(server: Server, broke
     assert broker.stats("mail").ready == 0
 
 
+def test_on_a_terminal_bulk_work_shows_a_bar_and_stdout_has_the_answer_alone(
+    server: Server, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.enqueue_many("mail", [b"x"] * 150)
+    for job in broker.claim("mail", 150):
+        broker.nack(job, "no", dead=True)
+    monkeypatch.setenv("TERM", "xterm")
+    here, there = pty.openpty()
+    try:
+        process = spawn("dlq", "requeue", "--all", "-q", "mail", "--json", url=server.url, cwd=tmp_path, stderr=there)
+        os.close(there)
+        out, _err = process.communicate(timeout=30)
+        assert b"150/150" in os.read(here, 65536)
+    finally:
+        os.close(here)
+    assert json.loads(out)["requeued"] == 150
+
+
 def test_a_narrow_terminal_cuts_extracts_but_no_id(server: Server, broker: Broker, tmp_path: Path) -> None:
     id = broker.enqueue("mail", b"word " * 40).id
     here, there = pty.openpty()

@@ -127,9 +127,9 @@ def faces(core: Broker) -> list[str]:
 # --- Celery
 
 
-def celery_worker(folder: Path, store: Server, address: str, name: str, *options: str, **more: str) -> Process:
+def celery_worker(folder: Path, store: Server, address: str, name: str, **more: str) -> Process:
     command = ["celery", "-A", "celery_site", "worker", "-c", "2", "-n", f"{name}@%h", "-l", "info"]
-    command += ["--without-mingle", "--without-gossip", *options]
+    command += ["--without-mingle", "--without-gossip"]
     return Process(folder, command, store.url, address, **more)
 
 
@@ -180,19 +180,16 @@ def test_in_multiprocess_mode_the_children_of_a_celery_worker_count_what_their_t
 ) -> None:
     port = free_port()
     app = Celery(broker=store.url)
-    # a child of the start counts, and so does one that took a place later
-    options = ["-c", "1", "--max-tasks-per-child", "1"]
-    more = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    with celery_worker(folder, store, f"127.0.0.1:{port}", "many", *options, **more):
-        for _ in range(2):
+    with celery_worker(folder, store, f"127.0.0.1:{port}", "many", PROMETHEUS_MULTIPROC_DIR=str(tmp_path)):
+        for _ in range(4):
             app.send_task("parent")
 
         def counted() -> bool:
             scrape = scrape_url(f"http://127.0.0.1:{port}/metrics")
             done = sum(scrape("relay_jobs_processed_total", queue="celery", task=t) or 0 for t in ("parent", "fine"))
-            return (done, scrape("relay_jobs_enqueued_total", queue="celery")) == (4, 2)
+            return (done, scrape("relay_jobs_enqueued_total", queue="celery")) == (8, 4)
 
-        eventually(counted, "the enqueues of two children", 60)
+        eventually(counted, "the enqueues of the children", 60)
 
 
 class Controller:
@@ -225,6 +222,17 @@ def test_a_wrong_setting_is_an_error_in_the_log_of_a_celery_worker_which_works(
     assert said in caplog.text
     monitoring._shutdown(controller)
     assert core.workers() == []
+
+
+def test_the_endpoint_of_a_celery_worker_ends_with_the_worker_and_not_only_with_its_process(
+    store: Server, core: Broker
+) -> None:
+    port = free_port()
+    controller, _consumer = started(store, metrics_addr=str(port))
+    assert "relay_build_info" in scrape_url(f"http://127.0.0.1:{port}/metrics").names()
+    monitoring._shutdown(controller)
+    with pytest.raises(OSError):
+        scrape_url(f"http://127.0.0.1:{port}/metrics")
 
 
 def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_another_broker_is_not_heard(
@@ -387,4 +395,6 @@ def test_a_dramatiq_worker_is_on_the_roster_while_it_runs_and_serves_where_it_is
     assert core.workers() == []
     assert seen[0]("relay_jobs_enqueued_total", queue="mail") == 1
     assert seen[0]("relay_jobs_claimed_total", queue="mail") == 1
+    with pytest.raises(OSError):
+        scrape_url(f"http://127.0.0.1:{port}/metrics")
     broker.close()
