@@ -8,12 +8,15 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,12 @@ from tests.servers import Server, eventually
 def flavour(request: pytest.FixtureRequest) -> str:
     """One is enough: the scripts have tests of their own on both."""
     return str(request.param)
+
+
+LEFT = b"\x1b[?1049l"
+"""What a terminal is told when a program has used its whole screen and gives it back."""
+
+Shows = Callable[[bytes], bool]
 
 
 def beat(broker: Broker, name: str, face: str, *queues: str, inflight: int = 0) -> None:
@@ -184,13 +193,14 @@ def test_a_queue_that_cannot_be_read_hides_no_other(server: Server, cli: Cli, br
     assert ([row["queue"] for row in audited["queues"]], list(audited["left_out"])) == (["mail"], ["newer"])
 
 
-def test_it_is_live_on_a_terminal_and_ctrl_c_ends_it_with_0(server: Server, broker: Broker, tmp_path: Path) -> None:
-    broker.enqueue("mail", b"x")
+@contextmanager
+def on_a_terminal(server: Server, folder: Path, kind: str) -> Iterator[tuple[subprocess.Popen[bytes], int, Shows]]:
+    """`relay top` on a terminal of this kind (TERM): the process, the terminal, and whether it has shown a text."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 60, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "relay_core.cli", "top", "--interval", "100ms"],
-        cwd=tmp_path, env=environment(server.url) | {"TERM": "xterm"}, stdin=other, stdout=other, stderr=other,
+        cwd=folder, env=environment(server.url) | {"TERM": kind}, stdin=other, stdout=other, stderr=other,
         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(other)
@@ -206,18 +216,39 @@ def test_it_is_live_on_a_terminal_and_ctrl_c_ends_it_with_0(server: Server, brok
         return text in seen
 
     try:
-        eventually(lambda: shows(b"1 ready"), "the first look")
-        broker.enqueue_many("mail", [b"x"] * 6)
-        eventually(lambda: shows(b"7 ready"), "a later look")
-        os.write(main, b"\x03")
-        eventually(lambda: shows(b"\x1b[?1049l"), "it leaves the screen as it was")
-        assert process.wait(10) == 0
+        yield process, main, shows
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
         os.close(main)
     assert b"Traceback" not in seen
+
+
+def test_it_is_live_on_a_terminal_and_ctrl_c_ends_it_with_0(server: Server, broker: Broker, tmp_path: Path) -> None:
+    broker.enqueue("mail", b"x")
+    with on_a_terminal(server, tmp_path, "xterm") as (process, main, shows):
+        eventually(lambda: shows(b"1 ready"), "the first look")
+        broker.enqueue_many("mail", [b"x"] * 6)
+        eventually(lambda: shows(b"7 ready"), "a later look")
+        os.write(main, b"\x03")
+        eventually(lambda: shows(LEFT), "it leaves the screen as it was")
+        assert process.wait(10) == 0
+
+
+def test_it_leaves_the_screen_as_it_was_when_it_is_told_to_end(server: Server, broker: Broker, tmp_path: Path) -> None:
+    with on_a_terminal(server, tmp_path, "xterm") as (process, _main, shows):
+        eventually(lambda: shows(b"0 ready"), "the first look")
+        process.terminate()
+        eventually(lambda: shows(LEFT), "it leaves the screen as it was")
+        assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_on_a_dumb_terminal_it_looks_twice_and_ends(server: Server, broker: Broker, tmp_path: Path) -> None:
+    broker.enqueue("mail", b"x")
+    with on_a_terminal(server, tmp_path, "dumb") as (process, _main, shows):
+        eventually(lambda: shows(b"1 ready"), "one look")
+        assert process.wait(10) == 0
 
 
 def test_a_worker_that_is_killed_is_gone_from_the_list_after_its_beats_have_ended(cli: Cli, broker: Broker) -> None:

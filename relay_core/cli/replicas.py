@@ -42,7 +42,8 @@ def topology(broker: Broker, infos: Infos) -> Iterator[Finding]:
         else:
             yield Finding("topology", "ok", f"{told}; the URL names {len(url.hosts)}")
     elif url.topology == "embedded":
-        detail = f"the embedded server of {url.path}: for one machine, it ends with its last user"
+        kept = "it ends with its last user unless `relay server start` keeps it"
+        detail = f"the embedded server of {url.path}: for one machine, {kept}"
         yield Finding("topology", "info", detail)
     elif url.topology == "unix":
         yield Finding("topology", "ok", "one server, over its unix socket")

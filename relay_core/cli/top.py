@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections import Counter
@@ -118,7 +119,8 @@ def top(session: Session, queues: tuple[str, ...], interval: float, once: bool) 
     for name in queues:
         known(broker, name)
     looks = Looks(broker, queues)
-    if once or session.json or not sys.stdout.isatty():
+    # a dumb terminal cannot go back to the top of the screen
+    if once or session.json or not sys.stdout.isatty() or console().is_dumb_terminal:
         looks.look()
         time.sleep(interval)
         frame = looks.look()
@@ -129,6 +131,8 @@ def top(session: Session, queues: tuple[str, ...], interval: float, once: bool) 
         else:
             console().print(render(frame, console().width))
         return
+    # by an exception, so that the terminal gets its screen back
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     with suppress(KeyboardInterrupt):
         _watch(looks, interval)
 
