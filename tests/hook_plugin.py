@@ -8,3 +8,14 @@ from relay_core import hookimpl
 @hookimpl
 def relay_register_adapter(register: Callable[[str, str], None]) -> None:
     register("from_entry_point", "found by its entry point")
+
+
+class Object:
+    """The same as an object."""
+
+    @hookimpl
+    def relay_register_adapter(self, register: Callable[..., None]) -> None:
+        register("from_object", "found by its entry point")
+
+
+an_object = Object()

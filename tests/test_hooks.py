@@ -993,6 +993,8 @@ def test_installed_plugins_are_loaded_from_the_entry_point_group(monkeypatch: py
     entry_points_are(monkeypatch, EntryPoint("mine", "tests.hook_plugin", "relay"))
     assert Plugins().adapters == {"from_entry_point": "found by its entry point"}
     assert Plugins(installed=False).adapters == {}
+    entry_points_are(monkeypatch, EntryPoint("mine", "tests.hook_plugin:an_object", "relay"))
+    assert Plugins().adapters == {"from_object": "found by its entry point"}
 
 
 def test_an_installed_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
