@@ -306,6 +306,7 @@ def test_run_is_how_long_the_handler_ran_whatever_became_of_it(broker: Broker, c
     scrape = scrape_registry(counts.registry)
     assert value(scrape, "relay_job_run_seconds_count", queue="mail") == 2
     assert 0.1 <= value(scrape, "relay_job_run_seconds_sum", queue="mail") < 10
+    assert value(scrape, "relay_job_runs_failed_total", queue="mail") == 1
     assert value(scrape, "relay_jobs_retried_total", queue="mail") == 1
 
 

@@ -152,6 +152,8 @@ def test_a_celery_worker_serves_metrics_of_all_its_children_until_they_have_drai
         assert app.control.broadcast("ping", reply=True, limit=1, timeout=10)
         scrape = scrape_url(url)
         assert scrape("relay_jobs_processed_total", queue="celery", task="fine") == 3
+        assert scrape("relay_job_runs_failed_total", queue="celery", task="fail") == 1, "which Celery acks all the same"
+        assert scrape("relay_job_runs_failed_total", queue="celery", task="fine") == 0
         assert scrape("relay_jobs_enqueued_total", queue="celery") is None, "a child of the pool enqueued it"
         assert core.stats("celery").counters["enqueued"] == 5, "which the store, and so the exporter, has counted"
         assert {dict(labels).get("queue", "celery") for _name, labels in scrape.samples} == {"celery"}
@@ -274,6 +276,7 @@ def test_dramatiq_s_processes_serve_metrics_each_on_a_port_until_they_have_drain
         assert total("relay_job_run_seconds_count", queue="default", task="fine") == 20
         assert total("relay_job_run_seconds_sum", queue="default", task="fine") >= 0.4
         assert total("relay_jobs_dead_total", queue="default", task="fail") == 1
+        assert total("relay_job_runs_failed_total", queue="default", task="fail") == 1
         assert scrape_url(urls[0])("relay_queue_depth", queue="default", state="dlq") == 1
         infos = core.workers()
         assert {(info.queues, info.concurrency) for info in infos} == {(("default",), 2)}

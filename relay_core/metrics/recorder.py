@@ -39,6 +39,7 @@ _BY_TASK = {
     "relay_jobs_processed": "Jobs acked",
     "relay_jobs_retried": "Failed jobs that will run again",
     "relay_jobs_dead": "Jobs that went to dead",
+    "relay_job_runs_failed": "Runs whose handler raised, whatever became of the job",
 }
 _TIMES = {
     "relay_job_latency_seconds": "Time from a job's creation to its ack",
@@ -172,12 +173,11 @@ class Recorder:
         if (labels := self._labels(made, queue)) is not None:
             made.child(name, labels).inc(by)
 
-    def _tell(self, job: Job, count: str | None = None, **seconds: float) -> None:
+    def _tell(self, job: Job, count: str, by: int = 1, **seconds: float) -> None:
         """Count a move of a job and observe times of it, under one look at its labels."""
         made = self._now()
         if (labels := self._labels(made, job.queue, job)) is not None:
-            if count is not None:
-                made.child(count, labels).inc()
+            made.child(count, labels).inc(by)
             for name, value in seconds.items():
                 made.child(name, labels).observe(value)
 
@@ -221,8 +221,10 @@ class Recorder:
         self._count("relay_leases_lost", queue)
 
     @hookimpl
-    def relay_run_ended(self, job: Job, seconds: float) -> None:
-        self._tell(job, relay_job_run_seconds=seconds)
+    def relay_run_ended(self, job: Job, seconds: float, error: BaseException | None) -> None:
+        # not what the end of a worker raises in its handlers; and a series that begins at 0 has a first increase
+        failed = int(isinstance(error, Exception))
+        self._tell(job, "relay_job_runs_failed", failed, relay_job_run_seconds=seconds)
 
 
 class _Live(Collector):
