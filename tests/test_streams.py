@@ -1,22 +1,25 @@
-"""A blocking connection byte by byte, as hiredis reads it and as redis-py alone does."""
+"""A connection byte by byte, blocking and asyncio, as hiredis reads it and as redis-py alone does."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import pytest
 from redis.exceptions import ResponseError
 
 from relay_core.connection import clients, streams
+from relay_core.connection.aiopool import AsyncLink
 from relay_core.connection.pool import Link
 from relay_core.connection.replies import Verdict, judge_cut
-from relay_core.connection.steps import Address
-from relay_core.settings import StoreSettings, parse_url
+from relay_core.connection.steps import Address, Outcome
+from relay_core.settings import StoreSettings, StoreUrl, parse_url
 from tests.servers import Server
 
 Script = Callable[[socket.socket], None]
@@ -61,10 +64,48 @@ def actor(tmp_path: Path) -> Iterator[Actor]:
     made.close()
 
 
+class Exchanges(Protocol):
+    """What the tests do with a connection of either kind."""
+
+    def exchange(self, blocks: list[bytes], count: int) -> Outcome: ...
+
+    def close(self) -> None: ...
+
+
+class _Awaited:
+    """An asyncio connection, used from outside its loop."""
+
+    def __init__(self, link: AsyncLink) -> None:
+        self.link = link
+        self.loop = asyncio.new_event_loop()
+
+    def exchange(self, blocks: list[bytes], count: int) -> Outcome:
+        return self.loop.run_until_complete(self.link.exchange(blocks, count))
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.link.close())
+        self.loop.run_until_complete(asyncio.sleep(0))  # the transport ends
+        self.loop.close()
+
+
+Connect = Callable[..., Exchanges]
+
+
+def _place(path: Path, timeout: float) -> tuple[StoreUrl, StoreSettings, Address]:
+    return parse_url(f"relay+unix://{path}?db=0"), StoreSettings(socket_timeout=timeout), Address(str(path), 0)
+
+
 def link_to(path: Path, timeout: float = 10.0) -> Link:
-    settings = StoreSettings(socket_timeout=timeout)
-    url = parse_url(f"relay+unix://{path}?db=0")
-    return Link(clients.connection(url, settings, Address(str(path), 0), "store"))
+    return Link(clients.connection(*_place(path, timeout), "store"))
+
+
+def awaited_link_to(path: Path, timeout: float = 10.0) -> _Awaited:
+    return _Awaited(AsyncLink(clients.aio_connection(*_place(path, timeout), "store")))
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    return link_to if request.param == "blocking" else awaited_link_to
 
 
 def answers(*pieces: bytes) -> Script:
@@ -83,8 +124,8 @@ def answers(*pieces: bytes) -> Script:
 PING = clients.pack(("PING",))
 
 
-def test_replies_of_every_kind_come_in_order_and_errors_in_their_places(server: Server) -> None:
-    link = link_to(server.socket)
+def test_replies_of_every_kind_come_in_order_and_errors_in_their_places(server: Server, connect: Connect) -> None:
+    link = connect(server.socket)
     wires = [
         ("PING",), ("GET", "none"), ("EVAL", "return {1, 'a', {}, {false, 2}}", 0), ("NOSUCHCOMMAND",),
         ("EVAL", "return 'x\\r\\ny'", 0), ("EVAL", "return {}", 0), ("EVAL", "return -7", 0),
@@ -99,30 +140,30 @@ def test_replies_of_every_kind_come_in_order_and_errors_in_their_places(server: 
     link.close()
 
 
-def test_a_reply_in_many_pieces_is_put_together(actor: Actor) -> None:
+def test_a_reply_in_many_pieces_is_put_together(actor: Actor, connect: Connect) -> None:
     reply = b"*2\r\n$5\r\nhe\r\no\r\n:12\r\n"
     actor.plays(answers(*(reply[i : i + 1] for i in range(len(reply)))))
-    link = link_to(actor.path)
+    link = connect(actor.path)
     assert link.exchange([PING], 1).replies == [[b"he\r\no", 12]]
     link.close()
 
 
-def test_what_came_before_the_server_closed_is_kept(actor: Actor) -> None:
+def test_what_came_before_the_server_closed_is_kept(actor: Actor, connect: Connect) -> None:
     def script(client: socket.socket) -> None:
         client.recv(100)
         client.sendall(b"+one\r\n$10\r\nhal")
 
     actor.plays(script)
-    outcome = link_to(actor.path).exchange([PING + PING], 2)
+    outcome = connect(actor.path).exchange([PING + PING], 2)
     assert outcome.replies == [b"one"]
     assert outcome.sent
     assert outcome.failure is not None
     assert judge_cut(outcome.failure, "here").verdict is Verdict.UNKNOWN
 
 
-def test_silence_ends_after_the_timeout_and_closes_the_connection(actor: Actor) -> None:
+def test_silence_ends_after_the_timeout_and_closes_the_connection(actor: Actor, connect: Connect) -> None:
     actor.plays(answers(b"+one\r\n"), answers(b"+two\r\n"))
-    link = link_to(actor.path, timeout=0.05)
+    link = connect(actor.path, timeout=0.05)
     outcome = link.exchange([PING + PING], 2)
     assert outcome.replies == [b"one"]
     assert outcome.sent
@@ -132,10 +173,12 @@ def test_silence_ends_after_the_timeout_and_closes_the_connection(actor: Actor) 
     link.close()
 
 
-def test_a_server_that_does_not_read_holds_nobody_up_for_longer_than_the_timeout(actor: Actor) -> None:
+def test_a_server_that_does_not_read_holds_nobody_up_for_longer_than_the_timeout(
+    actor: Actor, connect: Connect
+) -> None:
     done = threading.Event()
     actor.plays(lambda client: (done.wait(10), None)[1])
-    outcome = link_to(actor.path, timeout=0.05).exchange([b"x" * (1 << 23)], 1)
+    outcome = connect(actor.path, timeout=0.05).exchange([b"x" * (1 << 23)], 1)
     done.set()
     assert outcome.replies == []
     assert outcome.failure is not None
@@ -176,17 +219,96 @@ def test_signals_do_not_put_the_timeout_off(actor: Actor) -> None:
     assert rung
 
 
-def test_a_server_that_turns_clients_away_did_not_run_the_command(actor: Actor) -> None:
+def test_a_server_that_turns_clients_away_did_not_run_the_command(actor: Actor, connect: Connect) -> None:
     actor.plays(answers(b"-ERR max number of clients reached\r\n"))
-    outcome = link_to(actor.path).exchange([PING], 1)
+    outcome = connect(actor.path).exchange([PING], 1)
     assert outcome.replies == []
     assert outcome.failure is not None
     assert judge_cut(outcome.failure, "here").verdict is Verdict.NOT_EXECUTED
 
 
-def test_what_is_no_reply_at_all_closes_the_connection(actor: Actor) -> None:
+def test_what_is_no_reply_at_all_closes_the_connection(actor: Actor, connect: Connect) -> None:
     actor.plays(answers(b"HTTP/1.1 400 Bad Request\r\n"), answers(b"+two\r\n"))
-    link = link_to(actor.path)
+    link = connect(actor.path)
     assert link.exchange([PING], 1).failure is not None
     assert link.exchange([PING], 1).replies == [b"two"]
+    link.close()
+
+
+def test_a_task_that_is_cancelled_leaves_no_reply_for_the_next(actor: Actor) -> None:
+    asked = threading.Event()
+
+    def script(client: socket.socket) -> None:
+        client.recv(100)
+        asked.set()
+        while client.recv(1 << 16):
+            pass
+
+    actor.plays(script, answers(b"+two\r\n"))
+    awaited = awaited_link_to(actor.path)
+
+    async def cut_short() -> None:
+        task = asyncio.ensure_future(awaited.link.exchange([PING], 1))
+        await asyncio.to_thread(asked.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    awaited.loop.run_until_complete(cut_short())
+    assert awaited.exchange([PING], 1).replies == [b"two"]
+    awaited.close()
+
+
+def test_what_came_unasked_is_no_answer_to_the_next(
+    actor: Actor, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_core.connection.pool.LOOK_AFTER", 0.0)
+    monkeypatch.setattr("relay_core.connection.aiopool.LOOK_AFTER", 0.0)
+    said = threading.Event()
+
+    def script(client: socket.socket) -> None:
+        client.recv(100)
+        client.sendall(b"+one\r\n")
+        client.sendall(b"+nobody asked\r\n")
+        said.set()
+        while client.recv(1 << 16):
+            pass
+
+    actor.plays(script, answers(b"+two\r\n"))
+    link = connect(actor.path)
+    assert link.exchange([PING], 1).replies == [b"one"]
+    assert said.wait(10)
+    assert link.exchange([PING], 1).replies == [b"two"]
+    link.close()
+
+
+def test_an_idle_connection_that_the_server_closed_is_opened_again(
+    actor: Actor, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_core.connection.pool.LOOK_AFTER", 0.0)
+    monkeypatch.setattr("relay_core.connection.aiopool.LOOK_AFTER", 0.0)
+    gone = threading.Event()
+
+    def script(client: socket.socket) -> None:
+        client.recv(100)
+        client.sendall(b"+one\r\n")
+        client.close()
+        gone.set()
+
+    actor.plays(script, answers(b"+two\r\n"))
+    link = connect(actor.path)
+    assert link.exchange([PING], 1).replies == [b"one"]
+    assert gone.wait(10)
+    assert link.exchange([PING], 1).replies == [b"two"]
+    link.close()
+
+
+def test_large_commands_and_replies_pass_in_any_number_of_pieces(server: Server, connect: Connect) -> None:
+    link = connect(server.socket)
+    body = bytes(range(256)) * (1 << 14)  # 4 MiB
+    blocks = [clients.pack(("SET", f"large{i}", body)) for i in range(4)]
+    blocks += [clients.pack(("GET", f"large{i}")) for i in range(4)]
+    outcome = link.exchange(blocks, 8)
+    assert outcome.failure is None
+    assert outcome.replies == [b"OK"] * 4 + [body] * 4
     link.close()

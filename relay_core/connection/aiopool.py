@@ -9,26 +9,21 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from relay_core.connection import clients, forks
+from relay_core.connection.aiostreams import AsyncStream, stream_of
 from relay_core.connection.pool import LOOK_AFTER
-from relay_core.connection.replies import is_reply
 from relay_core.connection.steps import Outcome
 from relay_core.errors import Unavailable
-
-SMALL = 1 << 15
-"""Bytes that asyncio takes off our hands at once, so that sending them needs no timeout of its own."""
 
 
 class AsyncLink:
     """One connection, opened when needed. Used by one task at a time."""
 
-    __slots__ = ("__weakref__", "_connection", "_open", "_used")
+    __slots__ = ("__weakref__", "_connection", "_stream", "_used")
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._open = False
+        self._stream: AsyncStream | None = None
         self._used = 0.0
         forks.watch(self)
 
@@ -37,29 +32,23 @@ class AsyncLink:
 
     async def exchange(self, blocks: list[bytes], count: int) -> Outcome:
         """Send packed commands and read `count` replies. Never raises for a server or a network."""
-        connection = self._connection
-        if self._open and monotonic() - self._used > LOOK_AFTER:
-            await self._look()
-        if not self._open:
+        stream = self._stream
+        if stream is not None and monotonic() - self._used > LOOK_AFTER and await stream.closed():
+            await self.close()
+            stream = None
+        if stream is None:
             try:
-                await connection.connect()
+                await self._connection.connect()
             except Exception as error:
                 await self.close()
                 return Outcome([], error, sent=False)
             except BaseException:
                 await self.close()
                 raise
-            self._open = True
+            stream = self._stream = stream_of(self._connection)
         replies: list[Any] = []
         try:
-            await self._send(blocks)
-            for _ in range(count):
-                try:
-                    replies.append(await connection.read_response(disconnect_on_error=False))
-                except RedisError as error:
-                    if not is_reply(error):
-                        raise
-                    replies.append(error.with_traceback(None))
+            await stream.exchange(blocks, count, replies)
         except Exception as error:
             await self.close()
             return Outcome(replies, error)
@@ -69,31 +58,8 @@ class AsyncLink:
         self._used = monotonic()
         return Outcome(replies)
 
-    async def _send(self, blocks: list[bytes]) -> None:
-        connection = self._connection
-        if len(blocks) > 1 or len(blocks[0]) > SMALL:
-            await connection.send_packed_command(blocks, check_health=False)
-            return
-        # With a timeout, redis-py makes a task for each send, which costs more than the send.
-        timeout, connection.socket_timeout = connection.socket_timeout, None
-        try:
-            await connection.send_packed_command(blocks, check_health=False)
-        finally:
-            connection.socket_timeout = timeout
-
-    async def _look(self) -> None:
-        connection = self._connection
-        # Its name before redis-py 8.
-        look = getattr(connection, "can_read", None) or connection.can_read_destructive
-        try:
-            if not await look():
-                return
-        except (RedisError, OSError):
-            pass
-        await self.close()
-
     async def close(self) -> None:
-        self._open = False
+        self._stream = None
         with suppress(Exception):
             await self._connection.disconnect(nowait=True)
 

@@ -118,6 +118,11 @@ def socket_of(connection: Any) -> Any:
     return connection._sock
 
 
+def transport_of(connection: Any) -> Any:
+    """The transport of an open asyncio connection, for which redis-py has no public name either."""
+    return connection._writer.transport
+
+
 def let_go(connection: Any) -> None:
     """In a child of fork: release the child's copy of an asyncio connection's socket."""
     writer = getattr(connection, "_writer", None)  # redis-py has no public name for the socket

@@ -8,8 +8,6 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from relay_core.connection import forks
 from relay_core.connection.busypoll import busy_poll, no_poll
 from relay_core.connection.clients import socket_of
@@ -38,9 +36,10 @@ class Link:
 
     def exchange(self, blocks: list[bytes], count: int) -> Outcome:
         """Send packed commands and read `count` replies. Never raises for a server or a network."""
-        if self._stream is not None and monotonic() - self._used > LOOK_AFTER:
-            self._look()
         stream = self._stream
+        if stream is not None and monotonic() - self._used > LOOK_AFTER and stream.closed():
+            self.close()
+            stream = None
         if stream is None:
             try:
                 self._connection.connect()
@@ -67,14 +66,6 @@ class Link:
             raise
         self._used = monotonic()
         return Outcome(replies)
-
-    def _look(self) -> None:
-        try:
-            if not self._connection.can_read(timeout=0):
-                return
-        except (RedisError, OSError):
-            pass
-        self.close()
 
     def close(self) -> None:
         self._stream = None

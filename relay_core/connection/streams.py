@@ -22,8 +22,17 @@ if HIREDIS_AVAILABLE:  # and new enough
 
     _Reader = Reader
 
-_MORE = object()
+MORE = object()
+"""What a reader answers while a reply is not there, or not all of it."""
+
 _READ_BYTES = 1 << 16
+
+
+def new_reader() -> Any:
+    """hiredis, which is fed bytes and gives replies, those that are errors as exceptions; None where it is missing."""
+    if _Reader is None:
+        return None
+    return _Reader(replyError=DefaultParser.parse_error, protocolError=InvalidResponse, notEnoughData=MORE)
 
 
 class Stream(Protocol):
@@ -34,22 +43,25 @@ class Stream(Protocol):
     def receive(self) -> Any:
         """The next reply; an error reply of the server as the exception."""
 
+    def closed(self) -> bool:
+        """Whether the server has closed it, or has said something unasked."""
+
 
 class FastStream:
     """hiredis, fed from the socket. The socket's own timeout bounds each call."""
 
-    __slots__ = ("_buffer", "_feed", "_next", "_read", "send")
+    __slots__ = ("_buffer", "_connection", "_feed", "_next", "_read", "_said", "send")
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, reader: Any) -> None:
         socket = socket_of(connection)
-        reader = _Reader(replyError=DefaultParser.parse_error, protocolError=InvalidResponse, notEnoughData=_MORE)
+        self._connection = connection
         self.send = socket.sendall
-        self._read, self._feed, self._next = socket.recv_into, reader.feed, reader.gets
+        self._read, self._feed, self._next, self._said = socket.recv_into, reader.feed, reader.gets, reader.has_data
         self._buffer = bytearray(_READ_BYTES)
 
     def receive(self) -> Any:
         reply = self._next()
-        while reply is _MORE:
+        while reply is MORE:
             size = self._read(self._buffer)
             if not size:
                 raise ConnectionError("Connection closed by server.")
@@ -58,6 +70,9 @@ class FastStream:
         if isinstance(reply, RedisError) and not is_reply(reply):
             raise reply
         return reply
+
+    def closed(self) -> bool:
+        return self._said() or _can_read(self._connection)
 
 
 class PlainStream:
@@ -77,7 +92,18 @@ class PlainStream:
                 return error.with_traceback(None)
             raise
 
+    def closed(self) -> bool:
+        return _can_read(self._connection)
+
+
+def _can_read(connection: Any) -> bool:
+    try:
+        return bool(connection.can_read(timeout=0))
+    except (RedisError, OSError):
+        return True
+
 
 def stream_of(connection: Any) -> Stream:
     """The stream of a connection of redis-py that was just opened, and is used in no other way from now on."""
-    return PlainStream(connection) if _Reader is None else FastStream(connection)
+    reader = new_reader()
+    return PlainStream(connection) if reader is None else FastStream(connection, reader)
