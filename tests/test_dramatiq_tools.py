@@ -130,9 +130,9 @@ def test_hooks_see_dramatiq_messages_as_any_other_jobs(server: Server) -> None:
     with running(broker):
         broker.join("default", timeout=10_000)
     broker.close()
-    # the thread that retried may be told of it later than another one of its next claim
-    assert (watch.seen[0], watch.seen[-1]) == ("enqueued default 0.1", "acked")
-    assert sorted(watch.seen[1:-1]) == ["claimed default", "claimed default", "retried ValueError: first"]
+    # the thread that retried may be told of it later than others of the next claim, and even of its ack
+    watch.seen.remove("retried ValueError: first")
+    assert watch.seen == ["enqueued default 0.1", "claimed default", "claimed default", "acked"]
 
 
 @pytest.mark.parametrize("flavour", ["redis"], indirect=True)
