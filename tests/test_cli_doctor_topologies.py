@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -102,6 +103,11 @@ def test_every_primary_of_a_cluster_is_looked_at_and_its_slots_and_replicas_coun
 @pytest.mark.slow
 def test_a_primary_without_a_replica_and_slots_that_nobody_serves_are_told(cluster: Cluster) -> None:
     cli = Cli(cluster.url)
+    dead = cluster.kill_primary_of(0)
+    told = cli.json("doctor", "--timeout", "0.2", code=3)["checks"]
+    assert f"127.0.0.1:{dead.port}" in next(row["detail"] for row in told if row["level"] == "error")
+    assert told[-1] == {"check": "other checks", "level": "info", "detail": ANY}
+    cluster.reset()
     replica = next(node for node in cluster.nodes if node.info("replication")["role"] == "slave")
     followed = int(replica.info("replication")["master_port"])
     replica.kill()

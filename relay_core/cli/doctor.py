@@ -24,7 +24,10 @@ def doctor(ctx: click.Context, session: Session) -> None:
     try:
         findings.extend(examine(session.broker))
     except (Unavailable, EmbeddedError) as error:
+        others = bool(findings)  # another primary of a cluster has answered
         findings.append(Finding("reachable", "error", str(error)))
+        if others:
+            findings.append(Finding("other checks", "info", "not made: bring that server back and ask again"))
         code = 3
     errors = [one for one in findings if one.level == "error"]
     if session.json:
