@@ -56,6 +56,25 @@ if __name__ == "__main__":
         print((time.perf_counter() - began) / (jobs - 1))
 """
 
+_RELAY_ASYNCIO = """
+import asyncio
+from relay_core import AsyncBroker
+
+async def noop(job):
+    note()
+
+async def send():
+    async with AsyncBroker(f"relay://127.0.0.1:{os.environ['PORT']}/0") as broker:
+        await broker.enqueue("bench", b"0")
+        began = time.perf_counter()
+        for i in range(jobs - 1):
+            await broker.enqueue("bench", str(i).encode())
+        print((time.perf_counter() - began) / (jobs - 1))
+
+if __name__ == "__main__":
+    asyncio.run(send())
+"""
+
 _TASKIQ = """
 import asyncio
 from taskiq_redis import RedisStreamBroker
@@ -147,11 +166,15 @@ def _peers(folder: Path) -> list[Peer]:
     own, theirs = str(Path(sys.executable).parent), str(folder / "peers" / "bin")
     venv.create(folder / "peers", with_pip=True)
     subprocess.run([f"{theirs}/pip", "install", "--quiet", *PACKAGES], check=True)
-    python = f"{theirs}/python"
+    python, relay = f"{theirs}/python", (f"{own}/relay", "worker", "run", "--queue", "bench", "--concurrency", "8")
     peers = [
         Peer(
             "relay, 8 threads", "relay_app.py", _COMMON + _RELAY, (sys.executable, "relay_app.py"),
-            (f"{own}/relay", "worker", "run", "relay_app:noop", "--queue", "bench", "--concurrency", "8"),
+            (*relay, "relay_app:noop"),
+        ),
+        Peer(
+            "relay, asyncio, 8 at a time", "relay_aio.py", _COMMON + _RELAY_ASYNCIO, (sys.executable, "relay_aio.py"),
+            (*relay, "relay_aio:noop"),
         ),
         Peer(
             "taskiq, stream broker", "taskiq_app.py", _COMMON + _TASKIQ, (python, "taskiq_app.py"),
