@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.idle import commands_within
+from benchmarks.rounds import medians
 from benchmarks.servers import cpu_seconds
 from tests.servers import Server
 
@@ -111,10 +112,6 @@ def _round(folder: Path, server: Server, kind: str, flags: list[str]) -> tuple[f
     return float(sent.stdout) * 1e6, (last - first) / JOBS * 1e6, used / JOBS * 1e6
 
 
-def _median(rounds: list[tuple[float, ...]]) -> list[float]:
-    return [statistics.median(one) for one in zip(*rounds, strict=True)]
-
-
 def celery(folder: Path) -> Table:
     """Medians of rounds in turn, how many times faster relay is, and what was aimed at."""
     (folder / "bench_app.py").write_text(_APP)
@@ -129,7 +126,7 @@ def celery(folder: Path) -> Table:
                 for kind in KINDS:
                     found[kind].append(_round(folder, server, kind, flags))
                     sending[kind].append(found[kind][-1][0])
-            (_, stock, stock_cpu), (_, relay, relay_cpu) = _median(found["stock"]), _median(found["relay"])
+            (_, stock, stock_cpu), (_, relay, relay_cpu) = medians(found["stock"]), medians(found["relay"])
             table.add_row(f"{name}: run, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {target:g}")
             table.add_row(
                 f"{name}: server CPU, µs", f"{stock_cpu:.0f}", f"{relay_cpu:.0f}", f"{stock_cpu / relay_cpu:.2f}",

@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import time
 import venv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
 
+from benchmarks.rounds import medians, until_done
 from benchmarks.servers import cpu_seconds
 from tests.servers import Server
 
@@ -203,16 +201,12 @@ def direct(folder: Path) -> Table:
         for _ in range(ROUNDS):
             for peer in peers:
                 found[peer.name].append(_round(folder, server, peer))
-    base = _medians(found[peers[0].name])
+    base = medians(found[peers[0].name])
     for name, rounds in found.items():
-        costs = _medians(rounds)
+        costs = medians(rounds)
         ratios = [f"{cost / least:.1f}" for cost, least in zip(costs, base, strict=True)]
         table.add_row(name, *(f"{cost:.0f}" for cost in costs), *ratios)
     return table
-
-
-def _medians(rounds: Sequence[tuple[float, ...]]) -> list[float]:
-    return [statistics.median(one) for one in zip(*rounds, strict=True)]
 
 
 def _round(folder: Path, server: Server, peer: Peer) -> tuple[float, ...]:
@@ -233,13 +227,9 @@ def _round(folder: Path, server: Server, peer: Peer) -> tuple[float, ...]:
             peer.work, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 120
-        while not done.exists():
-            if time.monotonic() > deadline or worker.poll() is not None:
-                raise RuntimeError(f"{peer.name} did not finish\n{(folder / 'worker.log').read_text()[-2000:]}")
-            time.sleep(0.05)
+        run = until_done(done, worker, peer.name, folder / "worker.log")
         used = cpu_seconds(client) - before
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
-    return float(sent.stdout) * 1e6, float(done.read_text()) * 1e6, used / JOBS * 1e6
+    return float(sent.stdout) * 1e6, run * 1e6, used / JOBS * 1e6

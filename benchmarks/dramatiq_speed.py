@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from benchmarks.rounds import medians, until_done
 from benchmarks.servers import cpu_seconds
 from tests.servers import Server
 
@@ -143,7 +144,7 @@ def _side_by_side(folder: Path, server: Server, threads: int) -> list[Cost]:
     for _ in range(ROUNDS):
         for kind in KINDS:
             found[kind].append(_round(folder, server, kind, threads))
-    return [Cost(*(statistics.median(one) for one in zip(*found[kind], strict=True))) for kind in KINDS]
+    return [Cost(*medians(found[kind])) for kind in KINDS]
 
 
 def _round(folder: Path, server: Server, kind: str, threads: int) -> Cost:
@@ -158,14 +159,10 @@ def _round(folder: Path, server: Server, kind: str, threads: int) -> Cost:
         producer, env=_environment(folder, server, kind), cwd=folder, capture_output=True, check=True, text=True
     )
     with _worker(folder, server, kind, threads) as worker:
-        deadline = time.monotonic() + 300
-        while not done.exists():
-            if time.monotonic() > deadline or worker.poll() is not None:
-                raise RuntimeError(f"dramatiq on {kind} did not finish, see {folder}/worker.log")
-            time.sleep(0.05)
+        run = until_done(done, worker, f"dramatiq on {kind}", folder / "worker.log")
         used = cpu_seconds(client) - before
     client.close()
-    return Cost(*(seconds / JOBS * 1e6 for seconds in (float(sent.stdout), float(done.read_text()), used)))
+    return Cost(*(seconds / JOBS * 1e6 for seconds in (float(sent.stdout), run, used)))
 
 
 def _environment(folder: Path, server: Server, kind: str) -> dict[str, str]:

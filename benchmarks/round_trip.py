@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from unittest.mock import patch
 
+import redis
 from rich.table import Table
 
 from benchmarks.servers import cpu_seconds
@@ -27,17 +27,18 @@ def round_trip() -> Table:
         with patch("relay_core.connection.pool.busy_poll", lambda _socket: no_poll):
             asleep.enqueue("bench", PAYLOAD)  # opens its one connection
         found: dict[str, list[tuple[float, float, float]]] = {"asleep at once": [], "awake for a moment": []}
+        client = server.client()
         for _ in range(ROUNDS):
             for broker, rounds in zip((asleep, awake), found.values(), strict=True):
-                rounds.append(_round(broker, lambda: cpu_seconds(server.client())))
+                rounds.append(_round(broker, client))
     for name, rounds in found.items():
         table.add_row(name, *(f"{statistics.median(figure):.0f}" for figure in zip(*rounds, strict=True)))
     return table
 
 
-def _round(broker: Broker, server_cpu: Callable[[], float]) -> tuple[float, float, float]:
-    used, began, own = server_cpu(), time.perf_counter(), time.process_time()
+def _round(broker: Broker, client: redis.Redis) -> tuple[float, float, float]:
+    used, began, own = cpu_seconds(client), time.perf_counter(), time.process_time()
     for _ in range(SENT):
         broker.enqueue("bench", PAYLOAD)
-    figures = time.perf_counter() - began, time.process_time() - own, server_cpu() - used
+    figures = time.perf_counter() - began, time.process_time() - own, cpu_seconds(client) - used
     return figures[0] / SENT * 1e6, figures[1] / SENT * 1e6, figures[2] / SENT * 1e6

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from redis.exceptions import ResponseError
@@ -259,48 +259,60 @@ def test_a_task_that_is_cancelled_leaves_no_reply_for_the_next(actor: Actor) -> 
     awaited.close()
 
 
-def test_what_came_unasked_is_no_answer_to_the_next(
-    actor: Actor, connect: Connect, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("then", [b"+nobody asked\r\n", b""], ids=["unasked", "closed"])
+def test_a_connection_that_is_out_of_step_after_a_rest_is_opened_again(
+    actor: Actor, connect: Connect, monkeypatch: pytest.MonkeyPatch, then: bytes
 ) -> None:
     monkeypatch.setattr("relay_core.connection.pool.LOOK_AFTER", 0.0)
     monkeypatch.setattr("relay_core.connection.aiopool.LOOK_AFTER", 0.0)
-    said = threading.Event()
+    done = threading.Event()
 
     def script(client: socket.socket) -> None:
         client.recv(100)
         client.sendall(b"+one\r\n")
-        client.sendall(b"+nobody asked\r\n")
-        said.set()
-        while client.recv(1 << 16):
+        if then:
+            client.sendall(then)
+        else:
+            client.close()
+        done.set()
+        while then and client.recv(1 << 16):
             pass
 
     actor.plays(script, answers(b"+two\r\n"))
     link = connect(actor.path)
     assert link.exchange([PING], 1).replies == [b"one"]
-    assert said.wait(10)
+    assert done.wait(10)
     assert link.exchange([PING], 1).replies == [b"two"]
     link.close()
 
 
-def test_an_idle_connection_that_the_server_closed_is_opened_again(
-    actor: Actor, connect: Connect, monkeypatch: pytest.MonkeyPatch
+def test_an_event_loop_takes_no_more_than_one_block_off_a_sender_whose_server_does_not_read(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay_core.connection.pool.LOOK_AFTER", 0.0)
-    monkeypatch.setattr("relay_core.connection.aiopool.LOOK_AFTER", 0.0)
-    gone = threading.Event()
+    written: list[int] = []
+    done = threading.Event()
+    actor.plays(lambda client: (done.wait(10), None)[1])
+    awaited = awaited_link_to(actor.path, timeout=0.05)
+    real = clients.transport_of
 
-    def script(client: socket.socket) -> None:
-        client.recv(100)
-        client.sendall(b"+one\r\n")
-        client.close()
-        gone.set()
+    def watched(connection: Any) -> Any:
+        transport = real(connection)
+        write = transport.write
 
-    actor.plays(script, answers(b"+two\r\n"))
-    link = connect(actor.path)
-    assert link.exchange([PING], 1).replies == [b"one"]
-    assert gone.wait(10)
-    assert link.exchange([PING], 1).replies == [b"two"]
-    link.close()
+        def noted(data: bytes) -> None:
+            written.append(len(data))
+            write(data)
+
+        monkeypatch.setattr(transport, "write", noted)
+        return transport
+
+    monkeypatch.setattr("relay_core.connection.aiostreams.transport_of", watched)
+    outcome = awaited.exchange([b"x" * (1 << 22)] * 4, 4)
+    done.set()
+    assert outcome.failure is not None
+    if streams.new_reader() is not None:
+        assert written == [1 << 22]
+    awaited.close()
 
 
 def test_large_commands_and_replies_pass_in_any_number_of_pieces(server: Server, connect: Connect) -> None:

@@ -84,6 +84,10 @@ def watch_workers() -> None:
         signals.worker_shutdown.connect(_shutdown, weak=False, dispatch_uid=_UID)
 
 
+_counts_in = 0
+"""The process in which that was looked at."""
+
+
 def count_in_child(client: Any) -> None:
     """Called at each connect: in a child of a prefork pool, enqueues go into the multiprocess folder if there is one.
 
@@ -101,9 +105,6 @@ def count_in_child(client: Any) -> None:
 
         plugins = shared_broker(client).plugins
         plugins.register(Recorder(tasks=options.get("metrics_tasks", 0), plugins=plugins))
-
-
-_counts_in = 0
 
 
 def _ready(sender: Any, **_: Any) -> None:

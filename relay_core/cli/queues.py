@@ -10,7 +10,7 @@ from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
-from relay_core.cli.stats import NONE, held_back, known, limits_of, read, tell_left_out
+from relay_core.cli.stats import held_back, known, limits_of, none_of, read, tell_left_out
 from relay_core.errors import InvalidArgument
 from relay_core.job import State
 
@@ -40,7 +40,7 @@ def ls(session: Session) -> None:
         ]
         emit(session, {"queues": rows, "left_out": left_out})
     elif not found:
-        click.echo(NONE if not left_out else "No queue can be read.")
+        click.echo(none_of(left_out))
     else:
         columns = ("queue", "ready", "delayed", "inflight", "dead", "held back by")
         table(

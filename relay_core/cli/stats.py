@@ -23,9 +23,6 @@ _TOGETHER = 1000
 """Queues read in one pipeline: a shard that is away is waited for once for all of them."""
 
 
-NONE = "No queues yet: nothing was ever enqueued here."
-
-
 class QueueNotFound(RelayError):
     """Nothing was ever enqueued to a queue of this name."""
 
@@ -70,6 +67,11 @@ def tell_left_out(left_out: Mapping[str, str]) -> None:
     """Say on stderr which queues are not shown."""
     for name, why in left_out.items():
         click.echo(f"Warning: queue {name!r} is left out: {why}", err=True)
+
+
+def none_of(left_out: Mapping[str, str]) -> str:
+    """What stands in place of a table without rows."""
+    return "No queue can be read." if left_out else "No queues yet: nothing was ever enqueued here."
 
 
 def document(stats: QueueStats) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def stats(session: Session, queues: tuple[str, ...]) -> None:
         emit(session, {"queues": [document(one) for one in found], "left_out": left_out})
         return
     if not found:
-        click.echo(NONE if not left_out else "No queue can be read.")
+        click.echo(none_of(left_out))
         return
     columns = ("queue", "ready", "delayed", "inflight", "dead", "oldest", "next", "held back by")
     rows = (

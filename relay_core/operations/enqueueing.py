@@ -34,7 +34,7 @@ class Enqueueing(Base):
         """
         checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
         if self.plugins.wants("relay_add_headers"):
-            checked = [self._with_headers(queue, spec) for spec in checked]
+            checked = [self.with_headers(queue, spec) for spec in checked]
         placed = [self.place(queue, spec) for spec in checked]
         answers: list[Enqueued | None] = [None] * len(placed)
         batches = self._batches(placed)
@@ -60,7 +60,7 @@ class Enqueueing(Base):
     def enqueue(self, queue: str, spec: JobSpec, again: bool = False) -> Flow[Enqueued]:
         """`enqueue_many` of one, the commonest call, without the lists that many need."""
         if self.plugins.wants("relay_add_headers"):
-            spec = self._with_headers(queue, spec)
+            spec = self.with_headers(queue, spec)
         queue, job = self.place(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
@@ -84,7 +84,8 @@ class Enqueueing(Base):
             yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
             self._registered.add(queue)
 
-    def _with_headers(self, queue: str, spec: JobSpec) -> JobSpec:
+    def with_headers(self, queue: str, spec: JobSpec) -> JobSpec:
+        """The job with what plugins add to its headers. What a plugin raises goes to the caller."""
         spec.options()  # its own headers are checked before a plugin is shown them
         return replace(spec, headers=self.plugins.headers(queue, payload_bytes(spec.payload), spec.headers or {}))
 

@@ -168,7 +168,7 @@ def _ticks(
     q = ops.settings.keys(one.queue)
     for tick in one.to_enqueue(first_ms, now_ms, plan.anchor_ms):
         yield from _register(ops, one.queue)
-        spec = _with_headers(ops, one, one.job(tick))
+        spec = _job(ops, one, tick)
         answer = yield commands.tick(q, one.name, tick, spec.stored(one.payload), one.dedup_key or "")
         if answer is None:
             continue
@@ -181,12 +181,12 @@ def _ticks(
             ops.plugins.notify("relay_job_enqueued", queue=one.queue, id=answer.id, delay=0.0, headers=headers)
 
 
-def _with_headers(ops: Operations, one: Schedule, spec: JobSpec) -> JobSpec:
+def _job(ops: Operations, one: Schedule, tick: int) -> JobSpec:
     """The job of a tick with what plugins add. Raises PluginError for whatever they raise: the tick is not lost."""
     if not ops.plugins.wants("relay_add_headers"):
-        return spec
+        return one.job(tick)
     try:
-        return replace(spec, headers=ops.plugins.headers(one.queue, _readable(ops, one).payload, spec.headers or {}))
+        return ops.with_headers(one.queue, _readable(ops, one).job(tick))
     except Exception as error:
         raise PluginError(f"a plugin's relay_add_headers raised {error!r}") from error
 
