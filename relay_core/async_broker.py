@@ -100,7 +100,7 @@ class AsyncBroker(BrokerBase):
 
     async def enqueue(self, queue: str, payload: bytes, **options: Any) -> Enqueued:
         """See Broker.enqueue."""
-        return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+        return await self.drive(self.operations.enqueue(queue, payload, **options))
 
     async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """See Broker.enqueue_many."""

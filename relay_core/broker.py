@@ -121,7 +121,7 @@ class Broker(BrokerBase):
 
         Raises NotDurable when it is stored, and `durability` was not confirmed in time.
         """
-        return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+        return self.drive(self.operations.enqueue(queue, payload, **options))
 
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """Store many `jobs` in few round trips, their order kept. All are checked before the first is sent.

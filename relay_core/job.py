@@ -42,8 +42,7 @@ class Receipt(NamedTuple):
     token: str
 
 
-@dataclass(frozen=True, slots=True)
-class Enqueued:
+class Enqueued(NamedTuple):
     """The answer to an enqueue.
 
     :ivar id: id of the stored job; for a duplicate, the id of the job that is already there

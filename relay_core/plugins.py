@@ -152,6 +152,11 @@ class Plugins:
         """True when some plugin implements this hook."""
         return bool(self._impls(name))
 
+    @property
+    def alter_jobs(self) -> bool:
+        """True when some plugin has a say in what is enqueued, and where."""
+        return self.wants("relay_encode_payload") or self.wants("relay_route_job") or self.wants("relay_add_headers")
+
     def notify(self, name: str, **arguments: Any) -> None:
         """Tell every plugin; one that raises is logged and does not stop the others."""
         if self._impls(name):

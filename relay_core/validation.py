@@ -91,15 +91,13 @@ def _headers(headers: Any) -> None:
             raise InvalidArgument(f"headers must map str to str, got {_shown(name)}: {_shown(value)}")
 
 
-def _mark(headers: Any) -> tuple[tuple[str, str], ...] | None:
-    """The headers of most jobs: none, or one that an adapter knows its jobs by. None for others."""
-    if headers is None:
-        return ()
-    if type(headers) is dict and len(headers) == 1:
-        (mark,) = headers.items()
-        if type(mark[1]) is str:
-            return (mark,)
-    return None
+def _checked_id(id: Any) -> str:
+    """The id, or a fresh one for None."""
+    if id is None:
+        return new_id()
+    if not isinstance(id, str) or not _ID.fullmatch(id):
+        raise InvalidArgument(f"id must be 1 to 128 printable ASCII characters without spaces, got {_shown(id)}")
+    return id
 
 
 @lru_cache(maxsize=256)
@@ -108,6 +106,23 @@ def _plain_head(priority: int, *headers: tuple[str, str]) -> bytes:
     whole("priority", priority, least=0, most=LEVELS - 1)
     _headers(dict(headers))
     return Record.pack(priority, Options(headers=dict(headers)), b"")
+
+
+def plain_job(payload: bytes, id: str | None, priority: int, headers: Mapping[str, str] | None) -> NewJob | None:
+    """A job that asks for nothing else, as most do. None when its headers are more than the one that an adapter knows
+    its jobs by."""
+    if type(priority) is not int:
+        return None
+    if headers is None:
+        head = _plain_head(priority)
+    elif type(headers) is dict and len(headers) == 1:
+        (mark,) = headers.items()
+        if type(mark[1]) is not str:
+            return None
+        head = _plain_head(priority, mark)
+    else:
+        return None
+    return NewJob(_checked_id(id), "", "", head + payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +203,11 @@ class JobSpec:
 
     def stored(self, payload: bytes) -> NewJob:
         """The job as the enqueue script takes it, with the payload as it goes into the store."""
-        id = new_id() if self.id is None else self.id
-        if not isinstance(id, str) or not _ID.fullmatch(id):
-            raise InvalidArgument(f"id must be 1 to 128 printable ASCII characters without spaces, got {_shown(id)}")
-        mark = _mark(self.headers)
-        if mark is not None and type(self.priority) is int and self._asked() == _NOTHING:
-            return NewJob(id, "", "", _plain_head(self.priority, *mark) + payload)
+        if self._asked() == _NOTHING:
+            plain = plain_job(payload, self.id, self.priority, self.headers)
+            if plain is not None:
+                return plain
+        id = _checked_id(self.id)
         whole("priority", self.priority, least=0, most=LEVELS - 1)
         options = self.options()
         record = Record.pack(self.priority, options, payload)

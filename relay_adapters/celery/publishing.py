@@ -62,38 +62,38 @@ class Publishing(Routing):
         """
         id = message.get(_ID) or job_id_of(message["headers"])
         terms = self.topology.terms(queue)
-        spec = self.spec_of(message, id, terms, level)
+        payload, options = pack(message), self._options(message, id, terms, level)
         if (batch := message.get(BATCH)) is not None:
-            batch.add(queue, spec, message)
+            batch.add(queue, JobSpec(payload, **options), message)
             return
         flows, again = self.broker.operations, message.get(_AGAIN, False)
-        answer = self.broker.drive(flows.enqueue(queue, spec, again))
+        answer = self.broker.drive(flows.enqueue(queue, payload, again, **options))
         taken = 0
-        while answer.duplicate and answer.id == spec.id:
+        while answer.duplicate and answer.id == options["id"]:
             # an earlier task of the same id is still there, and this is another one, as Celery understands it
             taken += 1
             if taken > TAKEN:
                 raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {id!r}; give each its own")
-            message[_ID] = f"{id}~{taken}"
-            spec = self.spec_of(message, message[_ID], terms, level)
-            answer = self.broker.drive(flows.enqueue(queue, spec))
+            options["id"] = message[_ID] = f"{id}~{taken}"
+            answer = self.broker.drive(flows.enqueue(queue, payload, **options))
 
-    def spec_of(
-        self, message: MutableMapping[str, Any], id: str, terms: Terms | None = None, level: int | None = None
-    ) -> JobSpec:
-        """The job that a message becomes in a queue of these terms."""
-        wait = wait_of(message)
+    def _options(
+        self, message: MutableMapping[str, Any], id: str, terms: Terms | None, level: int | None
+    ) -> dict[str, Any]:
+        """Those of the job that a message becomes in a queue of these terms, as JobSpec takes them."""
+        options: dict[str, Any] = {
+            "id": id,
+            "priority": self.level_of(message, terms) if level is None else level,
+            "headers": _HEADERS,
+        }
+        if wait := wait_of(message):
+            options["delay"] = wait
+        if terms is not None:
+            options |= limits_of(terms)
         # a retry is never a duplicate of what it retries
-        dedup = {} if message["headers"].get("retries") else dedup_of(message)
-        return JobSpec(
-            pack(message),
-            id=id,
-            delay=wait or None,
-            priority=self.level_of(message, terms) if level is None else level,
-            headers=_HEADERS,
-            **limits_of(terms),
-            **dedup,
-        )
+        if not message["headers"].get("retries"):
+            options |= dedup_of(message)
+        return options
 
     def level_of(self, message: MutableMapping[str, Any], terms: Terms | None) -> int:
         """relay's level 0 to 9, 9 first, of a message's priority."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from relay_core.scripts import Script
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 Arg = bytes | str | int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Command(Generic[T]):
     """One script call: what to send, and how to read the reply. Building one does no I/O.
 
@@ -22,12 +22,12 @@ class Command(Generic[T]):
     :ivar durable: True when the shells must confirm it as the broker's `durability` asks
     """
 
-    script: Script
-    keys: tuple[bytes, ...]
-    args: tuple[Arg, ...]
+    script: Final[Script]
+    keys: Final[tuple[bytes, ...]]
+    args: Final[tuple[Arg, ...]]
     parse: Callable[[Any, bool], T]
-    resent_at: int | None = None
-    durable: bool = False
+    resent_at: Final[int | None] = None
+    durable: Final[bool] = False
 
     def wire(self, resent: bool = False) -> tuple[Arg, ...]:
         """`sha numkeys keys... args...`, what follows EVALSHA on the wire."""

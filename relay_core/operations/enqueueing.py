@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from relay_core import commands, keys
 from relay_core.commands import LongWay, NewJob
@@ -15,7 +16,7 @@ from relay_core.operations.base import Base
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow, Raw
 from relay_core.plugins import Plugins
-from relay_core.validation import JobSpec, payload_bytes, payload_size
+from relay_core.validation import JobSpec, payload_bytes, payload_size, plain_job
 
 _MAX_BATCH_BYTES = 4 * 2**20
 
@@ -57,26 +58,44 @@ class Enqueueing(Base):
             raise failed
         return [answer for answer in answers if answer is not None]
 
-    def enqueue(self, queue: str, spec: JobSpec, again: bool = False) -> Flow[Enqueued]:
-        """`enqueue_many` of one, the commonest call, without the lists that many need."""
-        if self.plugins.wants("relay_add_headers"):
-            spec = self.with_headers(queue, spec)
-        queue, job = self.place(queue, spec)
+    def enqueue(
+        self,
+        queue: str,
+        payload: bytes,
+        again: bool = False,
+        /,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        headers: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Flow[Enqueued]:
+        """`enqueue_many` of one, the commonest call, without what many need, and most without a JobSpec."""
+        spec = None
+        if options or self.plugins.alter_jobs or (job := self._plain(payload, id, priority, headers)) is None:
+            spec = JobSpec(payload, id=id, priority=priority, headers=headers, **options)
+            if self.plugins.wants("relay_add_headers"):
+                spec = self.with_headers(queue, spec)
+            queue, job = self.place(queue, spec)
+        q = self.settings.keys(queue)
         if queue not in self._registered:
             yield from self.register(queue)
-        answer = yield from self._enqueue_one(self.settings.keys(queue), job, again)
-        self._tell_enqueued(queue, spec, answer)
-        return answer
+        answer: Enqueued | LongWay = LongWay(again)
+        if not (again or job.due or job.dedup):
+            answer = yield commands.enqueue_one(q, job)
+        enqueued: Enqueued
+        if isinstance(answer, LongWay):
+            (enqueued,) = yield commands.enqueue(q, (job,), again=answer.resent)
+        else:
+            enqueued = answer
+        if enqueued.duplicate or self.plugins.wants("relay_job_enqueued"):
+            self._tell_enqueued(queue, spec or JobSpec(payload, headers=headers), enqueued)
+        return enqueued
 
-    @staticmethod
-    def _enqueue_one(q: keys.QueueKeys, job: NewJob, again: bool) -> Flow[Enqueued]:
-        if not (job.due or job.dedup or again):
-            answer: Enqueued | LongWay = yield commands.enqueue_one(q, job)
-            if not isinstance(answer, LongWay):
-                return answer
-            again = answer.resent
-        (enqueued,) = yield commands.enqueue(q, (job,), again=again)
-        return enqueued  # type: ignore[no-any-return]
+    def _plain(self, payload: bytes, id: str | None, priority: int, headers: Mapping[str, str] | None) -> NewJob | None:
+        payload = payload_bytes(payload)
+        payload_size(payload, self.settings.max_payload)
+        return plain_job(payload, id, priority, headers)
 
     def register(self, queue: str) -> Flow[None]:
         """Put a queue among those that people are shown, once per process."""
