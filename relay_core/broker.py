@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, names
 from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
-from relay_core.connection import Bell, SyncStore
+from relay_core.connection import Bell, Sender, SyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
@@ -67,20 +68,35 @@ class Broker(BrokerBase):
     ) -> None:
         self.close()
 
-    def drive(self, flow: Flow[T]) -> T:
-        """Carry out a flow, step by step."""
+    def drive(self, flow: Flow[T], begun: tuple[Any, Callable[[Any], Any]] | None = None) -> T:
+        """Carry out a flow, step by step.
+
+        :param begun: the step at which it stands, and what performs that one. Default: it has not begun
+        """
         try:
-            step = next(flow)
+            step, perform = begun or (next(flow), self._perform)
             while True:
                 try:
-                    answer = self._perform(step)
+                    answer = perform(step)
                 except RelayError as error:
                     step = flow.throw(error)
                 else:
                     step = flow.send(answer)
+                perform = self._perform
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+    def begin(self, flow: Flow[T], sender: Sender) -> Callable[[], T]:
+        """Send the first command of a flow, for who has other things to do until `sender.arrived()`.
+
+        Returns what waits for its reply and carries out the rest. Call it before the sender's next command.
+        """
+        command = next(flow)
+        if not isinstance(command, Command):
+            raise TypeError(f"a flow that begins with {command!r} cannot be begun")
+        sender.send(command)
+        return partial(self.drive, flow, (command, sender.result))
 
     def _perform(self, step: Step) -> Any:
         if isinstance(step, Command):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from itertools import count
 from queue import Empty
 from typing import Any
 
 from relay_adapters.celery import due
+from relay_adapters.celery.ahead import Ahead
 from relay_adapters.celery.envelope import DELIVERED, unpack
 from relay_adapters.celery.order import in_order
 from relay_adapters.celery.settling import Settling
+from relay_adapters.celery.tags import new_tag
 from relay_core import Job
+from relay_core.connection import Sender
 
 logger = logging.getLogger("relay.celery")
-
-_tags = count(1)
 
 Delivery = tuple[Any, str]
 """A message as kombu's channels take it, and the queue that it came from."""
@@ -52,26 +52,44 @@ class Consuming(Settling):
         Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell. A
         message that may kill this process comes without the others, which are handed back.
         """
-        queues = in_order(self.order, self.consumed)
         found: list[Delivery] = []
         again: float | None = None
-        for queue in queues:
+        for queue in in_order(self.order, self.consumed):
             jobs = self._claim_one(queue, room - len(found), woken)
-            suspects: list[Delivery] = []
-            for job in jobs:
-                if (raw := self._received(job)) is not None:
-                    found.append((raw, job.queue))
-                    if self.leases.apart.concerns(job):
-                        suspects.append(found[-1])
             if jobs.retry_after is not None:
                 again = min(jobs.retry_after, jobs.retry_after if again is None else again)
             if jobs:
                 self.order.rotate(queue)
-            if suspects or self.leases.apart.shut:
-                return self._set_apart(found, suspects), again
-            if len(found) >= room:
+            if self._receive([(job, None) for job in jobs], found) or len(found) >= room:
                 break
         return found, again
+
+    def claim_ahead(self, room: int, sender: Sender) -> Ahead | None:
+        """Send a claim of up to `room` messages, whose reply is for `claimed`. None where the next queue is asked only
+        once that is known, or what is claimed ends at once."""
+        if len(self.consumed) != 1 or self._no_ack:
+            return None
+        return Ahead(self.leases, sender, self.consumed[0], room)
+
+    def claimed(self, ahead: Ahead) -> tuple[list[Delivery], float | None]:
+        """The same of a claim that was sent before."""
+        found: list[Delivery] = []
+        jobs = ahead.take()
+        self._receive([pair for pair in zip(jobs, ahead.tags, strict=True) if self.leases.get(pair[1])], found)
+        return found, jobs.retry_after
+
+    def _receive(self, jobs: list[tuple[Job, str | None]], found: list[Delivery]) -> bool:
+        """Add the messages of jobs to what was found. True when a suspect among them keeps the others away."""
+        suspects: list[Delivery] = []
+        for job, tag in jobs:
+            if (raw := self._received(job, tag)) is not None:
+                found.append((raw, job.queue))
+                if self.leases.apart.concerns(job):
+                    suspects.append(found[-1])
+        if not suspects and not self.leases.apart.shut:
+            return False
+        found[:] = self._set_apart(found, suspects)
+        return True
 
     def _set_apart(self, found: list[Delivery], suspects: list[Delivery]) -> list[Delivery]:
         """Keep one suspect, or none where this process has one, and what was acked at once; hand back the others."""
@@ -102,8 +120,25 @@ class Consuming(Settling):
         for queue in self.consumed:
             self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
 
-    def _received(self, job: Job) -> Any:
-        """The message of a job, with a delivery tag of this very delivery."""
+    def _received(self, job: Job, tag: str | None = None) -> Any:
+        """The message of a job; None where it ended here.
+
+        :param tag: by which the leases hold it. Default: they do not yet
+        """
+        held, tag = tag is not None, tag or new_tag(job)
+        raw = self._message(job, tag)
+        if raw is not None and job.queue not in self._no_ack:
+            self._unacked.add(tag)
+            if not held:
+                self.leases.add(tag, job)
+            return raw
+        if raw is not None:
+            self.broker.ack(job)
+        if held:
+            self.leases.pop(tag)
+        return raw
+
+    def _message(self, job: Job, tag: str) -> Any:
         try:
             raw = unpack(job.payload)
         except (ValueError, KeyError, TypeError) as error:
@@ -112,17 +147,12 @@ class Consuming(Settling):
             return None
         if self.expired(job, raw):
             return None
-        tag, properties, headers = f"{next(_tags)}.{job.id}", raw["properties"], raw.get("headers")
+        properties, headers = raw["properties"], raw.get("headers")
         properties["delivery_tag"] = tag
         redelivered = job.deliveries - properties.pop(DELIVERED, 0) > 1
         properties.setdefault("delivery_info", {})["redelivered"] = redelivered
         if headers and headers.get("eta"):
             due.run_now(headers)
-        if job.queue in self._no_ack:
-            self.broker.ack(job)
-            return raw
-        self._unacked.add(tag)
-        self.leases.add(tag, job)
         return raw
 
     def take_back(self, deliveries: list[Delivery]) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from relay_adapters.celery import children
 from relay_adapters.celery.apart import Apart
@@ -21,6 +22,9 @@ from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
 from relay_core.errors import RelayError
+
+if TYPE_CHECKING:
+    from relay_adapters.celery.ahead import Ahead
 
 logger = logging.getLogger("relay.celery")
 
@@ -70,6 +74,8 @@ class Leases:
         self._acks: dict[str, list[Held]] = {}
         self._acks_since = 0.0
         self._releases: list[Job] = []
+        self._ahead: list[Ahead] = []
+        self._abandoned: list[Ahead] = []
         self._leave_at = 0.0
         self._event = threading.Event()
         self._watching = False
@@ -221,6 +227,12 @@ class Leases:
             logger.warning("messages that were not started are handed back when the server is there again: %s", error)
             self._event.set()
 
+    def end(self) -> None:
+        """Before the process ends: hand back what was claimed and not taken, and flush. Raises as that does."""
+        self._abandoned += self._ahead
+        self._settle_claims()
+        self.flush()
+
     def _let_go(self, held: Held) -> None:
         del self._held[held.tag]
         self._row.lost(held.tag)
@@ -240,13 +252,38 @@ class Leases:
             self._leave_at = now + 0.5
         if now < self._leave_at:
             return self._leave_at - now
+        self._settle_claims()
         self.hand_back(set(self._held) - running_tags())
         return _NOTICE
+
+    # claims that are under way
+
+    def set_out(self, ahead: Ahead) -> None:
+        """A claim was sent, and its reply will be taken later."""
+        self._ahead.append(ahead)
+
+    def come_home(self, ahead: Ahead) -> None:
+        """Its reply was taken."""
+        with suppress(ValueError):
+            self._ahead.remove(ahead)
+
+    def abandon(self, ahead: Ahead) -> None:
+        """Its channel is gone, and its reply may take a while: this thread waits for it, and hands back what comes."""
+        self._abandoned.append(ahead)
+        self._event.set()
+
+    def _settle_claims(self) -> None:
+        """Hold what was claimed and not taken, for a task may keep the loop from it for hours."""
+        for ahead in list(self._ahead):
+            ahead.settle()
+        while self._abandoned:
+            self._abandoned.pop().hand_back()
 
     # the heartbeat
 
     def extend(self) -> None:
         """Extend all leases. A lease that was lost is not extended again; the ack of its task says so."""
+        self._settle_claims()
         if time.monotonic() > self._sure:  # a child may wait for word of a task that was acked as it was accepted
             self.flush()
         with self._lock:
@@ -288,6 +325,8 @@ class Leases:
     def work(self) -> float:
         """What the thread has to do now: seconds until it has to look again."""
         now = time.monotonic()
+        if self._abandoned:
+            self._settle_claims()
         if now >= self._next_beat:
             self._next_beat = now + self.broker.settings.lease / 3
             try:
@@ -344,7 +383,7 @@ def leases_of(broker: Broker) -> Leases:
 
 
 def _at_exit(pid: int) -> None:
-    """The acks of the last milliseconds."""
+    """The acks of the last milliseconds, and what was claimed in them."""
     for leases in _all.values() if pid == os.getpid() else ():
         with suppress(RelayError):
-            leases.flush()
+            leases.end()

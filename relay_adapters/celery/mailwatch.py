@@ -41,6 +41,10 @@ class MailWatch:
             self.bell.arm(BLOCK)
         return self.bell
 
+    def sockets(self) -> list[Any]:
+        """What a loop selects on for reading."""
+        return self.bell.sockets() if self.bell is not None else []
+
     def _reader(self, boxes: tuple[str, ...]) -> Reader:
         """A reader that begins behind what this process has received before, with what an earlier one left unread."""
         places, attendance = self.channel.topology.places, self.channel.attendance

@@ -19,7 +19,7 @@ from relay_adapters.celery.mailwatch import MailWatch
 from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.watch import Watch
 from relay_adapters.celery.workerstate import shutting_down
-from relay_core.connection import Bell, readable
+from relay_core.connection import readable
 from relay_core.errors import StoreError, Unavailable
 
 _SETTLE = 0.25
@@ -69,7 +69,8 @@ class Transport(virtual.Transport):
         self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
         self._loop: Any = None
         self._loop_thread = 0
-        self._readers: dict[int, Watch | MailWatch] = {}
+        self._readers: dict[int, tuple[Any, Watch | MailWatch]] = {}
+        """Number -> the socket that had it when the loop was told to read it, and whose it is."""
         self._timer: Any = None
         self._timer_at = 0.0
         self._spoke: set[Watch | MailWatch] = set()
@@ -195,7 +196,8 @@ class Transport(virtual.Transport):
                 delivered = watch.look(asked)
                 if watch.channel.closed or watch not in self._watches.values():
                     continue
-                self._read(watch, watch.arm())
+                watch.arm()
+                self._read(watch)
                 # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
                 busy = busy or delivered > 0 or watch.busy
             if first is None or watch.look_at < first:
@@ -233,24 +235,26 @@ class Transport(virtual.Transport):
             self._hurried = False
             self._loop.remove_reader(self._busy[0].fileno())
 
-    def _read(self, watch: Watch | MailWatch, bell: Bell | None) -> None:
-        wanted = set(bell.filenos()) if bell is not None else set()
-        have = {fd for fd, owner in self._readers.items() if owner is watch}
+    def _read(self, watch: Watch | MailWatch) -> None:
+        wanted = {socket.fileno(): (socket, watch) for socket in watch.sockets()}
+        have = {fd: reader for fd, reader in self._readers.items() if reader[1] is watch}
         if wanted == have:
             return
-        for fd in have - wanted:
-            self._loop.remove_reader(fd)
-            del self._readers[fd]
-        for fd in wanted - have:
-            self._readers[fd] = watch
-            # the work is done by the tick that follows every event
-            self._loop.add_reader(fd, self._spoke_up, watch)
+        for fd, reader in have.items():
+            if wanted.get(fd) != reader:  # it may have been closed, and its number be another socket's now
+                self._loop.remove_reader(fd)
+                del self._readers[fd]
+        for fd, reader in wanted.items():
+            if fd not in self._readers:
+                self._readers[fd] = reader
+                # the work is done by the tick that follows every event
+                self._loop.add_reader(fd, self._spoke_up, watch)
 
     def _spoke_up(self, watch: Watch | MailWatch) -> None:
         self._spoke.add(watch)
 
     def _forget_readers(self, watch: Watch | MailWatch) -> None:
-        for fd in [fd for fd, owner in self._readers.items() if owner is watch]:
+        for fd in [fd for fd, (_socket, owner) in self._readers.items() if owner is watch]:
             del self._readers[fd]
             if self._loop is not None:
                 self._loop.remove_reader(fd)

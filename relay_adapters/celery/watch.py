@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from relay_adapters.celery.ahead import Ahead
 from relay_adapters.celery.consuming import Delivery
-from relay_adapters.celery.workerstate import waiting_in_pool
-from relay_core.connection import Bell
+from relay_adapters.celery.workerstate import shutting_down, waiting_in_pool
+from relay_core.connection import Bell, Sender
 
 if TYPE_CHECKING:
     from relay_adapters.celery.channel import Channel
@@ -32,6 +33,10 @@ class Watch:
         """True when there may be messages that no wake-up will tell of: after a time without credit."""
         self.waiting: deque[Delivery] = deque()
         """Claimed, and not delivered yet."""
+        self.ahead: Ahead | None = None
+        """The claim that is on its way, if one is."""
+        self._sender: Sender | None = None
+        self._rang = False
 
     def arm(self) -> Bell | None:
         """Wait for wake-ups where the channel consumes and has credit. Raises Unavailable."""
@@ -45,15 +50,23 @@ class Watch:
             self.bell = channel.broker.store.bell([settings.keys(queue).marker for queue in queues])
             self.queues = queues
         # while there is more than was claimed, no wake-up has to say so
-        if not self.hungry and not self.bell.armed and channel.qos.room(len(self.waiting)):
+        if not self.hungry and not self.bell.armed and self.ahead is None and channel.qos.room(len(self.waiting)):
             self.bell.arm(settings.max_block)
         return self.bell
+
+    def sockets(self) -> list[Any]:
+        """What a loop selects on for reading."""
+        bell = self.bell.sockets() if self.bell is not None else []
+        reply = self._sender.socket if self._sender is not None else None
+        return bell if reply is None else [*bell, reply]
 
     def quiet(self, now: float) -> bool:
         """True when a turn of a loop in which no descriptor spoke has nothing for this watch."""
         bell = self.bell
         if bell is None or self.waiting or now >= self.look_at or self.channel.leases.pending(self.queues):
             return False
+        if self.ahead is not None:
+            return waiting_in_pool() > 0
         if self.hungry:
             room = self.channel.qos.room()
             return not room or not self._wants(room, now)
@@ -69,9 +82,13 @@ class Watch:
             return 0
         rung = ask and bell is not None and bell.rung()
         now = time.monotonic()
+        if self.ahead is not None:
+            self._rang = self._rang or rung
+            return self._deliver()
         room = 0 if self.waiting else channel.qos.room()
         if room and (rung or self._wants(room, now)):
-            self._claim(room)
+            if not waiting_in_pool() or not self._claim_ahead(room):
+                self._claim(room)
             return self._deliver()
         if room == 0:
             self.hungry = True
@@ -94,6 +111,31 @@ class Watch:
 
     def _claim(self, room: int) -> None:
         found, retry_after = self.channel.claim(room, woken=True)
+        self._found(found, room, retry_after)
+
+    def _claim_ahead(self, room: int) -> bool:
+        """Send a claim and see to its reply later. False where this is not to be done."""
+        channel = self.channel
+        if not channel.connection.looping or channel.leases.apart.shut:
+            return False
+        if self._sender is None:
+            self._sender = channel.broker.store.sender()
+        self.ahead = channel.claim_ahead(room, self._sender)
+        self.look_at = time.monotonic() + channel.broker.settings.max_block
+        return self.ahead is not None
+
+    def _take(self) -> bool:
+        """Take the reply of the claim that is on its way, unless there are other things to do until it is there."""
+        ahead = self.ahead
+        if ahead is None or (waiting_in_pool() and time.monotonic() < self.look_at and not ahead.arrived()):
+            return False
+        self.ahead, rang, self._rang = None, self._rang, False
+        found, retry_after = self.channel.claimed(ahead)
+        self._found(found, ahead.room, retry_after)
+        self.hungry = self.hungry or rang
+        return True
+
+    def _found(self, found: list[Delivery], room: int, retry_after: float | None) -> None:
         self.waiting.extend(found)
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
@@ -104,9 +146,14 @@ class Watch:
         channel, delivered = self.channel, 0
         # who drains by calls expects all that there is of each
         ends = time.monotonic() + SLICE if channel.connection.looping else math.inf
-        while self.waiting and not channel.closed and (delivered == 0 or time.monotonic() < ends):
+        while not channel.closed and (delivered == 0 or time.monotonic() < ends):
+            if not (self.waiting or (self._take() and self.waiting)):
+                break
             if not channel.qos.can_consume() or self._held_back():
                 break
+            if len(self.waiting) == 1 and self.hungry and self.ahead is None and (room := channel.qos.room(1)):
+                # a pool that runs a task in the loop's own thread runs the last one meanwhile
+                self._claim_ahead(room)
             raw, queue = self.waiting.popleft()
             if queue not in channel.consumed:
                 channel.take_back([(raw, queue)])
@@ -151,6 +198,12 @@ class Watch:
     def close(self) -> None:
         """No more wake-ups; what was not delivered is handed back."""
         self._silence()
+        ahead, self.ahead, sender, self._sender = self.ahead, None, self._sender, None
+        if ahead is not None:
+            # where the server is gone, its reply would keep the loop from connecting anew
+            ahead.hand_back() if shutting_down() else self.channel.leases.abandon(ahead)
+        elif sender is not None:
+            sender.close()
         if self.waiting:
             left, self.waiting = list(self.waiting), deque()
             self.channel.take_back(left)

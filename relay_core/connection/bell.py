@@ -73,8 +73,9 @@ class Channel:
     def after_fork(self) -> None:
         self.close()  # redis-py closes the child's copy only
 
-    def fileno(self) -> int:
-        return int(clients.socket_of(self.connection).fileno())
+    @property
+    def socket(self) -> Any:
+        return clients.socket_of(self.connection)
 
     def close(self) -> None:
         connection, self.connection, self.armed = self.connection, None, False
@@ -158,10 +159,14 @@ class Bell:
             raise cut_error(error, address) from error
         channel.armed = True
 
-    def filenos(self) -> list[int]:
+    def sockets(self) -> list[Any]:
         """What to select on for reading: the connections that are armed, and the one of `wake`."""
         self._renew()
-        return [channel.fileno() for channel in self._channels if channel.armed] + [self._wake_in.fileno()]
+        return [channel.socket for channel in self._channels if channel.armed] + [self._wake_in]
+
+    def filenos(self) -> list[int]:
+        """Their numbers."""
+        return [socket.fileno() for socket in self.sockets()]
 
     def rung(self) -> bool:
         """Read what has come, without blocking. True if a marker was taken.

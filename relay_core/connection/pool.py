@@ -36,6 +36,10 @@ class Link:
 
     def exchange(self, blocks: list[bytes], count: int) -> Outcome:
         """Send packed commands and read `count` replies. Never raises for a server or a network."""
+        return self.send(blocks) or self.receive(count)
+
+    def send(self, blocks: list[bytes]) -> Outcome | None:
+        """The first half of an exchange. None when all is sent; how it failed, else."""
         stream = self._stream
         if stream is not None and monotonic() - self._used > LOOK_AFTER and stream.closed():
             self.close()
@@ -51,10 +55,24 @@ class Link:
                 raise
             stream = self._stream = stream_of(self._connection)
             self._busy_poll = busy_poll(socket_of(self._connection))
-        replies: list[Any] = []
         try:
             for block in blocks:
                 stream.send(block)
+        except Exception as error:
+            self.close()
+            return Outcome([], error)
+        except BaseException:
+            self.close()
+            raise
+        return None
+
+    def receive(self, count: int) -> Outcome:
+        """The second half: wait for `count` replies."""
+        stream = self._stream
+        if stream is None:
+            return Outcome([], ConnectionError("the connection was closed while a reply was awaited"))
+        replies: list[Any] = []
+        try:
             self._busy_poll()
             while len(replies) < count:
                 replies.append(stream.receive())
@@ -66,6 +84,11 @@ class Link:
             raise
         self._used = monotonic()
         return Outcome(replies)
+
+    @property
+    def socket(self) -> Any:
+        """The open socket, to select on; None while it is closed. Another one after each connect."""
+        return None if self._stream is None else socket_of(self._connection)
 
     def close(self) -> None:
         self._stream = None

@@ -11,6 +11,7 @@ from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
 from relay_core.connection.pool import Link, Pool
 from relay_core.connection.reader import Reader
+from relay_core.connection.sender import Sender
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
 from relay_core.connection.topology import Router
 from relay_core.errors import RelayError, Unavailable
@@ -40,16 +41,30 @@ class SyncStore:
     def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""
         started = time.monotonic()
-        address = self._router.ready(command.keys[0], started)
-        first = None
-        if address is not None and not (command.durable and self._policy.confirm):
+        address = self.ready(command, started)
+        outcome = None
+        if address is not None:
             outcome = self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
-            if outcome.failure is None:
-                reply = outcome.replies[0]
-                if not isinstance(reply, Exception):
-                    return command.parse(reply, False)
-            first = (address, outcome)
+            if outcome.failure is None and not isinstance(reply := outcome.replies[0], Exception):
+                return command.parse(reply, False)
+        return self.settle(command, started, address, outcome)
+
+    def ready(self, command: Command[Any], now: float) -> Address | None:
+        """The server that a command may be sent to at once, with no other before or after it; None for none."""
+        if command.durable and self._policy.confirm:
+            return None
+        return self._router.ready(command.keys[0], now)
+
+    def settle(
+        self, command: Command[T], started: float, address: Address | None = None, outcome: Outcome | None = None
+    ) -> T:
+        """Bring a command through, sending and repeating it as need be.
+
+        :param started: `time.monotonic()` from which `retry_for` counts
+        :param outcome: how a first send to that `address` already ended
+        """
         call = attempts.call_for(command)
+        first = None if address is None or outcome is None else (address, outcome)
         self._drive(attempts.settle([call], self._router, self._policy, started, first))
         result: T = call.outcome()
         return result
@@ -74,6 +89,10 @@ class SyncStore:
     def bell(self, markers: Sequence[bytes]) -> Bell:
         """A bell that rings when one of the markers is set. It has connections of its own."""
         return Bell(self, markers)
+
+    def sender(self) -> Sender:
+        """A sender of commands whose replies are taken later. It has a connection of its own."""
+        return Sender(self)
 
     def reader(
         self, streams: Sequence[bytes], group: str, consumer: str, last: Mapping[bytes, str] | None = None
@@ -142,11 +161,15 @@ class SyncStore:
             raise Unavailable(f"{self.url.safe()}: this store is closed")
         settings = self.settings
         made = Pool(
-            lambda: Link(clients.connection(self.url, settings, address, "store")),
+            lambda: self.link(address),
             settings.max_connections,
             settings.retry_for,
         )
         return self._pools.setdefault(address, made)
+
+    def link(self, address: Address) -> Link:
+        """A connection of the caller's own, which opens when it is used."""
+        return Link(clients.connection(self.url, self.settings, address, "store"))
 
     def after_fork(self) -> None:
         """In the child: forget the parent's pools, whose locks a thread of the parent may have held."""

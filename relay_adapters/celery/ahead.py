@@ -1,0 +1,84 @@
+"""A claim that is on its way while the event loop hands on and runs what it has."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from relay_adapters.celery.tags import new_tag
+from relay_core.errors import RelayError
+from relay_core.job import Claimed
+
+if TYPE_CHECKING:
+    from relay_adapters.celery.leases import Leases
+    from relay_core.connection import Sender
+
+
+class Ahead:
+    """Sent when made, with the acks of its queue that are pending.
+
+    Where a task holds the loop up, the thread that keeps the leases takes the reply: what was claimed is held, too.
+
+    :param sender: whose command before this one is answered
+    :ivar room: how many messages were asked for
+    :ivar tags: delivery tags of what was claimed, by which the leases hold it, once it is settled
+    """
+
+    def __init__(self, leases: Leases, sender: Sender, queue: str, room: int) -> None:
+        self.room = room
+        self.tags: list[str] = []
+        self._leases = leases
+        self._sender = sender
+        self._acks = leases.take_acks(queue)
+        self._lock = threading.Lock()
+        self._found = Claimed()
+        self._error: RelayError | None = None
+        self._settled = False
+        broker = leases.broker
+        try:
+            flow = broker.operations.finish(queue, [held.job for held in self._acks], (), room, True)
+            self._rest = broker.begin(flow, sender)
+        except BaseException:
+            leases.unsent(self._acks)
+            raise
+        leases.set_out(self)
+
+    def arrived(self) -> bool:
+        """True when `take` will not have to wait for the server, unless it has to repeat the claim."""
+        return self._settled or self._sender.arrived()
+
+    def settle(self) -> None:
+        """Take the reply, where nobody has done so yet, and hold what was claimed. From any thread; waits."""
+        with self._lock:
+            if self._settled:
+                return
+            self._settled = True
+            try:
+                acked, _nacked, self._found = self._rest()
+            except RelayError as error:
+                self._error = error
+                self._leases.unsent(self._acks)
+                return
+            except BaseException:
+                self._leases.unsent(self._acks)
+                raise
+            self._leases.sent(self._acks, acked)
+            for job in self._found:
+                self.tags.append(new_tag(job))
+                self._leases.add(self.tags[-1], job)
+
+    def take(self) -> Claimed:
+        """What was claimed, in the order of `tags`; what the leases no longer hold was handed back meanwhile. Raises
+        what the claim did."""
+        self.settle()
+        self._leases.come_home(self)
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def hand_back(self) -> None:
+        """Nobody is there any more to take it."""
+        self.settle()
+        self._leases.come_home(self)
+        self._sender.close()
+        self._leases.hand_back(self.tags)

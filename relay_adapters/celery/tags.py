@@ -1,0 +1,14 @@
+"""Delivery tags: by them Celery acks and rejects, and the leases of its messages are found."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from relay_core import Job
+
+_numbers = count(1)
+
+
+def new_tag(job: Job) -> str:
+    """A tag of this very delivery."""
+    return f"{next(_numbers)}.{job.id}"

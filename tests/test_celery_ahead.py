@@ -1,0 +1,334 @@
+"""A claim that is under way while a Celery worker does other things: what it claims is held whoever takes the reply,
+and nothing is lost when nobody does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+import kombu
+import pytest
+from kombu.asynchronous import Hub
+
+from relay_adapters.celery.ahead import Ahead
+from relay_core import Broker
+from relay_core.connection import Sender
+from relay_core.errors import Unavailable
+from relay_core.operations import Settings
+from tests.celery_links import fresh, link, send
+from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.proxy import Proxy, to_port
+from tests.servers import Server, eventually
+
+LEASE = 0.9
+
+
+@pytest.fixture(scope="module")
+def tcp() -> Iterator[Server]:
+    with Server("valkey", tcp=True) as server:
+        yield server
+
+
+class Desk:
+    """A channel that consumes one queue of `sent` messages, beside a broker of another process's kind."""
+
+    def __init__(self, connection: kombu.Connection, engine: Broker, sent: int) -> None:
+        self.channel: Any = connection.channel()
+        self.queue, self.engine, self.leases = fresh("ahead"), engine, self.channel.leases
+        kombu.Queue(self.queue)(self.channel).declare()
+        for n in range(sent):
+            send(connection, n, key=self.queue)
+        self.channel.basic_consume(self.queue, False, lambda message: None, fresh("tag"))
+        self.sender: Sender = self.channel.broker.store.sender()
+
+    def ahead(self, room: int) -> Ahead:
+        found = self.channel.claim_ahead(room, self.sender)
+        assert isinstance(found, Ahead)
+        return found
+
+    def counts(self) -> tuple[int, int]:
+        """How many are ready, and how many are held."""
+        stats = self.engine.stats(self.queue)
+        return stats.ready, stats.inflight
+
+    def held(self, count: int) -> None:
+        eventually(lambda: self.counts()[1] == count, f"{count} to be held")
+
+
+@contextmanager
+def desk(url: str, engine: Broker, sent: int, **options: Any) -> Iterator[Desk]:
+    with link(url, lease=LEASE, **{"retry_for": 0.5, **options}) as connection:
+        yield Desk(connection, engine, sent)
+
+
+@pytest.fixture
+def engine(tcp: Server) -> Iterator[Broker]:
+    with Broker(tcp.url, lease=LEASE) as broker:
+        yield broker
+
+
+def bodies(found: tuple[list[Any], Any]) -> list[int]:
+    return [int(raw["body"]) for raw, _queue in found[0]]
+
+
+def test_it_is_sent_at_once_with_the_acks_that_wait_and_its_reply_is_taken_later(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 5) as here:
+        (first,) = here.channel.claim(1, True)[0]
+        here.leases.ack_later(first[0]["properties"]["delivery_tag"])
+        ahead = here.ahead(3)
+        eventually(ahead.arrived, "the reply")
+        assert here.counts() == (1, 3)
+        assert bodies(here.channel.claimed(ahead)) == [1, 2, 3]
+        assert here.leases.holding == 3
+        assert not here.leases.pending([here.queue])
+
+
+def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 4) as here:
+        here.channel.claim(1, True)  # a worker always holds something then: it starts the thread
+        ahead = here.ahead(3)
+        ends = 3 * LEASE
+        eventually(lambda: here.leases.holding == 4, "the thread to take the reply")
+        tags = set(ahead.tags)
+        before = {tag: here.leases.get(tag).until for tag in tags}
+        eventually(
+            lambda: all(here.leases.get(tag).until > before[tag] + ends for tag in tags), "the leases to be kept", 20
+        )
+        assert not engine.claim(here.queue)
+        found = here.channel.claimed(ahead)
+        assert bodies(found) == [1, 2, 3]
+        assert {raw["properties"]["delivery_tag"] for raw, _queue in found[0]} == tags
+        assert not any(raw["properties"]["delivery_info"]["redelivered"] for raw, _queue in found[0])
+        assert all(here.leases.start(tag) for tag in tags)
+
+
+@pytest.mark.parametrize("fault", ["cut_reply", "cut_request"])
+def test_a_claim_whose_connection_is_cut_is_made_once(tcp: Server, engine: Broker, fault: str) -> None:
+    with Proxy(to_port(tcp.port)) as proxy, desk(proxy.url, engine, 5, retry_for=10) as here:
+        here.channel.claimed(here.ahead(1))  # its connection is open
+        getattr(proxy, fault)(b"EVALSHA")
+        ahead = here.ahead(2)
+        assert sorted(bodies(here.channel.claimed(ahead))) == [1, 2]
+        assert here.counts() == (2, 3)
+        assert bodies(here.channel.claimed(here.ahead(2))) == [3, 4]
+
+
+def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> None:
+    kept = {"appendonly": "yes", "appendfsync": "always"}
+    with Server("valkey", tcp=True, options=kept) as own, Broker(own.url) as there, desk(own.url, there, 3) as here:
+        (first,) = here.channel.claimed(here.ahead(1))[0]
+        own.pause()
+        here.leases.ack_later(first[0]["properties"]["delivery_tag"])
+        ahead = here.ahead(2)
+        assert not ahead.arrived()
+        own.kill()
+        with pytest.raises(Unavailable):
+            here.channel.claimed(ahead)
+        assert here.leases.pending([here.queue])
+        own.start()
+        eventually(lambda: here.counts() == (2, 0), "the ack to arrive")
+
+
+def test_the_claim_of_a_channel_that_is_gone_is_handed_back_uncounted(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 3) as here:
+        here.channel.claim(1, True)
+        ahead = here.ahead(2)
+        here.held(3)
+        here.leases.abandon(ahead)
+        here.held(1)
+        assert here.counts() == (2, 1)
+        assert here.sender.socket is None
+        assert [job.deliveries for job in engine.claim(here.queue, 2)] == [1, 1]
+
+
+def test_what_was_handed_back_meanwhile_is_not_delivered(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 3) as here:
+        ahead = here.ahead(3)
+        ahead.settle()
+        here.leases.hand_back(ahead.tags[:2])
+        assert bodies(here.channel.claimed(ahead)) == [2]
+        assert here.counts() == (2, 1)
+
+
+def test_before_its_process_ends_it_is_handed_back(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 3) as here:
+        here.ahead(3)
+        here.leases.end()
+        assert here.counts() == (3, 0)
+
+
+def test_one_that_does_not_decode_or_has_expired_is_held_no_longer(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 0) as here:
+        engine.enqueue(here.queue, b"no message")
+        send(here.channel.connection.client, "late", key=here.queue, expiration=0.001)
+        send(here.channel.connection.client, 7, key=here.queue)
+        time.sleep(0.01)
+        assert bodies(here.channel.claimed(here.ahead(3))) == [7]
+        assert here.leases.holding == 1
+        assert here.counts() == (0, 1)
+        assert engine.stats(here.queue).dead == 1
+
+
+def test_with_several_queues_or_without_acks_nothing_is_claimed_ahead(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 1) as here:
+        other = fresh("other")
+        kombu.Queue(other)(here.channel).declare()
+        here.channel.basic_consume(other, True, lambda message: None, fresh("tag"))
+        assert here.channel.claim_ahead(1, here.sender) is None
+        here.channel.basic_cancel(next(tag for tag, queue in here.channel._tag_to_queue.items() if queue == here.queue))
+        assert here.channel.claim_ahead(1, here.sender) is None
+        assert here.counts() == (1, 0)
+
+
+def test_a_solo_task_that_holds_up_the_loop_costs_what_was_claimed_ahead_nothing(tcp: Server, tmp_path: Path) -> None:
+    tcp.reset()
+    client = client_of(tcp.url, tmp_path)
+    flags, options = ("-P", "solo", "-c", "1", "--prefetch-multiplier", "4"), {"lease": LEASE}
+    with Broker(tcp.url) as broker, CeleryWorker(tcp.url, tmp_path, *flags, name="one", options=options):
+        broker.pause("celery")  # so that the first four are fetched at once
+        for key in ("quick-0", "quick-1", "quick-2"):
+            client.send_task("tests.celery_app.run", (key,))
+        client.send_task("tests.celery_app.hold", ("long", "go"))
+        for n in range(6):
+            client.send_task("tests.celery_app.late", (f"after-{n}",))
+        broker.resume("celery")
+        eventually(lambda: lines(tmp_path, "started", "long"), "the long one to start")
+        # it and three that were claimed before it began; the acks of the quick ones went along
+        eventually(lambda: broker.stats("celery").inflight == 4, "more to be claimed")
+        assert broker.stats("celery").counters.get("processed") == 3
+        with CeleryWorker(tcp.url, tmp_path, *flags, name="two", options=options):
+            eventually(lambda: len(lines(tmp_path, start="after-")) == 3, "the other worker to run the rest")
+            beats = [job.due_at for job in broker.jobs("celery", "inflight")]
+            eventually(
+                lambda: min(job.due_at for job in broker.jobs("celery", "inflight")) > max(beats) + 2 * LEASE,
+                "the leases to be kept",
+            )
+            assert len(lines(tmp_path, start="after-")) == 3
+            (tmp_path / "go").touch()
+            eventually(lambda: len(lines(tmp_path, start="after-")) == 6, "all to run")
+    runs = [line.split() for line in lines(tmp_path, start="after-")]
+    assert sorted(run[0] for run in runs) == [f"after-{n}" for n in range(6)]
+    assert sorted(run[2] for run in runs) == ["one"] * 3 + ["two"] * 3
+    client.close()
+
+
+class Loop:
+    """A channel under an event loop of kombu's, with a pool that always has tasks waiting."""
+
+    def __init__(self, connection: kombu.Connection, prefetch: int) -> None:
+        self.hub: Any = Hub()
+        self.channel: Any = connection.channel()
+        self.queue, self.got = fresh("loop"), list[Any]()
+        kombu.Queue(self.queue)(self.channel).declare()
+        self.channel.basic_qos(0, prefetch, False)
+        self.channel.basic_consume(self.queue, False, self.got.append, fresh("tag"))
+        connection.transport.register_with_event_loop(connection.connection, self.hub)
+        self.watch: Any = connection.transport._watches[self.channel, "jobs"]
+        self._turns = self.hub.create_loop()
+
+    def all_done(self, engine: Broker) -> list[int]:
+        """Ack what comes until the queue is empty: the bodies, in turn."""
+        done: list[int] = []
+
+        def empty() -> bool:
+            while self.got:
+                message = self.got.pop(0)
+                done.append(message.payload)
+                message.ack()
+            stats = engine.stats(self.queue)
+            return not stats.ready + stats.inflight
+
+        self.until(empty, "all to be done")
+        return done
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        def turned() -> object:
+            self.hub.call_later(0.01, lambda: None)
+            next(self._turns)
+            return condition()
+
+        eventually(turned, what)
+
+
+@pytest.fixture
+def loop(tcp: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    monkeypatch.setattr("relay_adapters.celery.watch.waiting_in_pool", lambda: 1)
+    with link(tcp.url, lease=60) as connection:
+        yield Loop(connection, 4)
+
+
+def test_under_an_event_loop_all_messages_come_once_while_their_acks_go_with_the_claims(
+    loop: Loop, tcp: Server, engine: Broker
+) -> None:
+    claims: list[Ahead] = []
+    stock = loop.channel.claim_ahead
+    loop.channel.claim_ahead = lambda *args: claims.append(stock(*args)) or claims[-1]
+    for n in range(50):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    assert loop.all_done(engine) == list(range(50))
+    assert len(claims) >= 12
+    assert all(claim is not None for claim in claims)
+
+
+def test_a_loop_hears_a_connection_that_took_the_number_of_one_before(
+    loop: Loop, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "max_block", 3600.0)  # no look in passing shall find it
+    for n in range(12):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the first messages")
+    before = loop.watch._sender.socket.fileno()
+    loop.watch._sender.close()
+    for message in loop.got[:3]:
+        message.ack()
+    loop.until(lambda: len(loop.got) == 7, "the next messages")
+    assert loop.watch._sender.socket.fileno() == before
+    del loop.got[:3]
+    assert loop.all_done(engine) == list(range(3, 12))
+
+
+def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
+    loop: Loop, tcp: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = loop.channel.connection.client
+    send(client, 1, key=loop.queue)
+    loop.until(lambda: loop.got, "the first message")
+
+    def waits() -> bool:
+        bell, marker = loop.watch.bell, loop.channel.broker.settings.keys(loop.queue).marker
+        return bell.armed and not tcp.cli("EXISTS", marker) and not bell.rung()
+
+    loop.until(waits, "a bell that waits for another")
+    with monkeypatch.context() as held:
+        held.setattr(Ahead, "arrived", lambda ahead: False)
+        loop.got.pop().ack()  # which goes along with a claim
+        loop.until(lambda: loop.watch.ahead is not None, "a claim to be sent")
+        eventually(loop.watch.ahead._sender.arrived, "its reply, which is empty")
+        send(client, 2, key=loop.queue)
+        loop.until(lambda: not loop.watch.bell.armed, "the bell to ring")
+    loop.until(lambda: loop.watch.ahead is None, "that reply to be taken")
+    loop.watch.look_at = float("inf")  # no look in passing shall find it
+    loop.until(lambda: loop.got, "the second message")
+
+
+def test_a_channel_that_closes_does_not_wait_for_its_claim(loop: Loop, tcp: Server, engine: Broker) -> None:
+    for n in range(9):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the first messages")
+    leases = loop.channel.leases
+    claimed: list[int] = []
+    with pytest.MonkeyPatch.context() as held:
+        held.setattr(Ahead, "arrived", lambda ahead: False)
+        for message in loop.got[:3]:
+            message.ack()
+        loop.until(lambda: loop.watch.ahead is not None, "a claim to be sent")
+        held.setattr(Ahead, "settle", lambda ahead, stock=Ahead.settle: (claimed.append(get_ident()), stock(ahead)))
+        loop.channel.close()
+        eventually(lambda: engine.stats(loop.queue).ready == 5, "all that was claimed ahead to be handed back")
+    assert get_ident() not in claimed
+    assert not leases._ahead
+    assert [job.deliveries for job in engine.claim(loop.queue, 9)] == [1] * 5
