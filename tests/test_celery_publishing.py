@@ -316,3 +316,36 @@ def test_a_message_that_is_none_goes_to_dead_and_the_rest_arrives(server: Server
             connection.drain_events(timeout=5)
     assert found == ["fine"]
     assert [job.reason for job in broker.dead("odd")] == ["undecodable"]
+
+
+def test_a_queue_is_declared_once_per_connection_and_copied_no_more(
+    server: Server, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    for name in ("bind", "declare"):
+        stock = getattr(Queue, name)
+
+        def noted(queue: Queue, *args: Any, name: str = name, stock: Any = stock, **options: Any) -> Any:
+            asked.append((name, queue.name))
+            return stock(queue, *args, **options)
+
+        monkeypatch.setattr(Queue, name, noted)
+    plain, passing = Queue("plain"), Queue("passing", auto_delete=True)
+
+    def publish(connection: Connection, queue: Queue) -> list[str]:
+        asked.clear()
+        producer = connection.Producer()
+        producer.publish(1, routing_key=queue.name, declare=[queue], retry=True)
+        return [name for name, _queue in asked]
+
+    with Connection(server.url, transport_options={"client_name": uuid.uuid4().hex}) as connection:
+        assert "declare" in publish(connection, plain)
+        assert publish(connection, plain) == []
+        connection.close()
+        connection.connect()
+        assert "declare" in publish(connection, plain)
+        assert ["declare" in publish(connection, passing) for _ in range(2)] == [True, True]
+        # kombu remembers names alone, and asks about this kind each time
+        assert "declare" in publish(connection, Queue("plain", auto_delete=True))
+    with Connection("memory://") as other:
+        assert [bool(publish(other, plain)) for _ in range(2)] == [True, True]  # kombu's own way

@@ -12,7 +12,7 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import flower_queues, monitoring, worker
+from relay_adapters.celery import declared, flower_queues, monitoring, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
@@ -65,6 +65,7 @@ class Transport(virtual.Transport):
         keep_whole(client)
         worker.install()
         flower_queues.install()
+        declared.install(channels.Channel)
         Pace.give(client)
         self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
         self._loop: Any = None
