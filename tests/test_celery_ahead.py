@@ -89,7 +89,7 @@ def test_it_is_sent_at_once_with_the_acks_that_wait_and_its_reply_is_taken_later
 
 def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Server, engine: Broker) -> None:
     with desk(tcp.url, engine, 4) as here:
-        here.channel.claim(1, True)  # a worker always holds something then: it starts the thread
+        here.channel.claim(1, True)
         ahead = here.ahead(3)
         ends = 3 * LEASE
         eventually(lambda: here.leases.holding == 4, "the thread to take the reply")
@@ -135,12 +135,11 @@ def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> N
 
 def test_the_claim_of_a_channel_that_is_gone_is_handed_back_uncounted(tcp: Server, engine: Broker) -> None:
     with desk(tcp.url, engine, 3) as here:
-        here.channel.claim(1, True)
         ahead = here.ahead(2)
-        here.held(3)
+        here.held(2)
         here.leases.abandon(ahead)
-        here.held(1)
-        assert here.counts() == (2, 1)
+        here.held(0)
+        assert here.counts() == (3, 0)
         assert here.sender.socket is None
         assert [job.deliveries for job in engine.claim(here.queue, 2)] == [1, 1]
 
@@ -332,3 +331,23 @@ def test_a_channel_that_closes_does_not_wait_for_its_claim(loop: Loop, tcp: Serv
     assert get_ident() not in claimed
     assert not leases._ahead
     assert [job.deliveries for job in engine.claim(loop.queue, 9)] == [1] * 5
+
+
+def test_a_solo_worker_that_may_hold_one_task_holds_nothing_but_what_it_runs(tcp: Server, tmp_path: Path) -> None:
+    tcp.reset()
+    client = client_of(tcp.url, tmp_path)
+    flags = ("-P", "solo", "-c", "1", "--prefetch-multiplier", "1")
+    with Broker(tcp.url) as broker, CeleryWorker(tcp.url, tmp_path, *flags):
+        broker.pause("celery")
+        for n in range(3):
+            client.send_task("tests.celery_app.run", (f"quick-{n}",))
+        client.send_task("tests.celery_app.hold", ("long", "go"))
+        for n in range(3):
+            client.send_task("tests.celery_app.late", (f"after-{n}",))
+        broker.resume("celery")
+        eventually(lambda: lines(tmp_path, "started", "long"), "the long one to start")
+        stats = broker.stats("celery")
+        assert (stats.ready, stats.inflight) == (3, 1)
+        (tmp_path / "go").touch()
+        eventually(lambda: len(lines(tmp_path, start="after-")) == 3, "all to run")
+    client.close()

@@ -89,17 +89,21 @@ class Leases:
 
     def add(self, tag: str, job: Job) -> None:
         with self._lock:
-            if self._thread is None:
-                self._row = children.row()
+            self._begin()
             if not self._held or job.expires_at < self._sure:
                 self._be_sure(job.expires_at)
             self._held[tag] = Held(tag, job, job.expires_at)
             self._row.held(tag)
-            if self._thread is None:
-                self._next_beat = time.monotonic() + self.broker.settings.lease / 3
-                self._thread = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
-                self._thread.name = "relay-celery-heartbeat"
-                self._thread.start()
+
+    def _begin(self) -> None:
+        """Start the thread, with the lock held, when this process first has something to keep."""
+        if self._thread is not None:
+            return
+        self._row = children.row()
+        self._next_beat = time.monotonic() + self.broker.settings.lease / 3
+        self._thread = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
+        self._thread.name = "relay-celery-heartbeat"
+        self._thread.start()
 
     def get(self, tag: str) -> Held | None:
         return self._held.get(tag)
@@ -260,7 +264,9 @@ class Leases:
 
     def set_out(self, ahead: Ahead) -> None:
         """A claim was sent, and its reply will be taken later."""
-        self._ahead.append(ahead)
+        with self._lock:
+            self._begin()
+            self._ahead.append(ahead)
 
     def come_home(self, ahead: Ahead) -> None:
         """Its reply was taken."""
