@@ -50,6 +50,10 @@ class Desk:
         assert isinstance(found, Ahead)
         return found
 
+    def take(self, ahead: Ahead) -> list[int]:
+        """The bodies of what comes of it."""
+        return bodies(self.channel.claim(ahead.room, True, ahead))
+
     def counts(self) -> tuple[int, int]:
         """How many are ready, and how many are held."""
         stats = self.engine.stats(self.queue)
@@ -82,7 +86,7 @@ def test_it_is_sent_at_once_with_the_acks_that_wait_and_its_reply_is_taken_later
         ahead = here.ahead(3)
         eventually(ahead.arrived, "the reply")
         assert here.counts() == (1, 3)
-        assert bodies(here.channel.claimed(ahead)) == [1, 2, 3]
+        assert here.take(ahead) == [1, 2, 3]
         assert here.leases.holding == 3
         assert not here.leases.pending([here.queue])
 
@@ -99,7 +103,7 @@ def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Ser
             lambda: all(here.leases.get(tag).until > before[tag] + ends for tag in tags), "the leases to be kept", 20
         )
         assert not engine.claim(here.queue)
-        found = here.channel.claimed(ahead)
+        found = here.channel.claim(3, True, ahead)
         assert bodies(found) == [1, 2, 3]
         assert {raw["properties"]["delivery_tag"] for raw, _queue in found[0]} == tags
         assert not any(raw["properties"]["delivery_info"]["redelivered"] for raw, _queue in found[0])
@@ -109,25 +113,25 @@ def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Ser
 @pytest.mark.parametrize("fault", ["cut_reply", "cut_request"])
 def test_a_claim_whose_connection_is_cut_is_made_once(tcp: Server, engine: Broker, fault: str) -> None:
     with Proxy(to_port(tcp.port)) as proxy, desk(proxy.url, engine, 5, retry_for=10) as here:
-        here.channel.claimed(here.ahead(1))  # its connection is open
+        here.take(here.ahead(1))  # its connection is open
         getattr(proxy, fault)(b"EVALSHA")
         ahead = here.ahead(2)
-        assert sorted(bodies(here.channel.claimed(ahead))) == [1, 2]
+        assert sorted(here.take(ahead)) == [1, 2]
         assert here.counts() == (2, 3)
-        assert bodies(here.channel.claimed(here.ahead(2))) == [3, 4]
+        assert here.take(here.ahead(2)) == [3, 4]
 
 
 def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> None:
     kept = {"appendonly": "yes", "appendfsync": "always"}
     with Server("valkey", tcp=True, options=kept) as own, Broker(own.url) as there, desk(own.url, there, 3) as here:
-        (first,) = here.channel.claimed(here.ahead(1))[0]
+        (first,) = here.channel.claim(1, True, here.ahead(1))[0]
         own.pause()
         here.leases.ack_later(first[0]["properties"]["delivery_tag"])
         ahead = here.ahead(2)
         assert not ahead.arrived()
         own.kill()
         with pytest.raises(Unavailable):
-            here.channel.claimed(ahead)
+            here.take(ahead)
         assert here.leases.pending([here.queue])
         own.start()
         eventually(lambda: here.counts() == (2, 0), "the ack to arrive")
@@ -149,7 +153,7 @@ def test_what_was_handed_back_meanwhile_is_not_delivered(tcp: Server, engine: Br
         ahead = here.ahead(3)
         ahead.settle()
         here.leases.hand_back(ahead.tags[:2])
-        assert bodies(here.channel.claimed(ahead)) == [2]
+        assert here.take(ahead) == [2]
         assert here.counts() == (2, 1)
 
 
@@ -166,19 +170,32 @@ def test_one_that_does_not_decode_or_has_expired_is_held_no_longer(tcp: Server, 
         send(here.channel.connection.client, "late", key=here.queue, expiration=0.001)
         send(here.channel.connection.client, 7, key=here.queue)
         time.sleep(0.01)
-        assert bodies(here.channel.claimed(here.ahead(3))) == [7]
+        assert here.take(here.ahead(3)) == [7]
         assert here.leases.holding == 1
         assert here.counts() == (0, 1)
         assert engine.stats(here.queue).dead == 1
 
 
-def test_with_several_queues_or_without_acks_nothing_is_claimed_ahead(tcp: Server, engine: Broker) -> None:
+def test_of_several_queues_the_next_one_is_asked_when_the_first_is_known(tcp: Server, engine: Broker) -> None:
+    with desk(tcp.url, engine, 2) as here:
+        others = [fresh("other"), fresh("other")]
+        for name in others:
+            kombu.Queue(name)(here.channel).declare()
+            here.channel.basic_consume(name, False, lambda message: None, fresh("tag"))
+            for n in range(10, 13):
+                send(here.channel.connection.client, n, key=name)
+        ahead = here.ahead(3)
+        assert ahead.queue == here.queue
+        assert here.take(ahead) == [0, 1, 10]
+        ahead = here.ahead(3)  # round robin: those that gave go to the end
+        assert ahead.queue == others[1]
+        assert here.take(ahead) == [10, 11, 12]
+
+
+def test_of_a_queue_without_acks_nothing_is_claimed_ahead(tcp: Server, engine: Broker) -> None:
     with desk(tcp.url, engine, 1) as here:
-        other = fresh("other")
-        kombu.Queue(other)(here.channel).declare()
-        here.channel.basic_consume(other, True, lambda message: None, fresh("tag"))
-        assert here.channel.claim_ahead(1, here.sender) is None
-        here.channel.basic_cancel(next(tag for tag, queue in here.channel._tag_to_queue.items() if queue == here.queue))
+        here.channel.basic_cancel(next(iter(here.channel._tag_to_queue)))
+        here.channel.basic_consume(here.queue, True, lambda message: None, fresh("tag"))
         assert here.channel.claim_ahead(1, here.sender) is None
         assert here.counts() == (1, 0)
 

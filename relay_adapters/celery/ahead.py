@@ -25,7 +25,7 @@ class Ahead:
     """
 
     def __init__(self, leases: Leases, sender: Sender, queue: str, room: int) -> None:
-        self.room = room
+        self.queue, self.room = queue, room
         self.tags: list[str] = []
         self._leases = leases
         self._sender = sender

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from itertools import zip_longest
 from queue import Empty
 from typing import Any
 
@@ -46,42 +48,48 @@ class Consuming(Settling):
         """The queues of jobs that this channel consumes from."""
         return tuple(dict.fromkeys(queue for queue in self._active_queues if queue not in self.boxes))
 
-    def claim(self, room: int, woken: bool) -> tuple[list[Delivery], float | None]:
+    def claim(self, room: int, woken: bool, ahead: Ahead | None = None) -> tuple[list[Delivery], float | None]:
         """Claim up to `room` messages, and send the acks that are pending in the same round trip.
 
         Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell. A
         message that may kill this process comes without the others, which are handed back.
+
+        :param ahead: what `claim_ahead` made, if it did: of its queue nothing more is claimed
         """
         found: list[Delivery] = []
         again: float | None = None
-        for queue in in_order(self.order, self.consumed):
-            jobs = self._claim_one(queue, room - len(found), woken)
+        queues = in_order(self.order, self.consumed)
+        if ahead is not None:
+            queues = [ahead.queue, *(queue for queue in queues if queue != ahead.queue)]
+        for queue in queues:
+            tags: list[str] = []
+            if ahead is None:
+                jobs = self._claim_one(queue, room - len(found), woken)
+            else:
+                jobs, tags, ahead = ahead.take(), ahead.tags, None
             if jobs.retry_after is not None:
                 again = min(jobs.retry_after, jobs.retry_after if again is None else again)
             if jobs:
                 self.order.rotate(queue)
-            if self._receive([(job, None) for job in jobs], found) or len(found) >= room:
+            if self._receive(jobs, tags, found) or len(found) >= room:
                 break
         return found, again
 
     def claim_ahead(self, room: int, sender: Sender) -> Ahead | None:
-        """Send a claim of up to `room` messages, whose reply is for `claimed`. None where the next queue is asked only
-        once that is known, or what is claimed ends at once."""
-        if len(self.consumed) != 1 or self._no_ack:
-            return None
-        return Ahead(self.leases, sender, self.consumed[0], room)
+        """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
+        what is claimed of it ends at once."""
+        queue = in_order(self.order, self.consumed)[0]
+        return None if queue in self._no_ack else Ahead(self.leases, sender, queue, room)
 
-    def claimed(self, ahead: Ahead) -> tuple[list[Delivery], float | None]:
-        """The same of a claim that was sent before."""
-        found: list[Delivery] = []
-        jobs = ahead.take()
-        self._receive([pair for pair in zip(jobs, ahead.tags, strict=True) if self.leases.get(pair[1])], found)
-        return found, jobs.retry_after
+    def _receive(self, jobs: Sequence[Job], tags: Sequence[str], found: list[Delivery]) -> bool:
+        """Add the messages of jobs to what was found. True when a suspect among them keeps the others away.
 
-    def _receive(self, jobs: list[tuple[Job, str | None]], found: list[Delivery]) -> bool:
-        """Add the messages of jobs to what was found. True when a suspect among them keeps the others away."""
+        :param tags: by which the leases hold them, those that were not handed back meanwhile; none: they do not yet
+        """
         suspects: list[Delivery] = []
-        for job, tag in jobs:
+        for job, tag in zip_longest(jobs, tags):
+            if tag is not None and self.leases.get(tag) is None:
+                continue
             if (raw := self._received(job, tag)) is not None:
                 found.append((raw, job.queue))
                 if self.leases.apart.concerns(job):

@@ -109,9 +109,13 @@ class Watch:
             return room * 4 >= self.channel.qos.prefetch_count * 3 or not waiting_in_pool()
         return now >= self.look_at or self.channel.leases.pending(self.channel.consumed)
 
-    def _claim(self, room: int) -> None:
-        found, retry_after = self.channel.claim(room, woken=True)
-        self._found(found, room, retry_after)
+    def _claim(self, room: int, ahead: Ahead | None = None) -> None:
+        found, retry_after = self.channel.claim(room, True, ahead)
+        self.waiting.extend(found)
+        # less than was asked for is all there is, and the next message rings
+        self.hungry = len(found) >= room or self.channel.leases.apart.shut
+        longest = self.channel.broker.settings.max_block
+        self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
     def _claim_ahead(self, room: int) -> bool:
         """Send a claim and see to its reply later. False where this is not to be done."""
@@ -121,8 +125,10 @@ class Watch:
         if self._sender is None:
             self._sender = channel.broker.store.sender()
         self.ahead = channel.claim_ahead(room, self._sender)
+        if self.ahead is None:
+            return False
         self.look_at = time.monotonic() + channel.broker.settings.max_block
-        return self.ahead is not None
+        return True
 
     def _take(self) -> bool:
         """Take the reply of the claim that is on its way, unless there are other things to do until it is there."""
@@ -130,17 +136,9 @@ class Watch:
         if ahead is None or (waiting_in_pool() and time.monotonic() < self.look_at and not ahead.arrived()):
             return False
         self.ahead, rang, self._rang = None, self._rang, False
-        found, retry_after = self.channel.claimed(ahead)
-        self._found(found, ahead.room, retry_after)
+        self._claim(ahead.room, ahead)
         self.hungry = self.hungry or rang
         return True
-
-    def _found(self, found: list[Delivery], room: int, retry_after: float | None) -> None:
-        self.waiting.extend(found)
-        # less than was asked for is all there is, and the next message rings
-        self.hungry = len(found) >= room or self.channel.leases.apart.shut
-        longest = self.channel.broker.settings.max_block
-        self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
     def _deliver(self) -> int:
         channel, delivered = self.channel, 0
