@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import select
 import socket
 import time
@@ -96,17 +95,18 @@ class Bell:
     def __init__(self, store: SyncStore, markers: Sequence[bytes]) -> None:
         self._store = store
         self._channels = [Channel(group) for group in group_markers(store.url, markers)]
-        self._pid = os.getpid()
-        self._closed = False
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._closed = self._forked = False
+        self._wake_in, self._wake_out = _wake_pair()
         self.popped: tuple[bytes, ...] = ()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._forked = True  # its channels hear of it, too
 
     @property
     def armed(self) -> bool:
         """True while every marker is being waited for."""
-        return self._pid == os.getpid() and all(channel.armed for channel in self._channels)
+        return all(channel.armed for channel in self._channels)
 
     def arm(self, timeout: float | None) -> None:
         """Start to wait for the markers, where that is not under way already. Connects if need be.
@@ -236,12 +236,10 @@ class Bell:
         """In a child of fork: leave the parent's connections alone and start anew."""
         if self._closed:
             raise Unavailable("this bell is closed")
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
+        if self._forked:
+            self._forked = False
             self._channels = [Channel(channel.markers) for channel in self._channels]
-            self._wake_in, self._wake_out = socket.socketpair()
-            self._wake_in.setblocking(False)
-            self._wake_out.setblocking(False)
+            self._wake_in, self._wake_out = _wake_pair()
 
     def close(self) -> None:
         """Close the connections; the server forgets that this bell waited."""
@@ -250,6 +248,14 @@ class Bell:
             channel.close()
         self._wake_in.close()
         self._wake_out.close()
+
+
+def _wake_pair() -> tuple[socket.socket, socket.socket]:
+    """What `wake` writes to, and what the one who waits reads."""
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+    return pair
 
 
 def readable(filenos: list[int], timeout: float) -> list[int]:
