@@ -144,7 +144,7 @@ def test_the_claim_of_a_channel_that_is_gone_is_handed_back_uncounted(tcp: Serve
         here.leases.abandon(ahead)
         here.held(0)
         assert here.counts() == (3, 0)
-        assert here.sender.socket is None
+        assert not here.sender.sockets()
         assert [job.deliveries for job in engine.claim(here.queue, 2)] == [1, 1]
 
 
@@ -297,12 +297,12 @@ def test_a_loop_hears_a_connection_that_took_the_number_of_one_before(
     for n in range(12):
         send(loop.channel.connection.client, n, key=loop.queue)
     loop.until(lambda: len(loop.got) == 4, "the first messages")
-    before = loop.watch._sender.socket.fileno()
+    before = loop.watch._sender.sockets()[0].fileno()
     loop.watch._sender.close()
     for message in loop.got[:3]:
         message.ack()
     loop.until(lambda: len(loop.got) == 7, "the next messages")
-    assert loop.watch._sender.socket.fileno() == before
+    assert loop.watch._sender.sockets()[0].fileno() == before
     del loop.got[:3]
     assert loop.all_done(engine) == list(range(3, 12))
 

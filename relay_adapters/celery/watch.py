@@ -56,9 +56,7 @@ class Watch:
 
     def sockets(self) -> list[Any]:
         """What a loop selects on for reading."""
-        bell = self.bell.sockets() if self.bell is not None else []
-        reply = self._sender.socket if self._sender is not None else None
-        return bell if reply is None else [*bell, reply]
+        return [socket for source in (self.bell, self._sender) if source is not None for socket in source.sockets()]
 
     def quiet(self, now: float) -> bool:
         """True when a turn of a loop in which no descriptor spoke has nothing for this watch."""
