@@ -61,13 +61,15 @@ class Watch:
     def quiet(self, now: float) -> bool:
         """True when a turn of a loop in which no descriptor spoke has nothing for this watch."""
         bell = self.bell
-        if bell is None or self.waiting or now >= self.look_at or self.channel.leases.pending(self.queues):
+        if bell is None or self.waiting or now >= self.look_at:
             return False
         if self.ahead is not None:
             return waiting_in_pool() > 0
-        if self.hungry:
+        if self.hungry:  # acks that are pending go along with the claim that comes
             room = self.channel.qos.room()
             return not room or not self._wants(room, now)
+        if self.channel.leases.pending(self.queues):
+            return False
         return bell.armed or not self.channel.qos.can_consume()
 
     def look(self, ask: bool = True) -> int:
