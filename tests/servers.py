@@ -6,6 +6,7 @@ is ended by its process id. A server program that is missing is an error that sa
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -187,7 +188,8 @@ class Server:
         if self.process is None:
             return
         if self.running:
-            self.resume()
+            if how != signal.SIGKILL:  # which ends one that is stopped, before it answers anything more
+                self.resume()
             self.process.send_signal(how)
         try:
             self.process.wait(10)
@@ -199,6 +201,7 @@ class Server:
         """SIGSTOP: connections stay open and nothing answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)  # until then it may answer one more request
 
     def resume(self) -> None:
         assert self.process is not None

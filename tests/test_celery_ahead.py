@@ -137,6 +137,24 @@ def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> N
         eventually(lambda: here.counts() == (2, 0), "the ack to arrive")
 
 
+def test_a_claim_that_is_never_answered_keeps_no_thread_from_the_leases(tcp: Server, engine: Broker) -> None:
+    with Proxy(to_port(tcp.port)) as proxy, desk(proxy.url, engine, 4) as here:
+        (held,), (done,) = here.channel.claim(1, True)[0], here.channel.claim(1, True, here.ahead(1))[0]
+        tag, acked = (delivery[0]["properties"]["delivery_tag"] for delivery in (held, done))
+        proxy.swallow_reply(b"EVALSHA")
+        until = here.leases.get(tag).until
+        here.leases.ack_later(acked)
+        ahead = here.ahead(1)
+        eventually(lambda: here.leases.get(tag).until > until + 3 * LEASE, "the lease to be kept")
+        assert not ahead.arrived()
+        here.leases.abandon(ahead)
+        eventually(lambda: not here.leases._abandoned, "the claim to be given up")
+        eventually(lambda: here.leases.holding == 1, "the ack to be sent again")
+        assert not here.leases._ahead
+        # what it claimed is leased no longer than that
+        eventually(lambda: engine.reap(here.queue) or here.counts() == (2, 1), "the message to come back")
+
+
 def test_the_claim_of_a_channel_that_is_gone_is_handed_back_uncounted(tcp: Server, engine: Broker) -> None:
     with desk(tcp.url, engine, 3) as here:
         ahead = here.ahead(2)
@@ -331,21 +349,30 @@ def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
     loop.until(lambda: loop.got, "the second message")
 
 
-def test_a_channel_that_closes_does_not_wait_for_its_claim(loop: Loop, tcp: Server, engine: Broker) -> None:
+def test_a_channel_that_closes_does_not_wait_for_its_claim(
+    loop: Loop, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for n in range(9):
         send(loop.channel.connection.client, n, key=loop.queue)
     loop.until(lambda: len(loop.got) == 4, "the first messages")
     leases = loop.channel.leases
-    claimed: list[int] = []
-    with pytest.MonkeyPatch.context() as held:
+    settled: list[int] = []
+    stock = Ahead._settle
+
+    def settle(ahead: Ahead) -> None:
+        settled.append(get_ident())
+        stock(ahead)
+
+    with monkeypatch.context() as held:
         held.setattr(Ahead, "arrived", lambda ahead: False)
         for message in loop.got[:3]:
             message.ack()
         loop.until(lambda: loop.watch.ahead is not None, "a claim to be sent")
-        held.setattr(Ahead, "settle", lambda ahead, stock=Ahead.settle: (claimed.append(get_ident()), stock(ahead)))
-        loop.channel.close()
-        eventually(lambda: engine.stats(loop.queue).ready == 5, "all that was claimed ahead to be handed back")
-    assert get_ident() not in claimed
+    monkeypatch.setattr(Ahead, "_settle", settle)
+    loop.channel.close()
+    eventually(lambda: engine.stats(loop.queue).ready == 5, "all that was claimed ahead to be handed back")
+    assert settled
+    assert get_ident() not in settled
     assert not leases._ahead
     assert [job.deliveries for job in engine.claim(loop.queue, 9)] == [1] * 5
 

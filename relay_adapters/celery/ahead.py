@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from relay_adapters.celery.tags import new_tag
@@ -35,6 +36,7 @@ class Ahead:
         self._error: RelayError | None = None
         self._settled = False
         broker = leases.broker
+        self._over = time.monotonic() + broker.settings.lease
         try:
             flow = broker.operations.finish(queue, [held.job for held in self._acks], (), room, True)
             self._rest = broker.begin(flow, sender)
@@ -47,38 +49,52 @@ class Ahead:
         """True when `take` will not have to wait for the server, unless it has to repeat the claim."""
         return self._settled or self._sender.arrived()
 
-    def settle(self) -> None:
-        """Take the reply, where nobody has done so yet, and hold what was claimed. From any thread; waits."""
-        with self._lock:
-            if self._settled:
-                return
-            self._settled = True
-            try:
-                acked, _nacked, self._found = self._rest()
-            except RelayError as error:
-                self._error = error
-                self._leases.unsent(self._acks)
-                return
-            except BaseException:
-                self._leases.unsent(self._acks)
-                raise
-            self._leases.sent(self._acks, acked)
-            for job in self._found:
-                self.tags.append(new_tag(job))
-                self._leases.add(self.tags[-1], job)
+    def settle(self, wait: bool = True) -> bool:
+        """Take the reply, where nobody has done so yet, and hold what was claimed. From any thread.
+
+        :param wait: False: only if it is there, and nobody else is at it; else the answer is False
+        """
+        if not (wait or self.arrived()) or not self._lock.acquire(blocking=wait):
+            return False
+        try:
+            if not self._settled:
+                self._settled = True
+                self._settle()
+        finally:
+            self._lock.release()
+        return True
+
+    def _settle(self) -> None:
+        try:
+            acked, _nacked, self._found = self._rest()
+        except RelayError as error:
+            self._error = error
+            self._leases.unsent(self._acks)
+            return
+        except BaseException:
+            self._leases.unsent(self._acks)
+            raise
+        self._leases.sent(self._acks, acked)
+        for job in self._found:
+            self.tags.append(new_tag(job))
+            self._leases.add(self.tags[-1], job)
 
     def take(self) -> Claimed:
-        """What was claimed, in the order of `tags`; what the leases no longer hold was handed back meanwhile. Raises
-        what the claim did."""
+        """What was claimed, in the order of `tags`; what the leases no longer hold was handed back meanwhile. Waits,
+        and raises what the claim did."""
         self.settle()
         self._leases.come_home(self)
         if self._error is not None:
             raise self._error
         return self._found
 
-    def hand_back(self) -> None:
-        """Nobody is there any more to take it."""
-        self.settle()
+    def hand_back(self, wait: bool = True) -> bool:
+        """For when nobody is there any more to take it. False where that has to wait for the reply."""
+        if not self.settle(wait):
+            if time.monotonic() < self._over:
+                return False
+            self._leases.unsent(self._acks)  # what it claimed, if it did, is leased no longer
         self._leases.come_home(self)
         self._sender.close()
         self._leases.hand_back(self.tags)
+        return True

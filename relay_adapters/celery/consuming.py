@@ -147,6 +147,7 @@ class Consuming(Settling):
         return raw
 
     def _message(self, job: Job, tag: str) -> Any:
+        """As Celery is to see it; None for one that does not decode, or is no longer wanted."""
         try:
             raw = unpack(job.payload)
         except (ValueError, KeyError, TypeError) as error:

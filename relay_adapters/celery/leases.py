@@ -234,7 +234,7 @@ class Leases:
     def end(self) -> None:
         """Before the process ends: hand back what was claimed and not taken, and flush. Raises as that does."""
         self._abandoned += self._ahead
-        self._settle_claims()
+        self._settle_claims(wait=True)
         self.flush()
 
     def _let_go(self, held: Held) -> None:
@@ -274,16 +274,20 @@ class Leases:
             self._ahead.remove(ahead)
 
     def abandon(self, ahead: Ahead) -> None:
-        """Its channel is gone, and its reply may take a while: this thread waits for it, and hands back what comes."""
+        """Its channel is gone, and its reply may take a while: this thread hands back what comes of it."""
         self._abandoned.append(ahead)
         self._event.set()
 
-    def _settle_claims(self) -> None:
-        """Hold what was claimed and not taken, for a task may keep the loop from it for hours."""
+    def _settle_claims(self, wait: bool = False) -> None:
+        """Hold what was claimed and not taken, for a task may keep the loop from it for hours.
+
+        :param wait: for replies that are not there. Not while there are leases to keep
+        """
         for ahead in list(self._ahead):
-            ahead.settle()
-        while self._abandoned:
-            self._abandoned.pop().hand_back()
+            ahead.settle(wait)
+        for ahead in list(self._abandoned):
+            if ahead.hand_back(wait):
+                self._abandoned.remove(ahead)
 
     # the heartbeat
 
@@ -348,7 +352,7 @@ class Leases:
             except RelayError as error:
                 logger.debug("acks are pending, the server is not there: %s", error)
                 return _AGAIN
-        if self._acks:
+        if self._acks or self._abandoned:
             return LINGER
         self._watching = False
         # an ack may have become pending between these lines, unseen by the thread that left it

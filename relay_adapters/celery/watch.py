@@ -198,7 +198,7 @@ class Watch:
         self._silence()
         ahead, self.ahead, sender, self._sender = self.ahead, None, self._sender, None
         if ahead is not None:
-            # where the server is gone, its reply would keep the loop from connecting anew
+            # its reply may take a while, and must not keep the loop from connecting anew
             ahead.hand_back() if shutting_down() else self.channel.leases.abandon(ahead)
         elif sender is not None:
             sender.close()
