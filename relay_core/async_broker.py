@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, names
-from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
+from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import AsyncBell, AsyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
@@ -100,7 +100,14 @@ class AsyncBroker(BrokerBase):
 
     async def enqueue(self, queue: str, payload: bytes, **options: Any) -> Enqueued:
         """See Broker.enqueue."""
-        return await self.drive(self.operations.enqueue(queue, payload, **options))
+        command = self.operations.straight(queue, payload, **options)
+        if command is None:
+            return await self.drive(self.operations.enqueue(queue, payload, **options))
+        answer = await self.store.run(command)
+        if isinstance(answer, LongWay):
+            options["id"] = answer.id
+            return await self.drive(self.operations.enqueue(queue, payload, answer, **options))
+        return answer
 
     async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """See Broker.enqueue_many."""

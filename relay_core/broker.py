@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, names
-from relay_core.commands import Command, Nack, QueueStats, Verdict, WorkerInfo
+from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import Bell, Sender, SyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
@@ -137,7 +137,14 @@ class Broker(BrokerBase):
 
         Raises NotDurable when it is stored, and `durability` was not confirmed in time.
         """
-        return self.drive(self.operations.enqueue(queue, payload, **options))
+        command = self.operations.straight(queue, payload, **options)
+        if command is None:
+            return self.drive(self.operations.enqueue(queue, payload, **options))
+        answer = self.store.run(command)
+        if isinstance(answer, LongWay):
+            options["id"] = answer.id
+            return self.drive(self.operations.enqueue(queue, payload, answer, **options))
+        return answer
 
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """Store many `jobs` in few round trips, their order kept. All are checked before the first is sent.

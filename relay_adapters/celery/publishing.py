@@ -16,6 +16,7 @@ from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
+from relay_core.commands import LongWay
 from relay_core.errors import InvalidArgument, Unavailable
 
 _ID, _AGAIN = "relay_id", "relay_again"
@@ -66,8 +67,10 @@ class Publishing(Routing):
         if (batch := message.get(BATCH)) is not None:
             batch.add(queue, JobSpec(payload, **options), message)
             return
-        flows, again = self.broker.operations, message.get(_AGAIN, False)
-        answer = self.broker.drive(flows.enqueue(queue, payload, again, **options))
+        if message.get(_AGAIN):
+            answer = self.broker.drive(self.broker.operations.enqueue(queue, payload, LongWay(True), **options))
+        else:
+            answer = self.broker.enqueue(queue, payload, **options)
         taken = 0
         while answer.duplicate and answer.id == options["id"]:
             # an earlier task of the same id is still there, and this is another one, as Celery understands it
@@ -75,7 +78,7 @@ class Publishing(Routing):
             if taken > TAKEN:
                 raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {id!r}; give each its own")
             options["id"] = message[_ID] = f"{id}~{taken}"
-            answer = self.broker.drive(flows.enqueue(queue, payload, **options))
+            answer = self.broker.enqueue(queue, payload, **options)
 
     def _options(
         self, message: MutableMapping[str, Any], id: str, terms: Terms | None, level: int | None

@@ -99,10 +99,12 @@ class LongWay:
 
     :ivar resent: an earlier send of the short one may have run: the long one must say so
     :ivar levels: of a claim: the priority levels in use, for the next claim
+    :ivar id: of an enqueue: the job's, to be the same on the long way
     """
 
     resent: bool
     levels: str = ""
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
     """
 
     def parse(reply: int, resent: bool) -> Enqueued | LongWay:
-        return Enqueued(job.id) if reply else LongWay(resent)
+        return Enqueued(job.id) if reply else LongWay(resent, id=job.id)
 
     keys = (q.config, q.jobs, q.marker, q.ready[job.record[0] - 48])  # the level, an ASCII digit
     args = (LAYOUT, 0, job.id, job.record)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from relay_core import commands, keys
-from relay_core.commands import LongWay, NewJob
+from relay_core.commands import Command, LongWay, NewJob
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError
 from relay_core.job import Enqueued
@@ -58,11 +58,31 @@ class Enqueueing(Base):
             raise failed
         return [answer for answer in answers if answer is not None]
 
+    def straight(
+        self,
+        queue: str,
+        payload: bytes,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        headers: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Command[Enqueued | LongWay] | None:
+        """The one command of most enqueues: nothing is to be asked or done before it, and nobody to be told after it.
+        None for others, and what answers LongWay: both are for `enqueue`."""
+        plugins = self.plugins
+        if options or type(queue) is not str or queue not in self._registered:
+            return None
+        if plugins.alter_jobs or plugins.wants("relay_job_enqueued"):
+            return None
+        job = self._plain(payload, id, priority, headers)
+        return None if job is None else commands.enqueue_one(self.settings.keys(queue), job)
+
     def enqueue(
         self,
         queue: str,
         payload: bytes,
-        again: bool = False,
+        answer: Enqueued | LongWay | None = None,
         /,
         *,
         id: str | None = None,
@@ -70,7 +90,10 @@ class Enqueueing(Base):
         headers: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Flow[Enqueued]:
-        """`enqueue_many` of one, the commonest call, without what many need, and most without a JobSpec."""
+        """`enqueue_many` of one, without what many need.
+
+        :param answer: of the short way, where that was taken; LongWay(True) when an earlier call may have stored it
+        """
         spec = None
         if options or self.plugins.alter_jobs or (job := self._plain(payload, id, priority, headers)) is None:
             spec = JobSpec(payload, id=id, priority=priority, headers=headers, **options)
@@ -80,9 +103,8 @@ class Enqueueing(Base):
         q = self.settings.keys(queue)
         if queue not in self._registered:
             yield from self.register(queue)
-        answer: Enqueued | LongWay = LongWay(again)
-        if not (again or job.due or job.dedup):
-            answer = yield commands.enqueue_one(q, job)
+        if answer is None:
+            answer = LongWay(False) if job.due or job.dedup else (yield commands.enqueue_one(q, job))
         enqueued: Enqueued
         if isinstance(answer, LongWay):
             (enqueued,) = yield commands.enqueue(q, (job,), again=answer.resent)
