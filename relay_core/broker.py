@@ -1,4 +1,4 @@
-"""`Broker`: one line per method over the flows, driven over a blocking store."""
+"""`Broker`: one line per method over the flows, but for the commonest; driven over a blocking store."""
 
 from __future__ import annotations
 
