@@ -105,6 +105,12 @@ def pid_of(folder: Path) -> int:
     return pid
 
 
+def written(lease: embedded.Lease) -> None:
+    """Wait until the server has given the kernel all that it answered: a sync of a slow disk holds that up."""
+    with redis.Redis(unix_socket_path=lease.socket_path) as client:
+        eventually(lambda: client.info("persistence")["aof_buffer_length"] == 0, "all to be written")
+
+
 def starts_of(folder: Path) -> int:
     """How many servers ever wrote to the log: each line begins with `<pid>:M`."""
     return len(set(re.findall(r"^(\d+):M ", (folder / "server.log").read_text(), re.MULTILINE)))
@@ -240,6 +246,7 @@ def test_starters_that_are_killed_at_any_moment_leave_a_working_folder(folder: P
         starter.kill()
         with embedded.acquire(folder) as lease:
             assert ask(lease, "INCR count") == b":%d" % n
+            written(lease)
             pid = pid_of(folder)
         if n % 2:
             os.kill(pid, signal.SIGKILL)
@@ -248,6 +255,7 @@ def test_starters_that_are_killed_at_any_moment_leave_a_working_folder(folder: P
 def test_a_killed_server_is_started_again_by_the_next_user(folder: Path) -> None:
     with embedded.acquire(folder) as first:
         ask(first, "SET k v")
+        written(first)
         pid = pid_of(folder)
         os.kill(pid, signal.SIGKILL)  # so young that nobody starts it again by himself
         eventually(lambda: not is_alive(pid), "server is dead")
@@ -260,6 +268,7 @@ def test_a_killed_server_is_started_again_by_the_next_user(folder: Path) -> None
 def test_a_server_that_dies_under_its_users_comes_back_by_itself(folder: Path) -> None:
     with embedded.acquire(folder) as lease:
         ask(lease, "SET k v")
+        written(lease)
         pid = pid_of(folder)
         time.sleep(embedded_watch.IDLE + 0.1)  # younger ones are left to the next user
         os.kill(pid, signal.SIGKILL)
@@ -280,6 +289,7 @@ def test_renewing_a_lease_starts_a_server_that_was_stopped(folder: Path) -> None
 def test_a_server_whose_watcher_was_killed_is_replaced_and_ends(folder: Path) -> None:
     with embedded.acquire(folder) as lease:
         ask(lease, "SET k v")
+        written(lease)
         pid = pid_of(folder)
         os.kill(embedded_watch.read_state(str(folder))["watcher"], signal.SIGKILL)
         if sys.platform == "linux":
