@@ -102,12 +102,12 @@ class AsyncBroker(BrokerBase):
         """See Broker.enqueue."""
         command = self.operations.straight(queue, payload, **options)
         if command is None:
-            return await self.drive(self.operations.enqueue(queue, payload, **options))
+            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
         answer = await self.store.run(command)
         if isinstance(answer, LongWay):
             options["id"] = answer.id
-            return await self.drive(self.operations.enqueue(queue, payload, answer, **options))
-        return answer
+            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer))
+        return self.operations.told(queue, answer, options.get("headers"))
 
     async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """See Broker.enqueue_many."""

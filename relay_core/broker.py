@@ -139,12 +139,12 @@ class Broker(BrokerBase):
         """
         command = self.operations.straight(queue, payload, **options)
         if command is None:
-            return self.drive(self.operations.enqueue(queue, payload, **options))
+            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
         answer = self.store.run(command)
         if isinstance(answer, LongWay):
             options["id"] = answer.id
-            return self.drive(self.operations.enqueue(queue, payload, answer, **options))
-        return answer
+            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer))
+        return self.operations.told(queue, answer, options.get("headers"))
 
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:
         """Store many `jobs` in few round trips, their order kept. All are checked before the first is sent.

@@ -112,6 +112,12 @@ def tcp_server(flavour: Flavour, pool: Pool) -> Server:
 
 
 @pytest.fixture
+def redis_server(pool: Pool) -> Server:
+    """An empty Redis on a loopback port, for what one flavour shows."""
+    return pool.get(Server, "redis", tcp=True)
+
+
+@pytest.fixture
 def acl_server(flavour: Flavour, pool: Pool) -> AclServer:
     """An empty server that lets in two users by password: see AclServer."""
     return pool.get(AclServer, flavour)

@@ -3,11 +3,10 @@ and nothing is lost when nobody does."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
+from threading import Thread, get_ident
 from typing import Any
 
 import kombu
@@ -148,9 +147,8 @@ def test_a_claim_that_is_never_answered_keeps_no_thread_from_the_leases(tcp: Ser
         eventually(lambda: here.leases.get(tag).until > until + 3 * LEASE, "the lease to be kept")
         assert not ahead.arrived()
         here.leases.abandon(ahead)
-        eventually(lambda: not here.leases._abandoned, "the claim to be given up")
+        eventually(lambda: not here.leases._ahead, "the claim to be given up")
         eventually(lambda: here.leases.holding == 1, "the ack to be sent again")
-        assert not here.leases._ahead
         # what it claimed is leased no longer than that
         eventually(lambda: engine.reap(here.queue) or here.counts() == (2, 1), "the message to come back")
 
@@ -187,7 +185,8 @@ def test_one_that_does_not_decode_or_has_expired_is_held_no_longer(tcp: Server, 
         engine.enqueue(here.queue, b"no message")
         send(here.channel.connection.client, "late", key=here.queue, expiration=0.001)
         send(here.channel.connection.client, 7, key=here.queue)
-        time.sleep(0.01)
+        over = engine.stats(here.queue).now + 0.001
+        eventually(lambda: engine.stats(here.queue).now > over, "a millisecond to pass")
         assert here.take(here.ahead(3)) == [7]
         assert here.leases.holding == 1
         assert here.counts() == (0, 1)
@@ -255,6 +254,7 @@ class Loop:
 
     def __init__(self, connection: kombu.Connection, prefetch: int) -> None:
         self.hub: Any = Hub()
+        self.prefetch = prefetch
         self.channel: Any = connection.channel()
         self.queue, self.got = fresh("loop"), list[Any]()
         kombu.Queue(self.queue)(self.channel).declare()
@@ -274,6 +274,7 @@ class Loop:
                 done.append(message.payload)
                 message.ack()
             stats = engine.stats(self.queue)
+            assert stats.inflight <= self.prefetch
             return not stats.ready + stats.inflight
 
         self.until(empty, "all to be done")
@@ -325,6 +326,28 @@ def test_a_loop_hears_a_connection_that_took_the_number_of_one_before(
     assert loop.all_done(engine) == list(range(3, 12))
 
 
+def test_a_loop_goes_on_with_a_claim_whose_reply_another_thread_took(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "max_block", 3600.0)  # no look in passing shall find it
+    woken: list[int] = []
+    monkeypatch.setattr(loop.channel, "credit_freed", lambda: woken.append(get_ident()))
+    for n in range(7):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the first messages")
+    for message in loop.got[:3]:
+        message.ack()
+    with monkeypatch.context() as held:
+        held.setattr(Ahead, "arrived", lambda ahead: False)
+        loop.until(lambda: loop.watch.ahead is not None, "a claim to be sent")
+        woken.clear()
+        other = Thread(target=loop.watch.ahead.settle)
+        other.start()
+        other.join(30)
+    assert woken == [other.ident]
+    loop.until(lambda: len(loop.got) == 7, "what it claimed")
+
+
 def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
     loop: Loop, tcp: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +392,10 @@ def test_a_channel_that_closes_does_not_wait_for_its_claim(
             message.ack()
         loop.until(lambda: loop.watch.ahead is not None, "a claim to be sent")
     monkeypatch.setattr(Ahead, "_settle", settle)
+    # its reply is not there at the first looks, and the thread has no other reason to look again
+    monkeypatch.setattr(leases, "leave", lambda now: 3600.0)
+    looks, arrived, leases._next_beat = iter([False] * 3), Sender.arrived, float("inf")
+    monkeypatch.setattr(Sender, "arrived", lambda sender: next(looks, True) and arrived(sender))
     loop.channel.close()
     eventually(lambda: engine.stats(loop.queue).ready == 5, "all that was claimed ahead to be handed back")
     assert settled

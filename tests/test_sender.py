@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relay_core import Broker
+from relay_core import Broker, JobSpec
 from relay_core.connection import Sender
 from relay_core.errors import Unavailable
 from tests.proxy import Proxy, to_port
@@ -17,18 +17,8 @@ from tests.topologies import Cluster
 
 
 @pytest.fixture
-def server(tcp_server: Server) -> Server:
-    return tcp_server
-
-
-@pytest.fixture
-def flavour() -> str:
-    return "redis"
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url) as broker:
+def broker(redis_server: Server) -> Iterator[Broker]:
+    with Broker(redis_server.url) as broker:
         yield broker
 
 
@@ -50,16 +40,16 @@ def test_the_server_has_the_command_before_its_reply_is_taken(broker: Broker) ->
     sender.close()
 
 
-def test_a_server_that_does_not_know_the_script_is_given_it(server: Server, broker: Broker) -> None:
+def test_a_server_that_does_not_know_the_script_is_given_it(redis_server: Server, broker: Broker) -> None:
     broker.enqueue("q", b"1")
     broker.claim("q")
     broker.enqueue("q", b"2")
-    server.cli("SCRIPT", "FLUSH")
+    redis_server.cli("SCRIPT", "FLUSH")
     assert begun(broker, broker.store.sender())() == [b"2"]
 
 
-def test_before_the_first_command_of_a_store_nothing_is_sent_ahead(server: Server) -> None:
-    with Broker(server.url) as other, Broker(server.url) as fresh:
+def test_before_the_first_command_of_a_store_nothing_is_sent_ahead(redis_server: Server) -> None:
+    with Broker(redis_server.url) as other, Broker(redis_server.url) as fresh:
         other.enqueue("q", b"1")
         sender = fresh.store.sender()
         take = begun(fresh, sender)  # what kind of server that is, is not known yet
@@ -68,20 +58,20 @@ def test_before_the_first_command_of_a_store_nothing_is_sent_ahead(server: Serve
         assert take() == [b"1"]
 
 
-def test_where_an_enqueue_has_to_be_confirmed_nothing_is_sent_ahead(server: Server) -> None:
-    with Broker(server.url, durability="replica:1", durability_timeout=0.1) as broker:
+def test_where_an_enqueue_has_to_be_confirmed_nothing_is_sent_ahead(redis_server: Server) -> None:
+    with Broker(redis_server.url, durability="replica:1", durability_timeout=0.1) as broker:
         broker.stats("q")
         sender = broker.store.sender()
         broker.operations._registered.add("q")
-        rest = broker.begin(broker.operations.enqueue("q", b"1"), sender)
+        rest = broker.begin(broker.operations.enqueue("q", JobSpec(b"1")), sender)
         assert not sender.sockets()
         with pytest.raises(Exception, match="replicas confirmed"):
             rest()
 
 
 @pytest.mark.parametrize("fault", ["cut_reply", "cut_request", "closed"])
-def test_a_command_is_carried_out_once_though_its_connection_is_lost(server: Server, fault: str) -> None:
-    with Proxy(to_port(server.port)) as proxy, Broker(proxy.url) as broker:
+def test_a_command_is_carried_out_once_though_its_connection_is_lost(redis_server: Server, fault: str) -> None:
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(proxy.url) as broker:
         broker.enqueue_many("q", [b"1", b"2", b"3"])
         sender = broker.store.sender()
         assert begun(broker, sender, count=1)() == [b"1"]

@@ -16,16 +16,6 @@ from tests.servers import Server
 Send = Callable[..., Enqueued]
 
 
-@pytest.fixture
-def server(tcp_server: Server) -> Server:
-    return tcp_server
-
-
-@pytest.fixture
-def flavour() -> str:
-    return "redis"
-
-
 @pytest.fixture(params=["blocking", "asyncio"])
 def send_to(request: pytest.FixtureRequest) -> Iterator[Callable[..., Send]]:
     """Makes a broker at a URL, and gives its `enqueue` after a first job."""
@@ -69,13 +59,13 @@ class _Runner:
         self._loop.close()
 
 
-def test_it_stores_what_the_long_way_would(server: Server, send_to: Callable[..., Send]) -> None:
-    send = send_to(server.url)
+def test_it_stores_what_the_long_way_would(redis_server: Server, send_to: Callable[..., Send]) -> None:
+    send = send_to(redis_server.url)
     found = send("q", b"second", id="mine", priority=0, headers={"a": "b"})
     assert found == Enqueued("mine")
     assert send("q", b"again", id="mine") == Enqueued("mine", duplicate=True)
     assert not send("q", b"urgent", priority=9).duplicate
-    with Broker(server.url) as broker:
+    with Broker(redis_server.url) as broker:
         jobs = broker.claim("q", 5)
         assert [(job.payload, job.priority, dict(job.headers)) for job in jobs] == [
             (b"urgent", 9, {}),
@@ -87,16 +77,16 @@ def test_it_stores_what_the_long_way_would(server: Server, send_to: Callable[...
 @pytest.mark.parametrize("fault", ["cut_reply", "cut_request"])
 @pytest.mark.parametrize("options", [{}, {"id": "mine"}])
 def test_a_job_whose_connection_is_cut_is_stored_once_and_is_no_duplicate(
-    server: Server, send_to: Callable[..., Send], fault: str, options: dict[str, str]
+    redis_server: Server, send_to: Callable[..., Send], fault: str, options: dict[str, str]
 ) -> None:
-    with Proxy(to_port(server.port)) as proxy:
+    with Proxy(to_port(redis_server.port)) as proxy:
         send = send_to(proxy.url)
         send("q", b"second")  # its script is known to the server
         getattr(proxy, fault)(b"EVALSHA")
         found = send("q", b"third", **options)
         assert not proxy.pending
     assert not found.duplicate
-    with Broker(server.url) as broker:
+    with Broker(redis_server.url) as broker:
         jobs = broker.claim("q", 5)
         assert [job.payload for job in jobs] == [b"first", b"second", b"third"]
         assert jobs[-1].id == found.id
@@ -131,18 +121,18 @@ class Encodes:
         return payload.upper()
 
 
-def test_plugins_have_their_say_in_every_job(server: Server, send_to: Callable[..., Send]) -> None:
-    with Broker(server.url) as broker:
+def test_plugins_have_their_say_in_every_job(redis_server: Server, send_to: Callable[..., Send]) -> None:
+    with Broker(redis_server.url) as broker:
         told = Everything()
-        second = send_to(server.url, plugins=[told])("q", b"x", headers={"a": "b"})
+        second = send_to(redis_server.url, plugins=[told])("q", b"x", headers={"a": "b"})
         assert [(queue, headers) for queue, _id, headers in told.told] == [("q", {}), ("q", {"a": "b"})]
         assert told.told[-1][1] == second.id
         broker.purge("q")
-        send_to(server.url, plugins=[Headers()])("q", b"x")
+        send_to(redis_server.url, plugins=[Headers()])("q", b"x")
         assert [dict(job.headers) for job in broker.claim("q", 5)] == [{"by": "plugin"}] * 2
-        send_to(server.url, plugins=[Encodes()])("q", b"x")
+        send_to(redis_server.url, plugins=[Encodes()])("q", b"x")
         assert [job.payload for job in broker.claim("q", 5)] == [b"FIRST", b"X"]
-        send_to(server.url, plugins=[Routes()])("other", b"x")
+        send_to(redis_server.url, plugins=[Routes()])("other", b"x")
         assert [job.payload for job in broker.claim("other", 5)] == [b"first", b"x"]
         assert not broker.claim("q", 5)
 
@@ -160,12 +150,12 @@ def test_plugins_have_their_say_in_every_job(server: Server, send_to: Callable[.
     ],
 )
 def test_it_refuses_what_the_long_way_does(
-    server: Server, send_to: Callable[..., Send], args: tuple[Any, ...], options: dict[str, Any]
+    redis_server: Server, send_to: Callable[..., Send], args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    send = send_to(server.url, max_payload=100)
+    send = send_to(redis_server.url, max_payload=100)
     with pytest.raises(InvalidArgument):
         send(*args, **options)
     with pytest.raises(TypeError):
         send("q", b"x", nonsense=1)
-    with Broker(server.url) as broker:
+    with Broker(redis_server.url) as broker:
         assert broker.stats("q").ready == 1

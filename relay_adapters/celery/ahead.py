@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from relay_adapters.celery.tags import new_tag
@@ -21,20 +22,25 @@ class Ahead:
     Where a task holds the loop up, the thread that keeps the leases takes the reply: what was claimed is held, too.
 
     :param sender: whose command before this one is answered
+    :param wake: called when the reply was taken, by whichever thread, to make the loop turn
     :ivar room: how many messages were asked for
+    :ivar settled: True once the reply was taken
+    :ivar abandoned: True once nobody will `take` what comes of it
     :ivar tags: delivery tags of what was claimed, by which the leases hold it, once it is settled
     """
 
-    def __init__(self, leases: Leases, sender: Sender, queue: str, room: int) -> None:
+    def __init__(self, leases: Leases, sender: Sender, queue: str, room: int, wake: Callable[[], None]) -> None:
         self.queue, self.room = queue, room
+        self.abandoned = False
         self.tags: list[str] = []
         self._leases = leases
         self._sender = sender
+        self._wake = wake
         self._acks = leases.take_acks(queue)
         self._lock = threading.Lock()
         self._found = Claimed()
         self._error: RelayError | None = None
-        self._settled = False
+        self.settled = False
         broker = leases.broker
         self._over = time.monotonic() + broker.settings.lease
         try:
@@ -46,22 +52,30 @@ class Ahead:
         leases.set_out(self)
 
     def arrived(self) -> bool:
-        """True when `take` will not have to wait for the server, unless it has to repeat the claim."""
-        return self._settled or self._sender.arrived()
+        """True when `take` will not have to wait for the server, unless the claim has to be repeated."""
+        if not self._lock.acquire(blocking=False):
+            return True  # the other thread is taking it
+        try:
+            return self.settled or self._sender.arrived()
+        finally:
+            self._lock.release()
 
     def settle(self, wait: bool = True) -> bool:
         """Take the reply, where nobody has done so yet, and hold what was claimed. From any thread.
 
         :param wait: False: only if it is there, and nobody else is at it; else the answer is False
         """
-        if not (wait or self.arrived()) or not self._lock.acquire(blocking=wait):
+        if not self._lock.acquire(blocking=wait):
             return False
         try:
-            if not self._settled:
-                self._settled = True
+            if not self.settled:
+                if not (wait or self._sender.arrived()):
+                    return False
+                self.settled = True
                 self._settle()
         finally:
             self._lock.release()
+        self._wake()  # a loop whose thread this is not would not hear of it any more
         return True
 
     def _settle(self) -> None:

@@ -79,7 +79,7 @@ class Consuming(Settling):
         """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
         what is claimed of it ends at once."""
         queue = in_order(self.order, self.consumed)[0]
-        return None if queue in self._no_ack else Ahead(self.leases, sender, queue, room)
+        return None if queue in self._no_ack else Ahead(self.leases, sender, queue, room, self.credit_freed)
 
     def _receive(self, jobs: Sequence[Job], tags: Sequence[str], found: list[Delivery]) -> bool:
         """Add the messages of jobs to what was found. True when a suspect among them keeps the others away.

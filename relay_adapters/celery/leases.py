@@ -75,7 +75,6 @@ class Leases:
         self._acks_since = 0.0
         self._releases: list[Job] = []
         self._ahead: list[Ahead] = []
-        self._abandoned: list[Ahead] = []
         self._leave_at = 0.0
         self._event = threading.Event()
         self._watching = False
@@ -233,8 +232,8 @@ class Leases:
 
     def end(self) -> None:
         """Before the process ends: hand back what was claimed and not taken, and flush. Raises as that does."""
-        self._abandoned += self._ahead
-        self._settle_claims(wait=True)
+        for ahead in list(self._ahead):
+            ahead.hand_back()
         self.flush()
 
     def _let_go(self, held: Held) -> None:
@@ -275,19 +274,18 @@ class Leases:
 
     def abandon(self, ahead: Ahead) -> None:
         """Its channel is gone, and its reply may take a while: this thread hands back what comes of it."""
-        self._abandoned.append(ahead)
+        ahead.abandoned = True
         self._event.set()
 
-    def _settle_claims(self, wait: bool = False) -> None:
-        """Hold what was claimed and not taken, for a task may keep the loop from it for hours.
-
-        :param wait: for replies that are not there. Not while there are leases to keep
-        """
+    def _settle_claims(self) -> bool:
+        """Hold what was claimed and not taken, for a task may keep the loop from it for hours. True while there are
+        abandoned ones left: this thread has leases to keep, and waits for no reply."""
         for ahead in list(self._ahead):
-            ahead.settle(wait)
-        for ahead in list(self._abandoned):
-            if ahead.hand_back(wait):
-                self._abandoned.remove(ahead)
+            if ahead.abandoned:
+                ahead.hand_back(wait=False)
+            else:
+                ahead.settle(wait=False)
+        return any(ahead.abandoned for ahead in self._ahead)
 
     # the heartbeat
 
@@ -335,8 +333,7 @@ class Leases:
     def work(self) -> float:
         """What the thread has to do now: seconds until it has to look again."""
         now = time.monotonic()
-        if self._abandoned:
-            self._settle_claims()
+        abandoned = any(ahead.abandoned for ahead in self._ahead) and self._settle_claims()
         if now >= self._next_beat:
             self._next_beat = now + self.broker.settings.lease / 3
             try:
@@ -352,7 +349,7 @@ class Leases:
             except RelayError as error:
                 logger.debug("acks are pending, the server is not there: %s", error)
                 return _AGAIN
-        if self._acks or self._abandoned:
+        if self._acks or abandoned:
             return LINGER
         self._watching = False
         # an ack may have become pending between these lines, unseen by the thread that left it

@@ -68,7 +68,8 @@ class Publishing(Routing):
             batch.add(queue, JobSpec(payload, **options), message)
             return
         if message.get(_AGAIN):
-            answer = self.broker.drive(self.broker.operations.enqueue(queue, payload, LongWay(True), **options))
+            spec = JobSpec(payload, **options)
+            answer = self.broker.drive(self.broker.operations.enqueue(queue, spec, LongWay(True)))
         else:
             answer = self.broker.enqueue(queue, payload, **options)
         taken = 0

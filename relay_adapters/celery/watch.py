@@ -64,7 +64,7 @@ class Watch:
         if bell is None or self.waiting or now >= self.look_at:
             return False
         if self.ahead is not None:
-            return waiting_in_pool() > 0
+            return waiting_in_pool() > 0 and not self.ahead.settled
         if self.hungry:  # acks that are pending go along with the claim that comes
             room = self.channel.qos.room()
             return not room or not self._wants(room, now)

@@ -68,56 +68,43 @@ class Enqueueing(Base):
         headers: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Command[Enqueued | LongWay] | None:
-        """The one command of most enqueues: nothing is to be asked or done before it, and nobody to be told after it.
-        None for others, and what answers LongWay: both are for `enqueue`."""
-        plugins = self.plugins
-        if options or type(queue) is not str or queue not in self._registered:
+        """The one command of most enqueues, which nothing has to come before: run it, and tell of it by `told`. None
+        for others, which are for `enqueue`, as is what answers LongWay."""
+        if options or type(queue) is not str or queue not in self._registered or self.plugins.alter_jobs:
             return None
-        if plugins.alter_jobs or plugins.wants("relay_job_enqueued"):
-            return None
-        job = self._plain(payload, id, priority, headers)
+        payload = payload_bytes(payload)
+        payload_size(payload, self.settings.max_payload)
+        job = plain_job(payload, id, priority, headers)
         return None if job is None else commands.enqueue_one(self.settings.keys(queue), job)
 
-    def enqueue(
-        self,
-        queue: str,
-        payload: bytes,
-        answer: Enqueued | LongWay | None = None,
-        /,
-        *,
-        id: str | None = None,
-        priority: int = 0,
-        headers: Mapping[str, str] | None = None,
-        **options: Any,
-    ) -> Flow[Enqueued]:
-        """`enqueue_many` of one, without what many need.
+    def told(self, queue: str, answer: Enqueued, headers: Mapping[str, str] | None) -> Enqueued:
+        """The answer to a straight enqueue, of which the plugins know now."""
+        if self.plugins.wants("relay_job_enqueued"):
+            self._tell_enqueued(queue, JobSpec(b"", headers=headers), answer)
+        return answer
+
+    def enqueue(self, queue: str, spec: JobSpec, answer: LongWay | None = None) -> Flow[Enqueued]:
+        """`enqueue_many` of one, without the lists that many need.
 
         :param answer: of the short way, where that was taken; LongWay(True) when an earlier call may have stored it
         """
-        spec = None
-        if options or self.plugins.alter_jobs or (job := self._plain(payload, id, priority, headers)) is None:
-            spec = JobSpec(payload, id=id, priority=priority, headers=headers, **options)
-            if self.plugins.wants("relay_add_headers"):
-                spec = self.with_headers(queue, spec)
-            queue, job = self.place(queue, spec)
-        q = self.settings.keys(queue)
+        if self.plugins.wants("relay_add_headers"):
+            spec = self.with_headers(queue, spec)
+        queue, job = self.place(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
-        if answer is None:
-            answer = LongWay(False) if job.due or job.dedup else (yield commands.enqueue_one(q, job))
-        enqueued: Enqueued
-        if isinstance(answer, LongWay):
-            (enqueued,) = yield commands.enqueue(q, (job,), again=answer.resent)
-        else:
-            enqueued = answer
-        if enqueued.duplicate or self.plugins.wants("relay_job_enqueued"):
-            self._tell_enqueued(queue, spec or JobSpec(payload, headers=headers), enqueued)
+        enqueued = yield from self._enqueue_one(self.settings.keys(queue), job, answer)
+        self._tell_enqueued(queue, spec, enqueued)
         return enqueued
 
-    def _plain(self, payload: bytes, id: str | None, priority: int, headers: Mapping[str, str] | None) -> NewJob | None:
-        payload = payload_bytes(payload)
-        payload_size(payload, self.settings.max_payload)
-        return plain_job(payload, id, priority, headers)
+    @staticmethod
+    def _enqueue_one(q: keys.QueueKeys, job: NewJob, answer: Enqueued | LongWay | None) -> Flow[Enqueued]:
+        if answer is None and not (job.due or job.dedup):
+            answer = yield commands.enqueue_one(q, job)
+        if isinstance(answer, Enqueued):
+            return answer
+        (enqueued,) = yield commands.enqueue(q, (job,), again=answer is not None and answer.resent)
+        return enqueued  # type: ignore[no-any-return]
 
     def register(self, queue: str) -> Flow[None]:
         """Put a queue among those that people are shown, once per process."""
