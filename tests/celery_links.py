@@ -8,8 +8,11 @@ from itertools import count
 from typing import Any
 
 import kombu
+from kombu.asynchronous import Hub
 
 import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not load kombu's plugins
+from relay_core import Broker
+from tests.servers import eventually
 
 BOX = {"durable": False, "auto_delete": True, "expires": 10, "message_ttl": 10}
 """How Celery declares the queues of control commands, replies and events."""
@@ -75,3 +78,43 @@ class Inbox:
                 self.connection.drain_events(timeout=seconds)
         except TimeoutError:
             return self.bodies
+
+
+class Loop:
+    """A channel under an event loop of kombu's, with a pool that always has tasks waiting."""
+
+    def __init__(self, connection: kombu.Connection, prefetch: int) -> None:
+        self.hub: Any = Hub()
+        self.prefetch = prefetch
+        self.channel: Any = connection.channel()
+        self.queue, self.got = fresh("loop"), list[Any]()
+        kombu.Queue(self.queue)(self.channel).declare()
+        self.channel.basic_qos(0, prefetch, False)
+        self.channel.basic_consume(self.queue, False, self.got.append, fresh("tag"))
+        connection.transport.register_with_event_loop(connection.connection, self.hub)
+        self.watch: Any = connection.transport._watches[self.channel, "jobs"]
+        self._turns = self.hub.create_loop()
+
+    def all_done(self, engine: Broker) -> list[int]:
+        """Ack what comes until the queue is empty: the bodies, in turn."""
+        done: list[int] = []
+
+        def empty() -> bool:
+            while self.got:
+                message = self.got.pop(0)
+                done.append(message.payload)
+                message.ack()
+            stats = engine.stats(self.queue)
+            assert stats.inflight <= self.prefetch
+            return not stats.ready + stats.inflight
+
+        self.until(empty, "all to be done")
+        return done
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        def turned() -> object:
+            self.hub.call_later(0.01, lambda: None)
+            next(self._turns)
+            return condition()
+
+        eventually(turned, what)

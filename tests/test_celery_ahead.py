@@ -3,7 +3,7 @@ and nothing is lost when nobody does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread, get_ident
@@ -11,14 +11,13 @@ from typing import Any
 
 import kombu
 import pytest
-from kombu.asynchronous import Hub
 
 from relay_adapters.celery.ahead import Ahead
 from relay_core import Broker
 from relay_core.connection import Sender
 from relay_core.errors import Unavailable
 from relay_core.operations import Settings
-from tests.celery_links import fresh, link, send
+from tests.celery_links import Loop, fresh, link, send
 from tests.celery_workers import CeleryWorker, client_of, lines
 from tests.proxy import Proxy, to_port
 from tests.servers import Server, eventually
@@ -247,46 +246,6 @@ def test_a_solo_task_that_holds_up_the_loop_costs_what_was_claimed_ahead_nothing
     assert sorted(run[0] for run in runs) == [f"after-{n}" for n in range(6)]
     assert sorted(run[2] for run in runs) == ["one"] * 3 + ["two"] * 3
     client.close()
-
-
-class Loop:
-    """A channel under an event loop of kombu's, with a pool that always has tasks waiting."""
-
-    def __init__(self, connection: kombu.Connection, prefetch: int) -> None:
-        self.hub: Any = Hub()
-        self.prefetch = prefetch
-        self.channel: Any = connection.channel()
-        self.queue, self.got = fresh("loop"), list[Any]()
-        kombu.Queue(self.queue)(self.channel).declare()
-        self.channel.basic_qos(0, prefetch, False)
-        self.channel.basic_consume(self.queue, False, self.got.append, fresh("tag"))
-        connection.transport.register_with_event_loop(connection.connection, self.hub)
-        self.watch: Any = connection.transport._watches[self.channel, "jobs"]
-        self._turns = self.hub.create_loop()
-
-    def all_done(self, engine: Broker) -> list[int]:
-        """Ack what comes until the queue is empty: the bodies, in turn."""
-        done: list[int] = []
-
-        def empty() -> bool:
-            while self.got:
-                message = self.got.pop(0)
-                done.append(message.payload)
-                message.ack()
-            stats = engine.stats(self.queue)
-            assert stats.inflight <= self.prefetch
-            return not stats.ready + stats.inflight
-
-        self.until(empty, "all to be done")
-        return done
-
-    def until(self, condition: Callable[[], object], what: str) -> None:
-        def turned() -> object:
-            self.hub.call_later(0.01, lambda: None)
-            next(self._turns)
-            return condition()
-
-        eventually(turned, what)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,13 @@ class _Attended:
     channels: set[int] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _Left:
+    terms: Terms
+    until: float
+    """Monotonic time from which the store knows by itself that this process is gone."""
+
+
 class Attendance:
     """The queues that the channels over one topology consume from. Safe for threads and after a fork.
 
@@ -55,11 +63,12 @@ class Attendance:
         """A child of a fork consumes nothing: its parent does."""
         self._lock = threading.RLock()
         self._attended: dict[str, _Attended] = {}
-        self._left: dict[str, Terms] = {}
+        self._left: dict[str, _Left] = {}
         self._parting = threading.Lock()
         self._last: dict[str, str] = {}
         self._received = 0
         self._pause = 0.0
+        self._failures = 0
         self._ended = self._limited = 0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -90,7 +99,8 @@ class Attendance:
             attended.channels.discard(channel)
             if not attended.channels:
                 del self._attended[queue]
-                self._left[queue] = attended.terms
+                until = time.monotonic() + max(self._alive_ms, attended.terms.idle_ms) / 1000
+                self._left[queue] = _Left(attended.terms, until)
                 self._wake.set()
 
     def received(self, queue: str, id: str) -> None:
@@ -118,13 +128,18 @@ class Attendance:
             idle = [attended.terms.idle_ms for attended in self._attended.values()]
         return min([LONGEST, *(ms * 0.00045 for ms in idle if ms)])
 
+    @property
+    def _alive_ms(self) -> int:
+        """For how long the store takes this process for alive after a touch."""
+        return max(1000, round(self.period * 3000))
+
     def touch(self, queues: list[str] | None = None) -> None:
         """Tell the store of these queues, or of all; declare anew what is not there."""
         with self._lock:
             chosen = {q: self._attended[q].terms for q in queues or list(self._attended) if q in self._attended}
         if not chosen:
             return
-        alive_ms = max(1000, round(self.period * 3000))
+        alive_ms = self._alive_ms
         names = list(chosen)
         for at in range(0, len(names), 100):
             batch = names[at : at + 100]
@@ -155,15 +170,17 @@ class Attendance:
             with self._lock:
                 left, self._left = self._left, {}
             try:
-                for queue, terms in list(left.items()):
+                for queue, gone in list(left.items()):
+                    terms = gone.terms
                     # a queue of jobs that names its own time has it: its consumers may be restarting
                     soon = terms.auto_delete and (terms.mailbox or terms.expires is None)
                     grace = min(GRACE_MS, terms.idle_ms) if soon else 0
                     self._run(moves.leave(self.topology.places, queue, self.consumer, grace))
                     del left[queue]
             finally:
+                now = time.monotonic()
                 with self._lock:
-                    untold = {queue: terms for queue, terms in left.items() if queue not in self._attended}
+                    untold = {q: gone for q, gone in left.items() if q not in self._attended and now < gone.until}
                     self._left = {**untold, **self._left}
 
     def _run(self, command: Command[T]) -> T:
@@ -176,7 +193,19 @@ class Attendance:
         self.say_goodbye()
         self.touch()
         pause = self.period
-        return min(pause, self._chores(self._ended, self._limited)) if self._chores is not None else pause
+        if self._chores is not None:
+            pause = min(pause, self._chores(self._ended, self._limited))
+        self._failures = 0
+        return pause
+
+    def failed(self, error: RelayError) -> float:
+        """The store could not be told: seconds until the next try. A server that is away for long is asked ever less
+        often, and the log says so once."""
+        pause = min(self.period, 2.0**self._failures)
+        level = logging.DEBUG if self._failures else logging.WARNING
+        self._failures = min(self._failures + 1, 10)
+        logger.log(level, "the store could not be told which queues are consumed, next try in %.1f s: %s", pause, error)
+        return pause
 
 
 def _attend(reference: weakref.ref[Attendance]) -> None:
@@ -200,10 +229,7 @@ def _attend(reference: weakref.ref[Attendance]) -> None:
         try:
             pause = attendance.turn()
         except RelayError as error:
-            pause = min(pause, 1.0)
-            logger.warning(
-                "the store could not be told which queues are consumed, next try in %.1f s: %s", pause, error
-            )
+            pause = attendance.failed(error)
         except Exception:
             logger.exception("attending to queues failed, next try in %.1f s", pause)
         del attendance

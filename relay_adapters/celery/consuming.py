@@ -164,11 +164,11 @@ class Consuming(Settling):
             due.run_now(headers)
         return raw
 
-    def take_back(self, deliveries: list[Delivery]) -> None:
-        """Claimed, and not delivered: hand them back."""
+    def take_back(self, deliveries: list[Delivery], wait: bool = True) -> None:
+        """Claimed, and not delivered: hand them back, see `Leases.hand_back`."""
         tags = [raw["properties"]["delivery_tag"] for raw, _queue in deliveries]
         self._unacked.difference_update(tags)
-        self.leases.hand_back(tags)
+        self.leases.hand_back(tags, wait=wait)
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
         while jobs := self.broker.claim(queue):

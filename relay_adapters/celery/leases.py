@@ -210,10 +210,12 @@ class Leases:
                     self._releases += jobs
                 raise
 
-    def hand_back(self, tags: Iterable[str], *, started: bool = False) -> None:
+    def hand_back(self, tags: Iterable[str], *, started: bool = False, wait: bool = True) -> None:
         """Release what was not started; what runs keeps its lease. An unreachable server is tried again later.
 
         :param started: also what was started, and is being ended without an answer
+        :param wait: until the server has been told. False: the thread tells it, for one that is away would hold up an
+            event loop that has others to turn to
         """
         with self._lock:
             for tag in tags:
@@ -223,6 +225,9 @@ class Leases:
             busy = bool(self._releases or self._acks)
         self.apart.changed()
         if not busy:
+            return
+        if not wait:
+            self._event.set()
             return
         try:
             self.flush()

@@ -62,7 +62,7 @@ class Request(Stock):
         logger.info("task %s[%s] is not started: its message was handed back, or its lease is over", self.name, self.id)
         task_ready(self)
         if self._leases is not None:
-            self._leases.hand_back([self.message.delivery_tag], started=True)
+            self._leases.hand_back([self.message.delivery_tag], started=True, wait=False)
         self.reject(requeue=True)
 
     def _succeeded(self, failed__retval__runtime: Any, **options: Any) -> Any:
@@ -82,7 +82,7 @@ class Request(Stock):
         another worker may have it now."""
         super().cancel(pool, signal=signal, **options)
         if self._leases is not None:
-            self._leases.hand_back([self.message.delivery_tag], started=True)
+            self._leases.hand_back([self.message.delivery_tag], started=True, wait=False)
 
     def on_retry(self, exc_info: Any) -> None:
         self._blame(None)

@@ -294,7 +294,7 @@ _forgotten: dict[Leases, set[str]] = {}
 def _hand_back_forgotten() -> None:
     while _forgotten:
         leases, tags = _forgotten.popitem()
-        leases.hand_back(tags)
+        leases.hand_back(tags, wait=False)
 
 
 def _nothing() -> None:

@@ -196,12 +196,13 @@ class Watch:
     def close(self) -> None:
         """No more wake-ups; what was not delivered is handed back."""
         self._silence()
+        # a server that is away must not keep the loop from connecting anew
+        wait = shutting_down() or not self.channel.connection.looping
         ahead, self.ahead, sender, self._sender = self.ahead, None, self._sender, None
         if ahead is not None:
-            # its reply may take a while, and must not keep the loop from connecting anew
-            ahead.hand_back() if shutting_down() else self.channel.leases.abandon(ahead)
+            ahead.hand_back() if wait else self.channel.leases.abandon(ahead)
         elif sender is not None:
             sender.close()
         if self.waiting:
             left, self.waiting = list(self.waiting), deque()
-            self.channel.take_back(left)
+            self.channel.take_back(left, wait)

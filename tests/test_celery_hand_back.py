@@ -1,0 +1,93 @@
+"""What a Celery worker holds and did not start is handed back by the thread that keeps the leases: its event loop has
+another broker to turn to, and must not wait for one that is away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from threading import get_ident
+from unittest.mock import Mock
+
+import pytest
+from celery import Celery
+
+from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.request import Request
+from relay_core import Broker
+from tests.celery_links import Loop, link, send
+from tests.servers import Server, eventually
+
+
+@pytest.fixture
+def loop(server: Server) -> Iterator[Loop]:
+    with link(server.url) as connection:
+        yield Loop(connection, 4)
+
+
+@pytest.fixture
+def tellers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads that told a server what is handed back."""
+    told: list[int] = []
+    stock = Leases.flush
+
+    def flush(leases: Leases) -> None:
+        told.append(get_ident())
+        stock(leases)
+
+    monkeypatch.setattr(Leases, "flush", flush)
+    return told
+
+
+def handed_back(broker: Broker, loop: Loop, count: int) -> None:
+    eventually(lambda: broker.stats(loop.queue).ready == count, f"{count} to be handed back")
+    assert [job.deliveries for job in broker.claim(loop.queue, 10)] == [1] * count, "it did not count as a delivery"
+
+
+def test_what_was_claimed_and_not_delivered(loop: Loop, broker: Broker, tellers: list[int]) -> None:
+    for n in range(6):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.watch._deliver = lambda: 0
+    loop.until(lambda: len(loop.watch.waiting) == 4, "messages that wait")
+    loop.channel.close()
+    handed_back(broker, loop, 6)
+    assert tellers
+    assert get_ident() not in tellers
+
+
+def test_what_a_lost_connection_had_delivered(
+    loop: Loop, broker: Broker, tellers: list[int], redis_server: Server
+) -> None:
+    for n in range(4):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the messages")
+    loop.channel.connection.close_connection(loop.channel.connection)
+    with link(redis_server.url) as other:  # the next one of a list of brokers
+        there = Loop(other, 4)
+        there.until(lambda: broker.stats(loop.queue).ready == 4, "all to be handed back")
+    handed_back(broker, loop, 4)
+    assert tellers
+    assert get_ident() not in tellers
+
+
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "not started"])
+def test_the_message_of_a_task(loop: Loop, broker: Broker, tellers: list[int], cancelled: bool) -> None:
+    app = Celery(set_as_current=False, broker="relay://")
+
+    @app.task(name="task", acks_late=True)
+    def task() -> None:
+        raise AssertionError("nobody runs it")
+
+    message = app.amqp.as_task_v2("id", task.name)
+    client = loop.channel.connection.client
+    send(client, message.body, key=loop.queue, headers=message.headers, **message.properties)
+    loop.until(lambda: loop.got, "the message")
+    request = Request(loop.got[0], app=app, task=task, on_ack=None, on_reject=lambda *_args: None)
+    if cancelled:
+        request.on_accepted(os.getpid(), 0.0)
+        request.cancel(Mock())
+    else:
+        request._not_started()
+    handed_back(broker, loop, 1)
+    assert tellers
+    assert get_ident() not in tellers
+    app.close()
