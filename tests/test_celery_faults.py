@@ -233,6 +233,28 @@ def test_a_worker_moves_on_to_the_next_broker_of_its_list_and_publishers_do(
     kept.start()
 
 
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
+def test_a_worker_waits_for_nothing_of_the_broker_that_it_leaves(
+    kept: Server, client: Celery, tmp_path: Path, running: ExitStack, pool: str
+) -> None:
+    patient = {"retry_for": 120.0}
+    with Server("redis") as spare:
+        urls = f"{kept.url};{spare.url}"
+        running.enter_context(CeleryWorker(urls, tmp_path, "-P", pool, "-c", "1", options=patient))
+        for n in range(4):
+            send(client, "celery", "hold", f"before{n}", "go")
+        started(tmp_path, "before")
+        next_client = client_of(spare.url, tmp_path, broker_transport_options={"client_name": "spare"})
+        send(next_client, "celery", "run", "after")
+        kept.kill()
+        try:
+            (tmp_path / "go").touch()
+            eventually(lambda: lines(tmp_path, start="after"), "the task on the spare broker to run")
+        finally:
+            kept.start()
+        next_client.close()
+
+
 def test_a_worker_that_may_not_retry_its_connection_ends(
     kept: Server, broker: Broker, tmp_path: Path, running: ExitStack
 ) -> None:

@@ -73,7 +73,7 @@ def test_what_a_lost_connection_had_delivered(
 def test_the_message_of_a_task(loop: Loop, broker: Broker, tellers: list[int], cancelled: bool) -> None:
     app = Celery(set_as_current=False, broker="relay://")
 
-    @app.task(name="task", acks_late=True)
+    @app.task(name="task", acks_late=True, shared=False)
     def task() -> None:
         raise AssertionError("nobody runs it")
 

@@ -79,6 +79,9 @@ class Leases:
         self._event = threading.Event()
         self._watching = False
         self._thread: threading.Thread | None = None
+        self.cut_off = False
+        """True from when an event loop loses its connection until it has another: it is about to say farewell to a
+        server that is most likely away, and has better things to do than to wait for it."""
         self._next_beat = 0.0
         self._sure = 0.0
         self._row = children.Row()
@@ -218,14 +221,13 @@ class Leases:
             event loop that has others to turn to
         """
         with self._lock:
-            for tag in tags:
-                held = self._held.get(tag)
-                if held is not None and not held.acked and (started or not held.started):
-                    self._let_go(held)
-            busy = bool(self._releases or self._acks)
+            found = [held for tag in tags if (held := self._held.get(tag)) is not None]
+            gone = [held for held in found if not held.acked and (started or not held.started)]
+            for held in gone:
+                self._let_go(held)
         self.apart.changed()
-        if not busy:
-            return
+        if not gone and not shutting_down():
+            return  # a server that is away is not waited for on account of what it was owed before
         if not wait:
             self._event.set()
             return

@@ -11,7 +11,6 @@ from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import DELIVERED, pack
 from relay_adapters.celery.ids import TAKEN, job_id_of
-from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms, limits_of
@@ -26,7 +25,6 @@ _HEADERS = {HEADER: ADAPTER}
 class Publishing(Routing):
     """The part of a channel that stores messages."""
 
-    leases: Leases
     priority_order = "amqp"
     supports_batch_publish = True
 

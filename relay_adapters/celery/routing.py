@@ -12,6 +12,7 @@ from relay_adapters.celery import moves
 from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import pack
 from relay_adapters.celery.errors import NotFound
+from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Table
 from relay_adapters.celery.upkeep import end
@@ -21,6 +22,7 @@ from relay_core.job import new_id
 class Routing(Declaring):
     """The part of a channel that routes what is published."""
 
+    leases: Leases
     priority_order: str
     _used: dict[str, float]
 
@@ -45,6 +47,8 @@ class Routing(Declaring):
         while True:
             queues = [queue for queue in table.route(routing_key) if queue not in served]
             boxes = [queue for queue in queues if queue in table.terms and table.terms[queue].mailbox]
+            if len(boxes) == len(queues) and self.leases.cut_off:
+                self.broker.store.locate([self.topology.places.exchanges])  # tried once: no task is lost here
             if len(boxes) < len(queues) or not queues:
                 # no script of the topology's slot will check these: ask for the version first
                 checked = self.topology.table(exchange)

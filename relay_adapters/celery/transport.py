@@ -103,6 +103,7 @@ class Transport(virtual.Transport):
                 answers(channel.broker)
             else:
                 channel.broker.store.raw("PING")
+            channel.leases.cut_off = False
             if channel.leases.holding:
                 channel.leases.extend()
         except BaseException:
@@ -111,6 +112,9 @@ class Transport(virtual.Transport):
         return connection
 
     def close_connection(self, connection: Any) -> None:
+        if self._loop is not None:
+            for channel in self.channels:
+                channel.leases.cut_off = True
         self._leave_loop()
         super().close_connection(connection)
 
