@@ -324,3 +324,69 @@ def test_large_commands_and_replies_pass_in_any_number_of_pieces(server: Server,
     assert outcome.failure is None
     assert outcome.replies == [b"OK"] * 4 + [body] * 4
     link.close()
+
+
+class Own(socket.socket):
+    """Reads in a way of its own, as TLS does."""
+
+    def recv_into(self, buffer: Any, *args: Any) -> int:
+        buffer[:3] = b"own"
+        return 3
+
+    def sendall(self, data: Any, *args: Any) -> None:
+        super().sendall(b"own " + data)
+
+
+@pytest.mark.parametrize("kind", [socket.socket, Own])
+def test_only_plain_sockets_are_read_and_written_past_python(kind: type[socket.socket]) -> None:
+    ours, theirs = socket.socketpair()
+    with kind(fileno=ours.detach()) as made, theirs:
+        made.settimeout(10)
+        buffer = bytearray(100)
+        send, read = streams.direct_send(made), streams.direct_read(made, buffer)
+        send(b"abc")
+        assert theirs.recv(100) == (b"own abc" if kind is Own else b"abc")
+        theirs.send(b"de")
+        assert buffer[: read()] == (b"own" if kind is Own else b"de")
+
+
+def test_what_the_system_does_not_take_or_have_at_once_is_waited_for() -> None:
+    ours, theirs = socket.socketpair()
+    block = bytes(1 << 22)
+    with ours, theirs:
+        ours.settimeout(0.05)
+        buffer = bytearray(100)
+        send, read = streams.direct_send(ours), streams.direct_read(ours, buffer)
+        with pytest.raises(TimeoutError):
+            read()
+        with pytest.raises(TimeoutError):
+            send(block)
+        with pytest.raises(TimeoutError):
+            send(b"x")
+        ours.settimeout(10)
+        reading = threading.Thread(target=lambda: [theirs.recv(1 << 16) for _ in range(200)])
+        reading.start()
+        send(block)
+        theirs.send(b"done")
+        assert buffer[: read()] == b"done"
+        theirs.shutdown(socket.SHUT_WR)
+        assert read() == 0
+        ours.shutdown(socket.SHUT_WR)
+        reading.join(10)
+
+
+def test_a_connection_that_was_closed_leaves_the_next_one_of_its_number_alone() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        send, read = streams.direct_send(ours), streams.direct_read(ours, bytearray(100))
+        number = ours.fileno()
+        ours.close()
+        other, far = socket.socketpair()
+        with other, far:
+            assert number in (other.fileno(), far.fileno())
+            other.send(b"to far")
+            far.send(b"to other")
+            for use in (lambda: send(b"x"), read):
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    use()
+            assert (far.recv(100), other.recv(100)) == (b"to far", b"to other")

@@ -6,7 +6,10 @@ the layers of redis-py cost a short command as much as all the rest of its way.
 
 from __future__ import annotations
 
+import _socket
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from redis.connection import DefaultParser
@@ -47,6 +50,43 @@ class Stream(Protocol):
         """Whether the server has closed it, or has said something unasked."""
 
 
+# A socket with a timeout asks the system whether it is ready before it does anything, and mostly it is. These two do it
+# first, and leave what has to wait to the socket.
+
+
+def direct_send(socket: Any) -> Callable[[bytes], None]:
+    """Sends all of a block on a connected socket, as its `sendall` does, and raises the same."""
+    fileno, sendall, write = socket.fileno, socket.sendall, os.write
+
+    def send(block: bytes) -> None:
+        try:
+            sent = write(fileno(), block)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(block):
+            sendall(memoryview(block)[sent:])
+
+    return send if _is_plain(socket) else sendall
+
+
+def direct_read(socket: Any, buffer: bytearray) -> Callable[[], int]:
+    """Reads what has come on a connected socket into a buffer, as its `recv_into` does, and raises the same."""
+    fileno, recv_into, buffers = socket.fileno, socket.recv_into, [buffer]
+
+    def read() -> int:
+        try:
+            return os.readv(fileno(), buffers)
+        except BlockingIOError:
+            return recv_into(buffer)  # type: ignore[no-any-return]
+
+    return read if _is_plain(socket) else partial(recv_into, buffer)
+
+
+def _is_plain(socket: Any) -> bool:
+    """Whether its reads are the system's own: not those of TLS, nor gevent's, which switch to other greenlets."""
+    return getattr(type(socket), "recv_into", None) is _socket.socket.recv_into and hasattr(os, "readv")
+
+
 class FastStream:
     """hiredis, fed from the socket. The socket's own timeout bounds each call."""
 
@@ -55,14 +95,15 @@ class FastStream:
     def __init__(self, connection: Any, reader: Any) -> None:
         socket = socket_of(connection)
         self._connection = connection
-        self.send = socket.sendall
-        self._read, self._feed, self._next, self._said = socket.recv_into, reader.feed, reader.gets, reader.has_data
         self._buffer = bytearray(_READ_BYTES)
+        self.send = direct_send(socket)
+        self._read = direct_read(socket, self._buffer)
+        self._feed, self._next, self._said = reader.feed, reader.gets, reader.has_data
 
     def receive(self) -> Any:
         reply = self._next()
         while reply is MORE:
-            size = self._read(self._buffer)
+            size = self._read()
             if not size:
                 raise ConnectionError("Connection closed by server.")
             self._feed(self._buffer, 0, size)
