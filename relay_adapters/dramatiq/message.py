@@ -95,9 +95,11 @@ def encoded(message: Message[Any]) -> bytes:
 
 
 def with_options(message: Message[Any], changes: dict[str, Any]) -> Message[Any]:
-    """`message.copy(options=changes)`, which looks up what the fields of a message are for each one."""
+    """`message.copy(options=changes)`, which looks up and sets the fields of a message one by one."""
     if type(message) is Message:
-        return Message(**{**vars(message), "options": {**message.options, **changes}})
+        copied: Message[Any] = Message.__new__(Message)
+        vars(copied).update(vars(message), options={**message.options, **changes})
+        return copied
     return message.copy(options=changes)
 
 
