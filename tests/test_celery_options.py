@@ -101,6 +101,24 @@ def test_a_failover_list_of_several_hosts_and_sockets_moves_on(
             connection.SimpleQueue("list").put(1)
 
 
+@pytest.mark.parametrize(
+    ("urls", "given", "seconds"),
+    [
+        ("relay://127.0.0.1:1", {}, 2.0),
+        ("relay://127.0.0.1:1;relay://127.0.0.1:2", {}, 0.25),
+        ("relay://127.0.0.1:1;relay://127.0.0.1:2", {"retry_for": 7.0}, 7.0),
+    ],
+)
+def test_a_command_is_not_repeated_for_long_where_there_is_another_broker(
+    urls: str, given: dict[str, Any], seconds: float
+) -> None:
+    with Connection(urls, transport_options=given) as connection:
+        for client in (connection, connection.clone(), connection.Pool(1).acquire()):
+            assert options.shared_broker(client).store.settings.retry_for == seconds
+            client.maybe_switch_next()
+            assert options.shared_broker(client).store.settings.retry_for == seconds
+
+
 def test_a_url_of_a_failover_list_inherits_nothing_from_the_one_before() -> None:
     with Connection("relay://user:secret@127.0.0.1:1/3;relay://127.0.0.2") as connection:
         assert connection.as_uri() == "relay://**@127.0.0.1:1/3"
