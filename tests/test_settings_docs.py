@@ -117,7 +117,7 @@ def test_the_bounds_of_the_page_are_those_of_the_code(title: str, name: str, goo
 def test_the_options_of_celery_are_on_the_page() -> None:
     told = {name for cell, _meaning in rows("Celery: `broker_transport_options`") for name in re.findall(r"\w+", cell)}
     assert told == celery_options._BROKER_OPTIONS | celery_options._ADAPTER_OPTIONS
-    retried = f"`retry_for` is {celery_options.RETRY_FOR:g} s by default, and {celery_options.RETRY_FIRST:g} s where"
+    retried = f"`retry_for` is {celery_options.RETRY_FOR:g} s by default, and {celery_options.RETRY_IN_LIST:g} s where"
     assert retried in section("Celery: `broker_transport_options`")
 
 

@@ -61,9 +61,9 @@ _ELSEWHERE = frozenset(
 RETRY_FOR = 2.0
 """Seconds for which a command is repeated before Celery's own handling of a lost connection takes over."""
 
-RETRY_FIRST = 0.25
-"""The same where that has another broker to turn to: workers leave the one that is away at once, and producers should not
-be much later."""
+RETRY_IN_LIST = 0.25
+"""The same where that has another broker to turn to. Workers leave the one that is away at once, and the tasks of
+producers that are much later would lie where nobody looks."""
 
 _shared: dict[tuple[str, str], Broker] = {}
 _lock = threading.Lock()
@@ -114,7 +114,7 @@ def options_of(client: Any) -> dict[str, Any]:
     given: Mapping[str, Any] = client.transport_options or {}
     _check_names(given)
     options = {name: value for name, value in given.items() if name in _BROKER_OPTIONS}
-    options.setdefault("retry_for", RETRY_FIRST if len(client.alt or ()) > 1 else RETRY_FOR)
+    options.setdefault("retry_for", RETRY_IN_LIST if len(client.alt or ()) > 1 else RETRY_FOR)
     if "retry" in given:
         options["retry"] = _policy("retry", given["retry"])
     if "queue_retry" in given:
