@@ -17,6 +17,9 @@ from tests.command_line import Cli
 from tests.servers import FLAVOURS, AclServer, Flavour, MissingServer, Server, TlsServer
 from tests.topologies import Cluster, SentinelTrio
 
+# Threads of an adapter live as long as their process. What they log when pytest has ended shall not follow its summary.
+logging.getLogger("relay").addHandler(logging.NullHandler())
+
 
 @pytest.fixture(autouse=True)
 def _root_logger_as_before() -> Iterator[None]:
