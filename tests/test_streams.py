@@ -326,6 +326,19 @@ def test_large_commands_and_replies_pass_in_any_number_of_pieces(server: Server,
     link.close()
 
 
+def test_who_takes_the_place_of_file_functions_does_not_take_that_of_connections(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_such_file(*_: object) -> int:
+        raise OSError(9, "Bad file descriptor in the fake file system")
+
+    monkeypatch.setattr("os.write", no_such_file)
+    monkeypatch.setattr("os.readv", no_such_file, raising=False)
+    link = link_to(server.socket)
+    assert link.exchange([PING], 1).replies == [b"PONG"]
+    link.close()
+
+
 class Own(socket.socket):
     """Reads in a way of its own, as TLS does."""
 

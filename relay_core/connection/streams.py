@@ -53,10 +53,14 @@ class Stream(Protocol):
 # A socket with a timeout asks the system whether it is ready before it does anything, and mostly it is. These two do it
 # first, and leave what has to wait to the socket.
 
+_SYSTEM: Any = (os.write, getattr(os, "readv", None))
+"""As they are at import, and where nobody finds them: who puts others in their place, such as a fake file system in a
+test, means files."""
+
 
 def direct_send(socket: Any) -> Callable[[bytes], None]:
     """Sends all of a block on a connected socket, as its `sendall` does, and raises the same."""
-    fileno, sendall, write = socket.fileno, socket.sendall, os.write
+    fileno, sendall, (write, _) = socket.fileno, socket.sendall, _SYSTEM
 
     def send(block: bytes) -> None:
         try:
@@ -71,11 +75,11 @@ def direct_send(socket: Any) -> Callable[[bytes], None]:
 
 def direct_read(socket: Any, buffer: bytearray) -> Callable[[], int]:
     """Reads what has come on a connected socket into a buffer, as its `recv_into` does, and raises the same."""
-    fileno, recv_into, buffers = socket.fileno, socket.recv_into, [buffer]
+    fileno, recv_into, (_, readv), buffers = socket.fileno, socket.recv_into, _SYSTEM, [buffer]
 
     def read() -> int:
         try:
-            return os.readv(fileno(), buffers)
+            return readv(fileno(), buffers)  # type: ignore[no-any-return]
         except BlockingIOError:
             return recv_into(buffer)  # type: ignore[no-any-return]
 
@@ -84,7 +88,7 @@ def direct_read(socket: Any, buffer: bytearray) -> Callable[[], int]:
 
 def _is_plain(socket: Any) -> bool:
     """Whether its reads are the system's own: not those of TLS, nor gevent's, which switch to other greenlets."""
-    return getattr(type(socket), "recv_into", None) is _socket.socket.recv_into and hasattr(os, "readv")
+    return getattr(type(socket), "recv_into", None) is _socket.socket.recv_into and None not in _SYSTEM
 
 
 class FastStream:
