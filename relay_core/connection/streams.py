@@ -78,10 +78,12 @@ def direct_read(socket: Any, buffer: bytearray) -> Callable[[], int]:
     fileno, recv_into, (_, readv), buffers = socket.fileno, socket.recv_into, _SYSTEM, [buffer]
 
     def read() -> int:
+        size: int
         try:
-            return readv(fileno(), buffers)  # type: ignore[no-any-return]
+            size = readv(fileno(), buffers)
         except BlockingIOError:
-            return recv_into(buffer)  # type: ignore[no-any-return]
+            size = recv_into(buffer)
+        return size
 
     return read if _is_plain(socket) else partial(recv_into, buffer)
 

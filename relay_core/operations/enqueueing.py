@@ -103,8 +103,9 @@ class Enqueueing(Base):
             answer = yield commands.enqueue_one(q, job)
         if isinstance(answer, Enqueued):
             return answer
+        enqueued: Enqueued
         (enqueued,) = yield commands.enqueue(q, (job,), again=answer is not None and answer.resent)
-        return enqueued  # type: ignore[no-any-return]
+        return enqueued
 
     def register(self, queue: str) -> Flow[None]:
         """Put a queue among those that people are shown, once per process."""
