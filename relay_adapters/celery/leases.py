@@ -226,7 +226,7 @@ class Leases:
             for held in gone:
                 self._let_go(held)
         self.apart.changed()
-        if not gone and not shutting_down():
+        if not gone:
             return  # a server that is away is not waited for on account of what it was owed before
         if not wait:
             self._event.set()
