@@ -9,12 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
 
 from relay_core.cli.app import relay
+
+_SEPARATE: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+"""Before click 8.2 stdout held both."""
 
 
 class Cli:
@@ -28,7 +32,7 @@ class Cli:
 
     def run(self, *args: str, code: int = 0, input: bytes | None = None) -> Result:
         """Run a command; it must end with this exit code, and never by a traceback."""
-        result = CliRunner().invoke(relay, args, input=input, env={"RELAY_URL": self.url}, prog_name="relay")
+        result = CliRunner(**_SEPARATE).invoke(relay, args, input=input, env={"RELAY_URL": self.url}, prog_name="relay")
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
         assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
         assert "Traceback" not in result.stderr

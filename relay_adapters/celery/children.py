@@ -1,9 +1,10 @@
 """What the children of a prefork worker must know of leases, which their main process keeps.
 
-A message may lie in a child's pipe while its lease ends, when both were frozen for a time or the server was away. So
-main process and children share a piece of memory, made before the pool forks. There the main process says until when
-its leases are sure, and which were lost; a child looks before it starts a task. Where they are not sure it waits for
-the next heartbeat, which knows. Children that were spawned and not forked share nothing, and look at nothing.
+A message may lie in a child's pipe while its lease ends, when both were frozen for a time or the server was away, or
+while it is handed back, when the connection was lost or the worker stops. So main process and children share a piece
+of memory, made before the pool forks. There the main process says until when its leases are sure, and which were lost;
+a child looks before it starts a task, and says that it has. Where they are not sure it waits for the next heartbeat,
+which knows. Children that were spawned and not forked share nothing, and look at nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import mmap
 import os
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,15 +28,23 @@ _NUMBERS = 1 << 20
 _LOOK_EVERY = 0.005
 """Seconds between looks of a child that waits for word."""
 
+_fence = threading.Lock
+"""One is taken, for nothing else, between a write and a look: the processor must not do the look first. A fresh one
+each time, for a fork may copy a lock that is taken."""
+
 _UNTIL = struct.Struct("d")
 _DONE, _LOST = 254, 255
 """What a delivery's byte says: acked, so that it is to run whatever its lease; not to be started. Else its row, from 1
 on; 0 for nothing."""
 
+WAITS, DECIDES, RUNS = 1, 2, 3
+"""What a child says of a delivery: it waits for word of it; it takes its last look; it has started it, for good. Else
+0."""
+
 
 class Board:
     """The shared memory: per row a monotonic time until which its leases are sure; per delivery a byte for what is to
-    be done with it, and one that is set while a child waits for word of it."""
+    be done with it, and one for what a child does."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -53,17 +63,21 @@ class Board:
         number = _number(tag)
         if number is None:
             return True
-        said, waits = _said(number), _waits(number)
+        said, does = _said(number), _does(number)
         while (row := self.memory[said]) not in (0, _DONE, _LOST):
             if time.monotonic() < _UNTIL.unpack_from(self.memory, (row - 1) * _UNTIL.size)[0]:
                 break
             if os.getppid() != self.pid:
                 return False
-            self.memory[waits] = 1
+            self.memory[does] = WAITS
             time.sleep(_LOOK_EVERY)
-        self.memory[waits] = 0
-        # what was lost is said before the row is sure again
-        return self.memory[said] != _LOST
+        # Who hands it back says so first and then looks what is done here; here it is the other way round. So one of
+        # the two sees the other. What was lost is said before the row is sure again.
+        self.memory[does] = DECIDES
+        with _fence():
+            lost = self.memory[said] == _LOST
+        self.memory[does] = 0 if lost else RUNS
+        return not lost
 
     def guarded(self, trace: Callable[..., Any]) -> Callable[..., Any]:
         """A function of Celery's that runs a task, and that looks first."""
@@ -100,16 +114,23 @@ class Row:
     def lost(self, tag: str) -> None:
         self._say(tag, _LOST)
 
-    def waits(self, tag: str) -> bool:
-        """True while a child waits for word of this delivery."""
+    def kept(self, tag: str) -> None:
+        """It was said to be lost, and a child had started it by then."""
+        self._say(tag, self._row)
+
+    def does(self, tag: str) -> int:
+        """What a child says of this delivery: WAITS, DECIDES, RUNS or 0."""
         number = _number(tag)
-        return self._memory is not None and number is not None and self._memory[_waits(number)] == 1
+        if self._memory is None or number is None:
+            return 0
+        with _fence():
+            return self._memory[_does(number)]
 
     def _say(self, tag: str, what: int, fresh: bool = False) -> None:
         if self._memory is None or (number := _number(tag)) is None:
             return
         if fresh:
-            self._memory[_waits(number)] = 0
+            self._memory[_does(number)] = 0
         self._memory[_said(number)] = what
 
 
@@ -123,7 +144,7 @@ def _said(number: int) -> int:
     return _ROWS * _UNTIL.size + number
 
 
-def _waits(number: int) -> int:
+def _does(number: int) -> int:
     return _ROWS * _UNTIL.size + _NUMBERS + number
 
 

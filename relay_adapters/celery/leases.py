@@ -34,6 +34,9 @@ LINGER = 0.01
 _AGAIN = 0.25
 """Seconds until what an unreachable server left undone is tried again."""
 
+_DECISION = 0.05
+"""Seconds that a child may take to decide whether it starts a task. It takes less, unless it is frozen just then."""
+
 _NOTICE, _SELDOM = 1.0, 3600.0
 """Seconds between looks at whether the worker was told to stop, while it holds messages, and while it holds none."""
 
@@ -214,7 +217,8 @@ class Leases:
                 raise
 
     def hand_back(self, tags: Iterable[str], *, started: bool = False, wait: bool = True) -> None:
-        """Release what was not started; what runs keeps its lease. An unreachable server is tried again later.
+        """Release what was not started; what runs keeps its lease, also where only a pool's child knows that it does.
+        An unreachable server is tried again later.
 
         :param started: also what was started, and is being ended without an answer
         :param wait: until the server has been told. False: the thread tells it, for one that is away would hold up an
@@ -222,7 +226,7 @@ class Leases:
         """
         with self._lock:
             found = [held for tag in tags if (held := self._held.get(tag)) is not None]
-            gone = [held for held in found if not held.acked and (started or not held.started)]
+            gone = [held for held in found if not held.acked and (started or not (held.started or self._runs(held)))]
             for held in gone:
                 self._let_go(held)
         self.apart.changed()
@@ -242,6 +246,18 @@ class Leases:
         for ahead in list(self._ahead):
             ahead.hand_back()
         self.flush()
+
+    def _runs(self, held: Held) -> bool:
+        """With the lock held: whether a pool's child has started what is to be handed back. If not, it will not."""
+        self._row.lost(held.tag)
+        patience = time.monotonic() + _DECISION
+        while (does := self._row.does(held.tag)) == children.DECIDES and time.monotonic() < patience:
+            time.sleep(_DECISION / 100)
+        if does != children.RUNS:
+            return False
+        self._row.kept(held.tag)
+        held.started = True
+        return True
 
     def _let_go(self, held: Held) -> None:
         del self._held[held.tag]
@@ -328,7 +344,7 @@ class Leases:
         with self._lock:
             if time.monotonic() <= self._sure:
                 return
-            for held in [held for held in self._held.values() if self._row.waits(held.tag)]:
+            for held in [held for held in self._held.values() if self._row.does(held.tag) == children.WAITS]:
                 acks = self._acks.get(held.job.queue, [])
                 if held in acks:
                     acks.remove(held)

@@ -34,6 +34,9 @@ def install(**_: Any) -> None:
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
 
+    from relay_adapters.celery import given
+
+    given.install()
     if Task.Request == "celery.worker.request:Request":
         Task.Request = _REQUEST
     if not isinstance(Panel.data["revoke"], _Revoke):

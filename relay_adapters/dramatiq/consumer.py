@@ -7,11 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from dramatiq import worker as dramatiq_worker
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.middleware import SkipMessage
-from dramatiq.worker import ConsumerThread
 
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered
@@ -22,6 +23,9 @@ from relay_core.errors import Unavailable
 from relay_core.operations import Flow, Wait
 
 logger = logging.getLogger("relay.dramatiq")
+
+_ConsumerThread: Any = getattr(dramatiq_worker, "ConsumerThread", None) or dramatiq_worker._ConsumerThread
+"""Public since Dramatiq 2.0."""
 
 MAX_RETRIES = 2**31
 """Dramatiq counts retries in the message and decides when they are used up; the store must not."""
@@ -59,7 +63,7 @@ class RelayConsumer(Consumer):
         self._holding: Holding = Holding()
         self._buffer: deque[Lease] = deque()
         # Dramatiq's own consumer threads come back for more or close; whoever else iterates may do neither.
-        self._steady = isinstance(threading.current_thread(), ConsumerThread)
+        self._steady = isinstance(threading.current_thread(), _ConsumerThread)
         self._attending = False
         self._closed = False
         # Until then only a wake-up can bring work: an idle worker listens, and asks nothing.

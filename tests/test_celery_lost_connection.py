@@ -1,0 +1,120 @@
+"""A prefork worker that loses its connection while its children begin what they were given: nothing starts twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery.utils.nodenames import gethostname
+
+from relay_adapters.celery import children
+from relay_adapters.celery.leases import _DECISION, Leases
+from relay_adapters.celery.tags import new_tag
+from relay_core import Broker
+from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.servers import Server, eventually
+
+Held = tuple[children.Board, Leases, str]
+TASKS = {"hold": "acked when it ends", "hold_early": "acked as it starts"}
+
+
+def test_what_a_child_begins_when_the_connection_is_lost_runs_once(server: Server, tmp_path: Path) -> None:
+    flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "2", "--include", "tests.celery_hold_close")
+    with Broker(server.url) as broker, CeleryWorker(server.url, tmp_path, *flags) as worker:
+        client = client_of(server.url, tmp_path)
+        main = worker.process.pid
+        children = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+        _all(children, signal.SIGSTOP)
+        for name in TASKS:
+            client.send_task(f"tests.celery_app.{name}", [name, "go"])
+        client.send_task("tests.celery_app.run", ["waits"])  # for a child that is free
+        eventually(lambda: broker.stats("celery").inflight == 3, "the tasks to be fetched")
+        # an answer is another turn of its loop: by then it has written to its children
+        assert client.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
+        client.close()
+
+        server.cli("CLIENT", "KILL", "TYPE", "normal")
+        eventually(lambda: lines(tmp_path, "connection"), "the loss to be noticed")
+        _all(children, signal.SIGCONT)
+        eventually(lambda: len(lines(tmp_path, "started")) == len(TASKS), "the children to begin")
+        (tmp_path / "see-to-it").touch()
+        eventually(
+            lambda: broker.stats("celery").counters.get("released", 0) > 0, "the task that waits to be handed back"
+        )
+        assert broker.stats("celery").counters["released"] == 1
+
+        (tmp_path / "go").touch()
+        eventually(lambda: len(lines(tmp_path)) == 3 and broker.stats("celery").pending == 0, "all to be done")
+        assert sorted(line.split()[0] for line in lines(tmp_path)) == ["hold", "hold_early", "waits"]
+        assert sorted(line.split()[0] for line in lines(tmp_path, "started")) == sorted(TASKS)
+        assert _count(broker, "processed") == 3
+
+
+def _count(broker: Broker, what: str) -> int:
+    return broker.stats("celery").counters.get(what, 0)
+
+
+def _all(pids: list[int], how: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, how)
+
+
+@pytest.fixture
+def held(broker: Broker) -> Iterator[Held]:
+    """A message that a worker holds, and the memory that it shares with its children: here, with itself."""
+    board, leases = children.Board(), Leases(broker)
+    broker.enqueue("q", b"")
+    job = broker.claim("q")[0]
+    tag = new_tag(job)
+    leases.add(tag, job)
+    leases._row = board.row()
+    leases._row.sure(job.expires_at)
+    leases._row.held(tag)
+    yield board, leases, tag
+    leases.hand_back([tag], started=True)
+
+
+def test_what_a_child_has_started_is_not_handed_back(held: Held, broker: Broker) -> None:
+    board, leases, tag = held
+    assert board.may_start(tag)
+    leases.hand_back([tag])
+    assert (leases.holding, broker.stats("q").inflight) == (1, 1)
+    assert leases.ack_later(tag), "its ack is taken, as that of a task of which Celery said that it runs"
+    leases.flush()
+    assert broker.stats("q").counters["processed"] == 1
+
+
+def test_what_was_handed_back_is_not_started_by_a_child(held: Held, broker: Broker) -> None:
+    board, leases, tag = held
+    leases.hand_back([tag])
+    assert (leases.holding, broker.stats("q").ready) == (0, 1)
+    assert not board.may_start(tag)
+
+
+def test_a_child_that_is_about_to_start_is_waited_for(held: Held, broker: Broker) -> None:
+    board, leases, tag = held
+    does = children._does(int(tag.partition(".")[0]))
+
+    def decide(what: int) -> None:
+        board.memory[does] = children.DECIDES
+        threading.Timer(_DECISION / 5, board.memory.__setitem__, (does, what)).start()
+
+    decide(children.RUNS)
+    leases.hand_back([tag])
+    assert (leases.holding, broker.stats("q").inflight) == (1, 1)
+    leases.get(tag).started = False
+    decide(0)
+    leases.hand_back([tag])
+    assert (leases.holding, broker.stats("q").ready) == (0, 1)
+
+
+def test_a_child_that_is_frozen_as_it_is_about_to_start_holds_nobody_up(held: Held, broker: Broker) -> None:
+    board, leases, tag = held
+    board.memory[children._does(int(tag.partition(".")[0]))] = children.DECIDES
+    leases.hand_back([tag])
+    assert (leases.holding, broker.stats("q").ready) == (0, 1)
+    assert not board.may_start(tag), "when it looks later"
