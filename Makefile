@@ -8,6 +8,13 @@ BIN := $(VENV)/bin
 # One stamp per Python, so that another PYTHON makes the environment anew.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 INSTALLED := $(VENV)/.installed-$(VERSION)
+OLD := .venv-oldest
+OLD_INSTALLED := $(OLD)/.installed-$(VERSION)
+# What touches other packages most. All: make oldest OLDEST=tests
+OLDEST ?= $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+	celery_contract celery_faults celery_frozen celery_hand_back celery_lost_connection celery_options celery_pools \
+	celery_publishing celery_qos cli_top connection dramatiq dramatiq_consumer dramatiq_middleware \
+	dramatiq_processes hooks metrics_faces streams worker)))
 TYPED := relay_core relay_adapters benchmarks
 
 PYTEST ?=
@@ -17,7 +24,7 @@ SOAK ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup servers demo test lint format types contracts pytest bench soak clean
+.PHONY: help setup servers demo test lint format types contracts pytest oldest bench soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -53,6 +60,13 @@ contracts: $(INSTALLED)  ## which module may import which
 pytest: $(INSTALLED) servers  ## only the tests; PYTEST="-k embedded" picks some
 	$(BIN)/python -m pytest $(PYTEST)
 
+oldest: $(OLD_INSTALLED) servers  ## tests with the oldest versions of other packages that relay works with
+	$(OLD)/bin/python -m pytest -p no:cacheprovider $(OLDEST) $(PYTEST)
+
+$(OLD_INSTALLED): pyproject.toml tests/oldest.txt
+	@tools/setup-venv $(PYTHON) $(OLD) test tests/oldest.txt
+	@rm -f $(OLD)/.installed-* && touch $@
+
 bench: $(INSTALLED) servers  ## the figures of benchmarks/README.md
 	$(BIN)/python -m benchmarks $(BENCH)
 
@@ -60,5 +74,5 @@ soak: $(INSTALLED) servers  ## workers killed for as long as you say, jobs count
 	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 clean:  ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
-"""Real Celery workers of every pool under mixed load, while they, their children and the server are killed.
+"""Real Celery workers of every pool under mixed load, while they, their children and the server are killed, and all
+connections cut.
 
 Every task is acked late and notes in a file what it did; what was sent is noted here. Neither ledger depends on what
 is under test. A task may run twice when the worker that ran it first was killed, frozen, or told to quit, or when the
-server went away meanwhile; not after a warm shutdown, but for the prefork pool's (see `strike`).
+server went away meanwhile; not after a cut, nor after a warm shutdown, but for the prefork pool's (see `strike`).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ PATIENCE = 8.0
 
 QUEUES = ("soak", "chained")
 POOLS = (("prefork", "2"), ("threads", "4"), ("gevent", "8"), ("solo", "1"))
-SERVER_SHARE = 0.1
-"""How many of the blows hit the server."""
+SERVER_SHARE, CUT_SHARE = 0.1, 0.1
+"""How many of the blows kill the server, and how many cut all connections to it."""
 
 _APP = '''
 import os, random, time
@@ -246,7 +247,12 @@ def _load(
             if kind == "first":
                 sent[f"{id}-second"] = f"follow-up of {sent[id]}"
         if time.monotonic() > strike_at:
-            if random.random() < SERVER_SHARE:
+            chance = random.random()
+            if chance < CUT_SHARE:
+                server.cli("CLIENT", "KILL", "TYPE", "normal")
+                outcome.blows["cut"] += 1
+                crew.told.append(f"{time.time():.3f} cut")
+            elif chance < CUT_SHARE + SERVER_SHARE:
                 crew.disturbed.append((time.time(), "*"))
                 server.kill()
                 time.sleep(random.uniform(0.0, 2.0))

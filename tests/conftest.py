@@ -7,7 +7,10 @@ narrows it. A server program that is missing fails the test and says what to ins
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Protocol, TypeVar, cast
 
 import pytest
@@ -21,12 +24,35 @@ from tests.topologies import Cluster, SentinelTrio
 logging.getLogger("relay").addHandler(logging.NullHandler())
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what needs later versions of other packages than those of `make oldest`."""
+    wanting = [item for item in items for mark in item.iter_markers("since") if _is_older(*mark.args)]
+    if wanting:
+        config.hook.pytest_deselected(items=wanting)
+        items[:] = [item for item in items if item not in wanting]
+
+
+def _is_older(package: str, than: str) -> bool:
+    installed, needed = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (version(package), than))
+    return installed < needed
+
+
 @pytest.fixture(autouse=True)
 def _root_logger_as_before() -> Iterator[None]:
     """A Celery worker that runs in the test's own process sets the level of the root logger, and leaves it there."""
     level = logging.root.level
     yield
     logging.root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """Before Dramatiq 2.0 its Prometheus middleware has a process that makes a worker count into files ever after."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        if name.upper() == "PROMETHEUS_MULTIPROC_DIR":
+            del os.environ[name]
 
 
 class Resettable(Protocol):

@@ -48,20 +48,30 @@ def test_a_password_is_never_in_the_url_that_logs_show(acl_server: AclServer) ->
         assert str(acl_server.port) in connection.as_uri()
 
 
+class Provider:
+    """As redis-py has them."""
+
+    def __init__(self, server: AclServer) -> None:
+        self._server = server
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self._server.user, self._server.password
+
+
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_a_credential_provider_logs_in(acl_server: AclServer) -> None:
-    class Provider:
-        """As redis-py has them."""
-
-        def get_credentials(self) -> tuple[str, str]:
-            return acl_server.user, acl_server.password
-
     url = f"relay://127.0.0.1:{acl_server.port}/0"
-    round_trip(url, broker_transport_options={"credential_provider": Provider()}).release()
-    with Connection(url, credential_provider=Provider()) as connection:
-        connection.ensure_connection(max_retries=1)
+    round_trip(url, broker_transport_options={"credential_provider": Provider(acl_server)}).release()
     with pytest.raises(RelayError, match="wrong or missing"), Connection(url) as nobody:
         nobody.ensure_connection(max_retries=1)
+
+
+@pytest.mark.since("kombu", "5.6.1")
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_credential_provider_of_a_connection_logs_in(acl_server: AclServer) -> None:
+    url = f"relay://127.0.0.1:{acl_server.port}/0"
+    with Connection(url, credential_provider=Provider(acl_server)) as connection:
+        connection.ensure_connection(max_retries=1)
 
 
 def test_tls_by_scheme_and_by_setting(tls_server: TlsServer) -> None:

@@ -211,6 +211,7 @@ def test_an_eta_with_a_time_zone_waits_in_the_store(server: Server, tmp_path: Pa
     app.close()
 
 
+@pytest.mark.since("kombu", "5.7")
 def test_a_batch_of_a_producer_is_stored_in_few_round_trips(app: Celery, server: Server, broker: Broker) -> None:
     app.send_task("warm-up", queue="celery")
     broker.purge("celery")
@@ -226,6 +227,7 @@ def test_a_batch_of_a_producer_is_stored_in_few_round_trips(app: Celery, server:
     assert int(calls.split(",")[0].removeprefix("calls=")) < 10
 
 
+@pytest.mark.since("kombu", "5.7")
 def test_a_batch_that_raises_stores_nothing(app: Celery, broker: Broker) -> None:
     def broken() -> None:
         with app.producer_or_acquire() as producer, producer.batch():

@@ -190,6 +190,7 @@ def test_a_server_that_is_killed_and_started_again_under_load_loses_no_message(
 
 
 @pytest.mark.parametrize("flavour", ["redis"], indirect=True)
+@pytest.mark.since("dramatiq", "2.0")  # 1.18 counts some messages twice
 def test_dramatiqs_own_prometheus_middleware_counts_as_ever(app: ModuleType, server: Server, tmp_path: Path) -> None:
     port = free_port()
     for x in range(20):

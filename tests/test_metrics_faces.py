@@ -252,6 +252,7 @@ def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_an
 # --- Dramatiq
 
 
+@pytest.mark.since("dramatiq", "2.0")  # before, its own middleware has all processes count together
 def test_dramatiq_s_processes_serve_metrics_each_on_a_port_until_they_have_drained(
     store: Server, core: Broker, folder: Path, tmp_path: Path
 ) -> None:

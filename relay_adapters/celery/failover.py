@@ -55,8 +55,9 @@ class Pace:
 
     @classmethod
     def give(cls, client: Any) -> None:
-        """Of the connections that a worker consumes from. Those of pools publish, and keep to their retry policy."""
-        if "celery.worker.consumer.consumer" not in sys.modules or hasattr(client, "_pool"):
+        """Of the connections that a worker consumes from. Those that a pool takes back publish, and keep to their retry
+        policy."""
+        if "celery.worker.consumer.consumer" not in sys.modules or "release" in vars(client):
             return
         if not isinstance(client.completes_cycle, cls):
             client.completes_cycle = cls(client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -243,7 +244,9 @@ class RelayConsumer(Consumer):
     def _dead(self, message: RelayMessage) -> Nack:
         """The dead letter: the message as it is now, with its retries and traceback, and what it failed of."""
         trace = message.options.get("traceback")
-        error = "" if message.exception is None else repr(message.exception)
+        # before 2.0 Dramatiq rejects the message of an unknown actor while it handles that error, and does not tell it
+        cause = message.exception or sys.exc_info()[1]
+        error = "" if cause is None else repr(cause)
         if isinstance(trace, str):
             error = f"{error}\n{trace[-3000:]}"
         try:

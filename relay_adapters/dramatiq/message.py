@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import time
 from typing import Any
 
@@ -12,6 +14,8 @@ from dramatiq.message import Message, get_encoder
 
 from relay_core import Job
 from relay_core.commands import Nack
+
+logger = logging.getLogger("relay.dramatiq")
 
 JOB_ID = "relay_job_id"
 """Message option: the id of the job in the store, as `relay job show` takes it."""
@@ -46,6 +50,9 @@ class Holding(dict[str, Lease]):
     closed = False
 
 
+_arrivals = itertools.count()
+
+
 class RelayMessage(MessageProxy):
     """A message with its lease.
 
@@ -61,6 +68,11 @@ class RelayMessage(MessageProxy):
         self.pending: Nack | None = None
         self.exception: BaseException | None = None
         self._holding = holding
+        self._arrival = next(_arrivals)
+
+    def __lt__(self, other: object) -> bool:
+        """Before Dramatiq 2.2 a worker asks messages of one priority which is to run first: the one that came first."""
+        return not isinstance(other, RelayMessage) or self._arrival < other._arrival
 
     @property
     def settled(self) -> bool:
@@ -110,7 +122,7 @@ def delivered(job: Job) -> Message[Any]:
     and the queue is the one it came from, by which the worker finds its consumer.
     """
     message: Message[Any] = Message.decode(job.payload)
-    eta = message.options.get("eta")
-    if eta is None or isinstance(eta, (int, float)):
-        message.options.pop("eta", None)  # of anything else the worker says that it is no time
+    eta = message.options.pop("eta", None)
+    if not (eta is None or isinstance(eta, (int, float))):
+        logger.warning("message %s: its eta %r is no time in ms, so it runs now", message.message_id, eta)
     return message if message.queue_name == job.queue else message.copy(queue_name=job.queue)

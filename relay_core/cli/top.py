@@ -213,10 +213,10 @@ def render(frame: Frame | None, width: int, height: int | None = None, trouble: 
             rows = sorted(rows, key=_urgency)[: len(rows) - hidden]
         cells = [_cells(row) for row in rows]
         columns, name_width = fitting(cells, width)
-        grid = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+        grid = Table(box=None, padding=0, pad_edge=False, header_style="bold", expand=False)
         grid.add_column("queue", no_wrap=True, overflow="ellipsis", width=name_width)
         for column in columns:
-            grid.add_column(column, justify="right", no_wrap=True)
+            grid.add_column(column, justify="right", no_wrap=True, width=_room(cells, column))
         for cell in cells:
             style = "red" if cell["dead"] != "0" or cell["fail/s"] not in ("-", "0") else ""
             name = Text(cell["queue"], style="dim" if cell["paused"] else style)
@@ -236,12 +236,17 @@ def fitting(cells: Sequence[dict[str, str]], width: int) -> tuple[list[str], int
     left = width - min(_NAME, longest)
     chosen = set()
     for column in _ORDER:
-        needed = 2 + max((len(column), *(len(row[column]) for row in cells)))
+        needed = _room(cells, column)
         if needed > left:
             break
         left -= needed
         chosen.add(column)
     return [column for column in _SHOWN if column in chosen], max(1, min(longest, min(_NAME, longest) + left))
+
+
+def _room(cells: Sequence[dict[str, str]], column: str) -> int:
+    """The width of a column that is set to the right, with two blanks before it."""
+    return 2 + max((len(column), *(len(row[column]) for row in cells)))
 
 
 def _head(frame: Frame) -> str:
