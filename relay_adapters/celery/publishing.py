@@ -20,6 +20,7 @@ from relay_core.errors import InvalidArgument, Unavailable
 
 _ID, _AGAIN = "relay_id", "relay_again"
 _HEADERS = {HEADER: ADAPTER}
+_PLAIN = Terms()
 
 
 class Publishing(Routing):
@@ -101,7 +102,7 @@ class Publishing(Routing):
         """relay's level 0 to 9, 9 first, of a message's priority."""
         given = message["properties"].get("priority")
         priority = given if isinstance(given, int) else 0
-        level = (terms or Terms()).level(priority)
+        level = (terms or _PLAIN).level(priority)
         return 9 - level if self.priority_order == "redis" else level
 
     def _moved(self, lease: Any, queues: list[str], message: MutableMapping[str, Any]) -> bool:
