@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import time
 from typing import Any
 
+from dramatiq import worker
 from dramatiq.broker import MessageProxy
 from dramatiq.encoder import JSONEncoder
 from dramatiq.message import Message, get_encoder
 
 from relay_core import Job
 from relay_core.commands import Nack
-
-logger = logging.getLogger("relay.dramatiq")
 
 JOB_ID = "relay_job_id"
 """Message option: the id of the job in the store, as `relay job show` takes it."""
@@ -49,6 +47,9 @@ class Holding(dict[str, Lease]):
 
     closed = False
 
+
+_WORKER_MINDS_ETA = hasattr(worker, "ConsumerThread")
+"""Since Dramatiq 2.0 a worker says of an `eta` that is no number that it is none; before, it stumbled over it."""
 
 _arrivals = itertools.count()
 
@@ -122,7 +123,7 @@ def delivered(job: Job) -> Message[Any]:
     and the queue is the one it came from, by which the worker finds its consumer.
     """
     message: Message[Any] = Message.decode(job.payload)
-    eta = message.options.pop("eta", None)
-    if not (eta is None or isinstance(eta, (int, float))):
-        logger.warning("message %s: its eta %r is no time in ms, so it runs now", message.message_id, eta)
+    eta = message.options.get("eta")
+    if eta is None or isinstance(eta, (int, float)) or not _WORKER_MINDS_ETA:
+        message.options.pop("eta", None)
     return message if message.queue_name == job.queue else message.copy(queue_name=job.queue)
