@@ -92,6 +92,11 @@ class CeleryWorker:
     def logged(self, text: str) -> bool:
         return text in self.text
 
+    def children(self) -> list[int]:
+        """Process ids, of the prefork pool's."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def send(self, how: signal.Signals) -> None:
         self.process.send_signal(how)
 

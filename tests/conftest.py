@@ -46,13 +46,12 @@ def _root_logger_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _environment_as_before() -> Iterator[None]:
-    """Before Dramatiq 2.0 its Prometheus middleware has a process that makes a worker count into files ever after."""
-    before = dict(os.environ)
+def _no_process_counts_into_files_ever_after() -> Iterator[None]:
+    """As Dramatiq's Prometheus middleware, before 2.0, has each do that makes a worker."""
+    names = [name for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir") if name not in os.environ]
     yield
-    for name in os.environ.keys() - before.keys():
-        if name.upper() == "PROMETHEUS_MULTIPROC_DIR":
-            del os.environ[name]
+    for name in names:
+        os.environ.pop(name, None)
 
 
 class Resettable(Protocol):

@@ -31,8 +31,7 @@ class Site:
         self.broker = Broker(server.url, lease=30.0)
         flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "1")
         self.worker = CeleryWorker(server.url, folder, *flags, options={"lease": LEASE, "retry_for": 0.5})
-        main = self.worker.process.pid
-        self.children = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+        self.children = self.worker.children()
 
     def send(self, key: str) -> None:
         for name in TASKS:

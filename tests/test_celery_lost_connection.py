@@ -26,9 +26,8 @@ def test_what_a_child_begins_when_the_connection_is_lost_runs_once(server: Serve
     flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "2", "--include", "tests.celery_hold_close")
     with Broker(server.url) as broker, CeleryWorker(server.url, tmp_path, *flags) as worker:
         client = client_of(server.url, tmp_path)
-        main = worker.process.pid
-        children = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
-        _all(children, signal.SIGSTOP)
+        pool = worker.children()
+        _all(pool, signal.SIGSTOP)
         for name in TASKS:
             client.send_task(f"tests.celery_app.{name}", [name, "go"])
         client.send_task("tests.celery_app.run", ["waits"])  # for a child that is free
@@ -39,13 +38,11 @@ def test_what_a_child_begins_when_the_connection_is_lost_runs_once(server: Serve
 
         server.cli("CLIENT", "KILL", "TYPE", "normal")
         eventually(lambda: lines(tmp_path, "connection"), "the loss to be noticed")
-        _all(children, signal.SIGCONT)
+        _all(pool, signal.SIGCONT)
         eventually(lambda: len(lines(tmp_path, "started")) == len(TASKS), "the children to begin")
         (tmp_path / "see-to-it").touch()
-        eventually(
-            lambda: broker.stats("celery").counters.get("released", 0) > 0, "the task that waits to be handed back"
-        )
-        assert broker.stats("celery").counters["released"] == 1
+        eventually(lambda: _count(broker, "released") > 0, "the task that waits to be handed back")
+        assert _count(broker, "released") == 1
 
         (tmp_path / "go").touch()
         eventually(lambda: len(lines(tmp_path)) == 3 and broker.stats("celery").pending == 0, "all to be done")

@@ -7,19 +7,13 @@ would run to its end unheard, keep its lease for as long as its worker lives, an
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from celery.concurrency.asynpool import AsynPool
 
+def remembering(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`AsynPool.flush`, which Celery calls then, for tasks that came over relay."""
 
-def install() -> None:
-    """For tasks that came over relay. Repeating it is harmless."""
-    stock = AsynPool.flush
-    if hasattr(stock, "relay_stock"):
-        return
-
-    @functools.wraps(stock)
     def flush(pool: Any) -> None:
         given = {number: job for number, job in pool._cache.items() if _is_given(job)}
         stock(pool)
@@ -29,8 +23,7 @@ def install() -> None:
                 if job._write_to._is_alive():
                     pool._busy_workers.add(job._write_to.inqW_fd)
 
-    flush.relay_stock = stock  # type: ignore[attr-defined]
-    AsynPool.flush = flush
+    return flush
 
 
 def _is_given(job: Any) -> bool:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from relay_adapters.celery import children, revoking
+from relay_adapters.celery import children, given, revoking
 from relay_adapters.celery.envelope import unpack
 from relay_core import Broker
 
@@ -31,12 +31,10 @@ def install(**_: Any) -> None:
         return
     children.install(celery.signals)
     from celery.app.task import Task
+    from celery.concurrency.asynpool import AsynPool
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
 
-    from relay_adapters.celery import given
-
-    given.install()
     if Task.Request == "celery.worker.request:Request":
         Task.Request = _REQUEST
     if not isinstance(Panel.data["revoke"], _Revoke):
@@ -45,6 +43,7 @@ def install(**_: Any) -> None:
         Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
         Mingle.start = _mingle_at_first(Mingle.start)
+        AsynPool.flush = given.remembering(AsynPool.flush)
 
 
 def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:

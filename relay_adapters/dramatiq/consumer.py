@@ -245,7 +245,7 @@ class RelayConsumer(Consumer):
         """The dead letter: the message as it is now, with its retries and traceback, and what it failed of."""
         trace = message.options.get("traceback")
         # before 2.0 Dramatiq rejects the message of an unknown actor while it handles that error, and does not tell it
-        cause = message.exception or sys.exc_info()[1]
+        cause = sys.exc_info()[1] if message.exception is None else message.exception
         error = "" if cause is None else repr(cause)
         if isinstance(trace, str):
             error = f"{error}\n{trace[-3000:]}"
