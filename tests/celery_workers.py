@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from celery import Celery
 
 from tests.servers import Server, eventually
@@ -23,6 +24,12 @@ POOLS: Mapping[str, tuple[str, ...]] = {
     "threads": ("-P", "threads", "-c", "2"),
     "gevent": ("-P", "gevent", "-c", "4"),
 }
+
+STARTS = (
+    pytest.param({}, id="forked"),
+    pytest.param({"worker_pool_start_method": "spawn"}, id="spawned", marks=pytest.mark.since("celery", "5.7")),
+)
+"""How a prefork pool starts its children: settings of the app."""
 
 
 def results_of(server: Server) -> str:
@@ -95,7 +102,10 @@ class CeleryWorker:
     def children(self) -> list[int]:
         """Process ids, of the prefork pool's."""
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        # where they are spawned, there is a process that looks after semaphores, too
+        named = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
+        return [child for child, command in named.items() if b"semaphore_tracker" not in command]
 
     def send(self, how: signal.Signals) -> None:
         self.process.send_signal(how)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -14,7 +15,7 @@ from celery.utils.nodenames import gethostname
 
 from relay_adapters.celery.request import Forgotten, Request
 from relay_core import Broker
-from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.celery_workers import STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 
 LEASE = 1.0
@@ -25,12 +26,13 @@ TASKS = ("late", "run")
 class Site:
     """A worker of two children, and a broker that plays another worker."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
+    def __init__(self, server: Server, folder: Path, conf: Mapping[str, Any]) -> None:
         self.server, self.folder = server, folder
         self.app: Celery = client_of(server.url, folder)
         self.broker = Broker(server.url, lease=30.0)
         flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "1")
-        self.worker = CeleryWorker(server.url, folder, *flags, options={"lease": LEASE, "retry_for": 0.5})
+        options = {"lease": LEASE, "retry_for": 0.5}
+        self.worker = CeleryWorker(server.url, folder, *flags, options=options, conf=conf)
         self.children = self.worker.children()
 
     def send(self, key: str) -> None:
@@ -78,10 +80,10 @@ def _switches(pid: int) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=STARTS)
+def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Site]:
     with Server("valkey", tcp=True, options={"appendonly": "yes", "appendfsync": "no"}) as server:
-        site = Site(server, tmp_path_factory.mktemp("frozen"))
+        site = Site(server, tmp_path_factory.mktemp("frozen"), request.param)
         yield site
         site.close()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery.utils.nodenames import gethostname
@@ -15,16 +16,19 @@ from relay_adapters.celery import children
 from relay_adapters.celery.leases import _DECISION, Leases
 from relay_adapters.celery.tags import new_tag
 from relay_core import Broker
-from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.celery_workers import STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 
 Held = tuple[children.Board, Leases, str]
 TASKS = {"hold": "acked when it ends", "hold_early": "acked as it starts"}
 
 
-def test_what_a_child_begins_when_the_connection_is_lost_runs_once(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("conf", STARTS)
+def test_what_a_child_begins_when_the_connection_is_lost_runs_once(
+    server: Server, tmp_path: Path, conf: Mapping[str, Any]
+) -> None:
     flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "2", "--include", "tests.celery_hold_close")
-    with Broker(server.url) as broker, CeleryWorker(server.url, tmp_path, *flags) as worker:
+    with Broker(server.url) as broker, CeleryWorker(server.url, tmp_path, *flags, conf=conf) as worker:
         client = client_of(server.url, tmp_path)
         pool = worker.children()
         _all(pool, signal.SIGSTOP)
@@ -63,7 +67,7 @@ def _all(pids: list[int], how: signal.Signals) -> None:
 @pytest.fixture
 def held(broker: Broker) -> Iterator[Held]:
     """A message that a worker holds, and the memory that it shares with its children: here, with itself."""
-    board, leases = children.Board(), Leases(broker)
+    board, leases = children.Board(os.getpid()), Leases(broker)
     broker.enqueue("q", b"")
     job = broker.claim("q")[0]
     tag = new_tag(job)
@@ -115,3 +119,17 @@ def test_a_child_that_is_frozen_as_it_is_about_to_start_holds_nobody_up(held: He
     leases.hand_back([tag])
     assert (leases.holding, broker.stats("q").ready) == (0, 1)
     assert not board.may_start(tag), "when it looks later"
+
+
+@pytest.mark.parametrize("macos", [False, True])
+def test_who_is_handed_the_descriptor_of_the_shared_memory_shares_it(
+    macos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if macos:
+        monkeypatch.delattr(os, "memfd_create")
+    board = children.Board(os.getpid())
+    board.row().lost("7.x")
+    child = children.Board(os.getpid(), os.dup(board.descriptor))
+    assert not child.may_start("7.x")
+    assert child.may_start("8.x")
+    assert board.row().does("8.x") == children.RUNS

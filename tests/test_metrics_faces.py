@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,17 +24,19 @@ from relay_adapters.celery import monitoring
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, Job, hookimpl
 from relay_core.errors import InvalidArgument
+from tests.celery_workers import STARTS
 from tests.dramatiq_workers import running
 from tests.scraping import Scrape, scrape_url
 from tests.servers import Server, eventually, free_port
 
 CELERY_APP = """
-import os, time
+import json, os, time
 from pathlib import Path
 from celery import Celery
 
 app = Celery("site", broker=os.environ["SITE_URL"])
 app.conf.update(broker_transport_options={"metrics_addr": os.environ["SITE_METRICS"], "metrics_tasks": 3})
+app.conf.update(json.loads(os.environ.get("SITE_CONF", "{}")))
 
 @app.task(name="fine")
 def fine(): pass
@@ -177,12 +180,14 @@ def test_a_celery_worker_serves_metrics_of_all_its_children_until_they_have_drai
         assert worker.process.pid not in [info.pid for info in core.workers()]
 
 
+@pytest.mark.parametrize("conf", STARTS)
 def test_in_multiprocess_mode_the_children_of_a_celery_worker_count_what_their_tasks_enqueue(
-    store: Server, core: Broker, folder: Path, tmp_path: Path
+    store: Server, core: Broker, folder: Path, tmp_path: Path, conf: Mapping[str, Any]
 ) -> None:
     port = free_port()
     app = Celery(broker=store.url)
-    with celery_worker(folder, store, f"127.0.0.1:{port}", "many", PROMETHEUS_MULTIPROC_DIR=str(tmp_path)):
+    more = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "SITE_CONF": json.dumps(conf)}
+    with celery_worker(folder, store, f"127.0.0.1:{port}", "many", **more):
         for _ in range(4):
             app.send_task("parent")
 

@@ -4,7 +4,7 @@ A message may lie in a child's pipe while its lease ends, when both were frozen 
 while it is handed back, when the connection was lost or the worker stops. So main process and children share a piece
 of memory, made before the pool forks. There the main process says until when its leases are sure, and which were lost;
 a child looks before it starts a task, and says that it has. Where they are not sure it waits for the next heartbeat,
-which knows. Children that were spawned and not forked share nothing, and look at nothing.
+which knows. A child that is spawned, and not forked, is handed a descriptor of that memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ _DONE, _LOST = 254, 255
 """What a delivery's byte says: acked, so that it is to run whatever its lease; not to be started. Else its row, from 1
 on; 0 for nothing."""
 
+_SIZE = _ROWS * _UNTIL.size + 2 * _NUMBERS
+
 WAITS, DECIDES, RUNS = 1, 2, 3
 """What a child says of a delivery: it waits for word of it; it takes its last look; it has started it, for good. Else
 0."""
@@ -44,12 +47,17 @@ WAITS, DECIDES, RUNS = 1, 2, 3
 
 class Board:
     """The shared memory: per row a monotonic time until which its leases are sure; per delivery a byte for what is to
-    be done with it, and one for what a child does."""
+    be done with it, and one for what a child does.
 
-    def __init__(self) -> None:
-        self.pid = os.getpid()
+    :param pid: of the main process
+    :param descriptor: of the memory, which a spawned child was handed. Default: new memory
+    """
+
+    def __init__(self, pid: int, descriptor: int | None = None) -> None:
+        self.pid = pid
+        self.descriptor = _new_memory() if descriptor is None else descriptor
         self._rows = 0
-        self.memory = mmap.mmap(-1, _ROWS * _UNTIL.size + 2 * _NUMBERS)
+        self.memory = mmap.mmap(self.descriptor, _SIZE)
 
     def row(self) -> Row:
         """A row of its own for a table of leases; one that says nothing when there are no more."""
@@ -148,17 +156,32 @@ def _does(number: int) -> int:
     return _ROWS * _UNTIL.size + _NUMBERS + number
 
 
+def _new_memory() -> int:
+    """A descriptor of zeros without a name."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("relay-children")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, _SIZE)
+    return descriptor
+
+
 _board: Board | None = None
 _child = 0
 """This process, where it is a child of a pool."""
 
 
-def install(signals: Any) -> None:
-    """In a worker's main process, before its pool forks. Repeating it is harmless."""
+def install(prefork: Any) -> None:
+    """In a worker's main process, before its pool starts children. Repeating it is harmless.
+
+    :param prefork: Celery's module of that pool
+    """
     global _board
     if _board is None or _board.pid != os.getpid():
-        _board = Board()
-        signals.worker_process_init.connect(_in_child, weak=False, dispatch_uid="relay-children")
+        _board = Board(os.getpid())
+    if not isinstance(prefork.process_initializer, _Initializer):
+        prefork.process_initializer = _Initializer(prefork.process_initializer)
 
 
 def here() -> bool:
@@ -171,12 +194,36 @@ def row() -> Row:
     return _board.row() if _board is not None and _board.pid == os.getpid() else Row()
 
 
-def _in_child(**_: Any) -> None:
-    """Celery sends its children the name of the function that runs a task: there it means a guarded one."""
-    global _child
-    if _board is None or _board.pid == os.getpid():  # the solo pool says that it is a child
-        return
-    _child = os.getpid()
-    trace = sys.modules["celery.app.trace"]
-    for name in ("fast_trace_task", "trace_task_ret"):
-        setattr(trace, name, _board.guarded(getattr(trace, name)))
+class _Initializer:
+    """What a child calls before all else: Celery's own function, and what makes it look at the memory.
+
+    Its main process sends it the name of the function that runs a task: here that means a guarded one.
+    """
+
+    def __init__(self, stock: Callable[..., None]) -> None:
+        self._stock = stock
+
+    def __call__(self, app: Any, hostname: str) -> None:
+        global _child
+        _child = os.getpid()
+        self._stock(app, hostname)
+        if _board is None:
+            return
+        trace = sys.modules["celery.app.trace"]
+        for name in ("fast_trace_task", "trace_task_ret"):
+            setattr(trace, name, _board.guarded(getattr(trace, name)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a child that is spawned: in its process, Celery's function is still found by its name."""
+        from billiard.reduction import DupFd
+
+        return _spawned, ((_board.pid, DupFd(_board.descriptor)) if _board else ())
+
+
+def _spawned(pid: int = 0, descriptor: Any = None) -> _Initializer:
+    global _board
+    from celery.concurrency.prefork import process_initializer
+
+    if descriptor is not None:
+        _board = Board(pid, descriptor.detach())
+    return _Initializer(process_initializer)

@@ -29,12 +29,13 @@ def install(**_: Any) -> None:
     if "celery.worker.control" not in sys.modules:
         celery.signals.worker_init.connect(install)
         return
-    children.install(celery.signals)
     from celery.app.task import Task
+    from celery.concurrency import prefork
     from celery.concurrency.asynpool import AsynPool
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
 
+    children.install(prefork)
     if Task.Request == "celery.worker.request:Request":
         Task.Request = _REQUEST
     if not isinstance(Panel.data["revoke"], _Revoke):
