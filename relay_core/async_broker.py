@@ -198,6 +198,10 @@ class AsyncBroker(BrokerBase):
         """See Broker.purge."""
         return await self.drive(maintenance.purge(self.operations, queue, states, progress))
 
+    async def delete_queue(self, queue: str) -> bool:
+        """See Broker.delete_queue."""
+        return await self.drive(maintenance.delete_queue(self.operations, queue))
+
     async def pause(self, queue: str) -> None:
         """See Broker.pause."""
         return await self.drive(maintenance.configure(self.operations, queue, {"paused": "1"}))

@@ -269,6 +269,13 @@ class Broker(BrokerBase):
         """
         return self.drive(maintenance.purge(self.operations, queue, states, progress))
 
+    def delete_queue(self, queue: str) -> bool:
+        """Forget a queue that holds no job, with its settings, counters, dedup keys and name: False when it holds one.
+
+        Nothing stops who still enqueues to it: it then is there again, as a new queue whose fences begin anew.
+        """
+        return self.drive(maintenance.delete_queue(self.operations, queue))
+
     def pause(self, queue: str) -> None:
         """Stop all claims of a queue, in every worker. Enqueue goes on."""
         return self.drive(maintenance.configure(self.operations, queue, {"paused": "1"}))
@@ -309,7 +316,7 @@ class Broker(BrokerBase):
         return self.drive(schedule_flows.run_due(self.operations))
 
     def queues(self) -> list[str]:
-        """Names of the queues ever enqueued to."""
+        """Names of the queues ever enqueued to, but for deleted ones."""
         return self.drive(inspector.queues(self.operations))
 
     def workers(self) -> list[WorkerInfo]:

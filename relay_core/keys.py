@@ -182,7 +182,7 @@ class ScheduleKeys:
 
 
 def registry(prefix: str) -> bytes:
-    """SET of the encoded names of the queues ever enqueued to."""
+    """SET of the encoded names of the queues ever enqueued to, but for deleted ones."""
     return f"{prefix}:queues".encode()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from relay_core import commands
+from relay_core import commands, keys
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument
 from relay_core.job import State
@@ -118,6 +118,17 @@ def purge(ops: Operations, queue: str, states: Sequence[State], progress: Progre
             if progress:
                 progress(dropped)
     return done
+
+
+def delete_queue(ops: Operations, queue: str) -> Flow[bool]:
+    """Drop an empty queue, then its name. Whoever enqueues meanwhile puts the name back, or it is put back here."""
+    q, registry = ops.settings.keys(queue), keys.registry(ops.settings.prefix)
+    if not (yield commands.delete_queue(q)):
+        return False
+    yield Raw(("SREM", registry, keys.encode_queue(queue)))
+    if (yield Raw(("EXISTS", q.config))):
+        yield Raw(("SADD", registry, keys.encode_queue(queue)))
+    return True
 
 
 def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) -> Flow[AuditReport]:

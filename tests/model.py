@@ -303,6 +303,17 @@ class Model:
             self.ready[job.level].remove(id)
         self._free(job)
 
+    def delete_queue(self) -> bool:
+        if self.jobs:
+            return False
+        self.dedup.clear()
+        self.finished.clear()
+        self.counters.clear()
+        self.paused = self.rate = False
+        self.max_inflight = self.tokens = None
+        self.burst = self.stamp = 0
+        return True
+
     def purge(self, state: str, limit: int) -> int:
         if state == "ready":
             ids = [id for queue in reversed(self.ready) for id in queue][:limit]

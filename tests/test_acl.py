@@ -93,6 +93,7 @@ def direct(url: str) -> None:
         broker.run_due()
         assert [stored.schedule.name for stored in broker.schedules()] == ["s"]
         broker.unschedule("s")
+        assert broker.delete_queue("never") is True
 
 
 def replicated(url: str) -> None:

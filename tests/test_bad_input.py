@@ -134,6 +134,7 @@ def test_a_queue_name_that_cannot_be_is_refused_by_every_call(
         lambda: broker.show(name, "id"),
         lambda: broker.requeue(name),
         lambda: broker.purge(name),
+        lambda: broker.delete_queue(name),
         lambda: broker.pause(name),
         lambda: broker.resume(name),
         lambda: broker.limit(name, rate=1),
@@ -587,6 +588,7 @@ def test_a_newer_layout_is_refused_by_every_move_and_nothing_is_lost(broker: Bro
         lambda: broker.cancel("mail", ids[2]),
         lambda: broker.requeue("mail"),
         lambda: broker.purge("mail"),
+        lambda: broker.delete_queue("mail"),
         lambda: broker.pause("mail"),
         lambda: broker.limit("mail", rate=1),
     ]

@@ -299,6 +299,7 @@ def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, e
         upkeep.end(topo, name, topo.terms(name))
     assert topo.terms(unused, fresh=True) is None
     assert engine.stats(unused).pending == 0
+    assert engine.queues() == [], "nor is its name shown any more"
     assert topo.terms(used, fresh=True) is not None
     inbox.consumer.cancel()
     eventually(lambda: used in topo.ended(), "its consumer is gone")

@@ -35,12 +35,14 @@ def bury(broker: Broker, queue: str, *payloads: bytes, error: str = "no luck") -
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_every_command_that_answers_has_json_of_one_document(cli: Cli, broker: Broker, tmp_path: Path) -> None:
     broker.enqueue("mail", b"hello", id="one")
+    broker.cancel("unused", broker.enqueue("unused", b"x").id)
     dead, again, gone = bury(broker, "bad", b"x", b"y", b"z")
     folder = str(tmp_path / "data")
     answers: dict[str, Any] = {}
     for line in (
         "version", "stats", "stats mail", "audit", "audit mail --no-repair", "doctor",
         "queue ls", "queue pause mail", "queue resume mail", "queue limit mail --rate 5", "queue purge mail --dry-run",
+        "queue rm unused",
         "job ls -q mail", "job show one -q mail", "job enqueue hi -q mail", "job cancel one -q mail --yes",
         "top --interval 100ms", "worker ls", "schedule add a -q mail --every 1h", "schedule ls", "schedule run --once",
         "schedule rm a --yes", "dlq ls -q bad", f"dlq show {dead} -q bad", f"dlq requeue {again} -q bad",

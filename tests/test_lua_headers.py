@@ -318,6 +318,7 @@ BUILD: dict[str, Build] = {
     "shift": lambda n: commands.shift(Q, 1, leases=True),
     "cancel": lambda n: commands.cancel(Q, ids(n)),
     "purge": lambda n: commands.purge(Q, "ready", 10),
+    "delete_queue": lambda n: commands.delete_queue(Q),
     "configure": lambda n: commands.configure(Q, dict.fromkeys(ids(n), "1")),
     "adopt": lambda n: commands.adopt(Q, [Adopted(id, "ready", 0, "", "", "", RECORD) for id in ids(n)]),
     "audit": lambda n: commands.audit(Q, ids(n), repair=True),
@@ -333,7 +334,7 @@ WORDS = {"two": 2, "three": 3, "four": 4, "seven": 7}
 LETTERS = {
     "o": Q.owners, "j": Q.jobs, "l": Q.leases, "e": Q.errors, "u": Q.dedup, "t": Q.dedup_expiry, "f": Q.finished,
     "s": Q.counters, "m": Q.marker, "c": Q.config, "d": Q.delayed, "x": Q.dead,
-    "k": Q.ticks, "w": W.alive, "i": W.about, "p": S.plans, "n": S.next_ticks, "a": S.alarm,
+    "k": Q.ticks, "b": Q.bulk, "w": W.alive, "i": W.about, "p": S.plans, "n": S.next_ticks, "a": S.alarm,
     **{f"r{level}": key for level, key in enumerate(Q.ready)},
 }  # fmt: skip
 

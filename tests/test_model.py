@@ -359,6 +359,11 @@ class Queue(RuleBasedStateMachine):
         got, want = self.both(commands.purge(self.q, state, limit), lambda _: self.model.purge(state, limit), twice)
         assert got == want
 
+    @rule(twice=lost)
+    def delete_queue(self, twice: bool) -> None:
+        got, want = self.both(commands.delete_queue(self.q), lambda _: self.model.delete_queue(), twice)
+        assert got == want
+
     @rule(paused=st.sampled_from([False, False, True]), twice=lost)
     def pause_or_resume(self, paused: bool, twice: bool) -> None:
         def move(_resent: bool) -> None:

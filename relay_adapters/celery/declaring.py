@@ -123,6 +123,7 @@ class Declaring(virtual.Channel):
         self.attendance.forget(queue)
         if not if_empty:
             self.broker.purge(queue)
+        self.broker.delete_queue(queue)
         return held
 
     def _size(self, queue: str) -> int:

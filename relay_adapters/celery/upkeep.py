@@ -63,6 +63,7 @@ def end(topology: Topology, queue: str, terms: Terms | None) -> None:
     elif terms.expires is not None or _copies_only(topology, queue) or not broker.stats(queue).pending:
         if topology.delete_queue(queue, "ended"):
             broker.purge(queue)
+            broker.delete_queue(queue)
     else:
         topology.use(queue, terms)
 

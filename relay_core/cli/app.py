@@ -21,7 +21,7 @@ COMMANDS = {
     "worker": ("relay_core.cli.workers:worker", "Run a handler on the jobs of some queues, or list the live workers."),
     "top": ("relay_core.cli.top:top", "Queues as they change: depths, rates, waits, workers."),
     "stats": ("relay_core.cli.stats:stats", "Depths, ages, limits and lifetime counters of queues."),
-    "queue": ("relay_core.cli.queues:queue", "List, pause, resume, purge and limit queues."),
+    "queue": ("relay_core.cli.queues:queue", "List, pause, resume, purge, limit and remove queues."),
     "job": ("relay_core.cli.jobs:job", "List, show, enqueue and cancel jobs."),
     "dlq": ("relay_core.cli.dlq:dlq", "List, show, requeue and purge dead jobs."),
     "migrate": ("relay_core.cli.migrate:migrate", "Move the jobs of another queue system into relay."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, cast
 
 import click
@@ -11,19 +12,23 @@ from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
 from relay_core.cli.stats import held_back, known, limits_of, none_of, read, tell_left_out
-from relay_core.errors import InvalidArgument
-from relay_core.job import State
+from relay_core.errors import InvalidArgument, RelayError
+from relay_core.job import STATES, State
+
+
+class QueueNotEmpty(RelayError):
+    """What has jobs is not removed."""
 
 
 @click.group(cls=Group)
 def queue() -> None:
-    """List, pause, resume, purge and limit queues."""
+    """List, pause, resume, purge, limit and remove queues."""
 
 
 @queue.command("ls")
 @pass_session
 def ls(session: Session) -> None:
-    """List the queues ever enqueued to."""
+    """List the queues ever enqueued to, but for removed ones."""
     found, left_out = read(session.broker, session.broker.queues())
     tell_left_out(left_out)
     if session.json:
@@ -93,6 +98,24 @@ def purge(session: Session, name: str, state: tuple[str, ...], yes: bool, dry_ru
     else:
         verb = "would be purged" if dry_run else "purged"
         click.echo(f"{plural(done, 'job')} ({', '.join(states)}) of queue {name!r} {verb}.")
+
+
+@queue.command("rm")
+@click.argument("name", metavar="QUEUE", shell_complete=queue_names)
+@pass_session
+def rm(session: Session, name: str) -> None:
+    """Forget a queue that holds no job: its name, settings, counters and dedup keys."""
+    known(session.broker, name)
+    if not session.broker.delete_queue(name):
+        stats = session.broker.stats(name)
+        kept = ", ".join(f"{getattr(stats, one)} {one}" for one in STATES if getattr(stats, one))
+        states = "".join(f" --state {one}" for one in STATES if one != "inflight" and getattr(stats, one))
+        first = f"drop them first: relay queue purge {shlex.quote(name)}{states}" if states else "let them end first"
+        raise QueueNotEmpty(f"queue {name!r} stays, for it holds jobs: {kept}; {first}")
+    if session.json:
+        emit(session, {"queue": name, "removed": True})
+    else:
+        click.echo(f"queue {name!r} removed.")
 
 
 @queue.command("limit")

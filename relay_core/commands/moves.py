@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -154,7 +154,20 @@ def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
     return [Verdict(answer) for answer in reply]
 
 
-def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Command[list[Enqueued]]:
+class Stored(list[Enqueued]):
+    """The answers to one enqueue of many.
+
+    :ivar founded: True where the queue was not there before: its name may not be among those that people are shown
+    """
+
+    __slots__ = ("founded",)
+
+    def __init__(self, answers: Iterable[Enqueued], founded: bool) -> None:
+        super().__init__(answers)
+        self.founded = founded
+
+
+def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Command[Stored]:
     """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate.
 
     :param again: an earlier command may have stored them, as a first send would have
@@ -164,13 +177,17 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Com
     for job in jobs:
         args += job
 
-    def parse(reply: Sequence[Any], resent: bool) -> list[Enqueued]:
-        return [
-            Enqueued(job.id)
-            if answer == 1 or (answer == 0 and (resent or again))
-            else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
-            for job, answer in zip(jobs, reply[1:], strict=True)
-        ]
+    def parse(reply: Sequence[Any], resent: bool) -> Stored:
+        founded, *answers = reply
+        return Stored(
+            (
+                Enqueued(job.id)
+                if answer == 1 or (answer == 0 and (resent or again))
+                else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
+                for job, answer in zip(jobs, answers, strict=True)
+            ),
+            bool(founded),
+        )
 
     lists = [q.ready[int(level)] for level in levels]
     keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, *lists)

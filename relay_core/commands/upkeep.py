@@ -230,6 +230,15 @@ def purge(q: QueueKeys, state: State, limit: int, *, keep: int = 0) -> Command[i
     return Command(scripts.load("purge"), keys, (LAYOUT, state, limit, keep), lambda reply, _resent: int(reply))
 
 
+def delete_queue(q: QueueKeys) -> Command[bool]:
+    """Drop all keys of a queue that holds no job: False when it holds one."""
+    keys = (
+        q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.dedup_expiry, q.marker,
+        q.counters, q.finished, q.bulk, q.ticks, *q.ready,
+    )  # fmt: skip
+    return Command(scripts.load("delete_queue"), keys, (LAYOUT,), lambda reply, _resent: bool(reply))
+
+
 def configure(q: QueueKeys, changes: Mapping[str, str]) -> Command[None]:
     """Store settings: paused, rate, burst, max_inflight; an empty value unsets one."""
     args = tuple(arg for pair in changes.items() for arg in pair)

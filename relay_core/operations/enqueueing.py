@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from relay_core import commands, keys
-from relay_core.commands import Command, LongWay, NewJob
+from relay_core.commands import Command, LongWay, NewJob, Stored
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError
 from relay_core.job import Enqueued
@@ -51,6 +51,8 @@ class Enqueueing(Base):
             if isinstance(result, RelayError):
                 failed = failed or result
                 continue
+            if result.founded:
+                yield from self.register(placed[batch[0]][0], anew=True)
             for i, answer in zip(batch, result, strict=True):
                 answers[i] = answer
                 self._tell_enqueued(placed[i][0], checked[i], answer)
@@ -93,23 +95,27 @@ class Enqueueing(Base):
         queue, job = self.place(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
-        enqueued = yield from self._enqueue_one(self.settings.keys(queue), job, answer)
+        enqueued = yield from self._enqueue_one(queue, job, answer)
         self._tell_enqueued(queue, spec, enqueued)
         return enqueued
 
-    @staticmethod
-    def _enqueue_one(q: keys.QueueKeys, job: NewJob, answer: Enqueued | LongWay | None) -> Flow[Enqueued]:
+    def _enqueue_one(self, queue: str, job: NewJob, answer: Enqueued | LongWay | None) -> Flow[Enqueued]:
+        q = self.settings.keys(queue)
         if answer is None and not (job.due or job.dedup):
             answer = yield commands.enqueue_one(q, job)
         if isinstance(answer, Enqueued):
             return answer
-        enqueued: Enqueued
-        (enqueued,) = yield commands.enqueue(q, (job,), again=answer is not None and answer.resent)
-        return enqueued
+        stored: Stored = yield commands.enqueue(q, (job,), again=answer is not None and answer.resent)
+        if stored.founded:
+            yield from self.register(queue, anew=True)
+        return stored[0]
 
-    def register(self, queue: str) -> Flow[None]:
-        """Put a queue among those that people are shown, once per process."""
-        if queue not in self._registered:
+    def register(self, queue: str, anew: bool = False) -> Flow[None]:
+        """Put a queue among those that people are shown, once per process.
+
+        :param anew: whatever this process did before: the queue was deleted meanwhile, or may be just now
+        """
+        if anew or queue not in self._registered:
             yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
             self._registered.add(queue)
 
