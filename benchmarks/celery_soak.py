@@ -4,6 +4,8 @@ connections cut.
 Every task is acked late and notes in a file what it did; what was sent is noted here. Neither ledger depends on what
 is under test. A task may run twice when the worker that ran it first was killed, frozen, or told to quit, or when the
 server went away meanwhile; not after a cut, nor after a warm shutdown, but for the prefork pool's (see `strike`).
+
+With several brokers all have them as a failover list, and go from one to the next as they die.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from celery import Celery
 
 from relay_core import Broker
+from relay_core.job import STATES
 from tests.servers import Flavour, Server
 
 LEASE = 2.0
@@ -106,6 +110,17 @@ class Outcome:
         ) + "".join(f"\n  {story}" for story in (*self.lost, *self.unexplained))
 
 
+class _Site:
+    """One of the brokers."""
+
+    def __init__(self, stack: ExitStack, flavour: Flavour) -> None:
+        self.server = stack.enter_context(Server(flavour, options={"appendonly": "yes"}))
+        self.broker = stack.enter_context(Broker(self.server.url))
+
+    def pending(self) -> bool:
+        return any(self.broker.stats(queue).pending for queue in QUEUES)
+
+
 @dataclass
 class _Worker:
     name: str
@@ -134,6 +149,19 @@ class _Crew:
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
         return _Worker(name, pool, process)
+
+    @contextmanager
+    def without(self, servers: Sequence[Server]) -> Iterator[None]:
+        """While these are away. Of whom that may have struck, nothing is said."""
+        if servers:
+            self.disturbed.append((time.time(), "*"))
+        for server in servers:
+            server.kill()
+        yield
+        for server in servers:
+            server.start()
+        if servers:
+            self.disturbed.append((time.time(), "*"))
 
     def strike(self) -> str:
         """Do something bad to one of them, and say what."""
@@ -192,12 +220,14 @@ def soak(
     seconds: float,
     *,
     flavour: Flavour = "valkey",
+    brokers: int = 1,
     rate: int = 60,
     kill_every: float = 3.0,
     keep: Path | None = None,
 ) -> Outcome:
     """Send, strike and count for so long, then wait until all is done.
 
+    :param brokers: servers in the list of everybody's URL
     :param rate: tasks sent per second
     :param kill_every: mean seconds between blows
     :param keep: where the ledgers and the workers' logs go when it did not end well
@@ -205,20 +235,22 @@ def soak(
     with tempfile.TemporaryDirectory(prefix="relay-celery-soak-") as name:
         folder = Path(name)
         (folder / "soak_app.py").write_text(_APP % {"lease": LEASE})
-        with Server(flavour, options={"appendonly": "yes"}) as server, Broker(server.url) as broker:
-            crew = _Crew(server.url, folder)
+        with ExitStack() as stack:
+            sites = [_Site(stack, flavour) for _ in range(brokers)]
+            crew = _Crew(";".join(site.server.url for site in sites), folder)
             outcome = Outcome()
             try:
-                sent = _load(server, crew, outcome, seconds, rate, kill_every)
-                _wait_until_done(broker)
+                sent = _load(sites, crew, outcome, seconds, rate, kill_every)
+                _wait_until_done(sites, crew)
             finally:
                 crew.stop()
             _judge(outcome, folder, sent, crew.disturbed)
-            for queue in QUEUES:
-                stats = broker.stats(queue)
-                kept = {"ready": stats.ready, "delayed": stats.delayed, "inflight": stats.inflight, "dead": stats.dead}
-                outcome.left += [f"{count} {state} in {queue}" for state, count in kept.items() if count]
-                outcome.findings += [str(finding) for finding in broker.audit(queue).findings]
+            for broker in [site.broker for site in sites]:
+                for queue in QUEUES:
+                    stats = broker.stats(queue)
+                    counts = {state: getattr(stats, state) for state in STATES}
+                    outcome.left += [f"{count} {state} in {queue}" for state, count in counts.items() if count]
+                    outcome.findings += [str(finding) for finding in broker.audit(queue).findings]
         if keep is not None and not outcome.well:
             (folder / "blows").write_text("\n".join(crew.told))
             shutil.copytree(folder, keep, dirs_exist_ok=True)
@@ -226,16 +258,17 @@ def soak(
 
 
 def _load(
-    server: Server, crew: _Crew, outcome: Outcome, seconds: float, rate: int, kill_every: float
+    sites: Sequence[_Site], crew: _Crew, outcome: Outcome, seconds: float, rate: int, kill_every: float
 ) -> dict[str, str]:
     """Send and strike. Answers with the ids that must run, and what each is."""
-    app = Celery("soak", broker=server.url, set_as_current=False)
+    app = Celery("soak", broker=crew.url, set_as_current=False)
     app.conf.task_default_queue = "soak"
     sent: dict[str, str] = {}
     end = time.monotonic() + seconds
     strike_at = time.monotonic() + 3.0 + random.expovariate(1 / kill_every)
-    while time.monotonic() < end:
-        began = time.monotonic()
+
+    def send() -> None:
+        """A tenth of a second's tasks."""
         for _ in range(max(1, rate // 10)):
             kind = random.choice(("plain", "plain", "plain", "first", "moody"))
             delay = random.choice((0.0, 0.0, random.uniform(0.1, 5.0)))
@@ -246,18 +279,23 @@ def _load(
             sent[id] = f"{kind}, sent at {time.time():.3f} for {due:.3f}"
             if kind == "first":
                 sent[f"{id}-second"] = f"follow-up of {sent[id]}"
+
+    while time.monotonic() < end:
+        began = time.monotonic()
+        send()
         if time.monotonic() > strike_at:
-            chance = random.random()
+            chance, server = random.random(), random.choice(sites).server
             if chance < CUT_SHARE:
                 server.cli("CLIENT", "KILL", "TYPE", "normal")
                 outcome.blows["cut"] += 1
                 crew.told.append(f"{time.time():.3f} cut")
             elif chance < CUT_SHARE + SERVER_SHARE:
-                crew.disturbed.append((time.time(), "*"))
-                server.kill()
-                time.sleep(random.uniform(0.0, 2.0))
-                server.start()
-                crew.disturbed.append((time.time(), "*"))
+                with crew.without([server]):
+                    back_at = time.monotonic() + random.uniform(0.0, 2.0)
+                    while time.monotonic() < back_at:
+                        if len(sites) > 1:
+                            send()
+                        time.sleep(0.1)
                 outcome.blows["server"] += 1
                 crew.told.append(f"{time.time():.3f} server is back")
             else:
@@ -268,11 +306,15 @@ def _load(
     return sent
 
 
-def _wait_until_done(broker: Broker, patience: float = 120.0) -> None:
-    """Until the broker holds nothing, for at most `patience` seconds: what is left then is told in the outcome."""
+def _wait_until_done(sites: Sequence[_Site], crew: _Crew, patience: float = 120.0) -> None:
+    """Until no broker holds anything, for at most `patience` seconds: what is left then is told in the outcome. A
+    broker whose workers went to another one gets them back while that is away."""
     finish_by = time.monotonic() + patience
-    while time.monotonic() < finish_by and any(broker.stats(queue).pending for queue in QUEUES):
-        time.sleep(0.2)
+    while time.monotonic() < finish_by and any(site.pending() for site in sites):
+        for site in filter(_Site.pending, sites):
+            with crew.without([other.server for other in sites if other is not site]):
+                while time.monotonic() < finish_by and site.pending():
+                    time.sleep(0.2)
 
 
 def _judge(outcome: Outcome, folder: Path, sent: dict[str, str], disturbed: list[tuple[float, str]]) -> None:

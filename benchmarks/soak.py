@@ -92,16 +92,26 @@ def ledger(folder: Path) -> tuple[Counter[str], list[str]]:
 @click.option("--face", type=click.Choice(["core", "celery"]), default="core", show_default=True, help="Whose workers.")
 @click.option("--minutes", default=1.0, show_default=True, help="How long to enqueue and kill.")
 @click.option("--workers", default=3, show_default=True, help="Of the core; of Celery there is one per pool.")
+@click.option("--brokers", default=1, show_default=True, help="Celery: servers in the failover list of all.")
 @click.option("--kill-every", default=3.0, show_default=True, help="Mean seconds between kills.")
 @click.option("--rate", default=None, type=int, help="Jobs per second. Default: 200, Celery 60.")
 @click.option("--server", "flavour", type=click.Choice(["redis", "valkey"]), default="valkey", show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Celery: a folder for ledgers and logs if it fails.")
 def main(
-    face: str, minutes: float, workers: int, kill_every: float, rate: int | None, flavour: Flavour, keep: Path | None
+    face: str,
+    minutes: float,
+    workers: int,
+    brokers: int,
+    kill_every: float,
+    rate: int | None,
+    flavour: Flavour,
+    keep: Path | None,
 ) -> None:
     """Run workers under load, kill them, and count every job."""
     if face == "celery":
-        outcome = celery_soak.soak(minutes * 60, flavour=flavour, rate=rate or 60, kill_every=kill_every, keep=keep)
+        outcome = celery_soak.soak(
+            minutes * 60, flavour=flavour, brokers=brokers, rate=rate or 60, kill_every=kill_every, keep=keep
+        )
         click.echo(f"{outcome} ({minutes:g} minutes on {flavour})")
         sys.exit(0 if outcome.well else 1)
     core(minutes * 60, workers, kill_every, rate or 200, flavour)
