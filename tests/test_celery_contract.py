@@ -4,6 +4,8 @@ lengths, dead letters, and queues that end."""
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import kombu
 import pytest
 from amqp.exceptions import PreconditionFailed
+from kombu.common import itermessages
 
 from relay_adapters.celery import terms, topology, upkeep
 from relay_adapters.celery.terms import Terms
@@ -284,6 +287,54 @@ def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
     assert seen == 3
     assert engine.stats(name).dead == 1
     assert engine.stats(name).pending == 0
+
+
+# what is drained by calls
+
+
+def test_a_call_of_drain_events_brings_one_message(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here)
+    inbox = Inbox(here, kombu.Queue(name))
+    for n in range(3):
+        send(here, n, key=name)
+    for n in range(3):
+        here.drain_events(timeout=10)
+        assert inbox.bodies == list(range(n + 1))
+    assert engine.stats(name).inflight == 3
+
+
+@pytest.mark.parametrize("prefetch", [None, 10])
+def test_kombus_helpers_that_count_messages_lose_none(here: kombu.Connection, prefetch: int | None) -> None:
+    name = queue(here)
+    for n in range(6):
+        send(here, n, key=name)
+    channel = here.channel()
+    if prefetch:
+        channel.basic_qos(0, prefetch, False)
+    one = kombu.Queue(name)(channel)
+    found = [body for body, _message in itermessages(here, channel, one, limit=3, timeout=10, no_ack=True)]
+    assert found == [0, 1, 2]
+    assert got(here, name) == [3, 4, 5]
+
+
+def test_readers_without_a_prefetch_count_share_what_there_is(here: kombu.Connection, server: Server) -> None:
+    name = fresh("q")
+    with link(server.url) as there, here.SimpleQueue(name) as mine, there.SimpleQueue(name) as other:
+        for n in range(4):
+            mine.put(n)
+        assert [mine.get(timeout=10).payload, other.get(timeout=10).payload] == [0, 1]
+        assert [mine.get(block=False).payload, other.get(block=False).payload] == [2, 3]
+
+
+def test_a_program_that_ends_without_closing_its_connection_hands_back_what_it_did_not_ack(
+    server: Server, engine: Broker
+) -> None:
+    with link(server.url) as connection, connection.SimpleQueue("left") as left:
+        left.put("x")
+    program = "import sys, kombu, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('left').get(timeout=10)"
+    subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=60)
+    (job,) = engine.claim("left")
+    assert job.deliveries == 1, "that was no death"
 
 
 # queues that end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from celery import Celery
 from relay_adapters.celery import inhand
 from relay_adapters.celery.envelope import head_of
 from relay_core import Broker, Verdict
-from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
+from tests.celery_workers import POOLS, STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 from tests.topologies import SentinelTrio
 
@@ -194,6 +194,25 @@ def test_a_warm_shutdown_finishes_what_runs_and_hands_back_the_rest_uncounted(
             job = broker.show(worker.name, id)
             assert job is not None
             assert job.deliveries == 0
+
+
+@pytest.mark.since("celery", "5.5")
+@pytest.mark.parametrize("conf", STARTS)
+def test_a_task_that_ends_within_a_soft_shutdown_does_not_run_again(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path, conf: Mapping[str, Any]
+) -> None:
+    conf = {**conf, "worker_soft_shutdown_timeout": 5.0}
+    with CeleryWorker(kept.url, tmp_path, "-P", "prefork", "-c", "2", conf=conf) as worker:
+        send(client, "celery", "hold", "ends", "go")
+        send(client, "celery", "hold", "stays", "never")
+        started(tmp_path, "", 2)
+        worker.send(signal.SIGQUIT)
+        eventually(lambda: worker.logged("Initiating Soft Shutdown"), "the soft shutdown to begin")
+        (tmp_path / "go").touch()
+        assert worker.process.wait(60) is not None
+    stats = broker.stats("celery")
+    assert (stats.ready, stats.inflight) == (1, 0), "the other one runs elsewhere"
+    assert [line.split()[0] for line in lines(tmp_path)] == ["ends"]
 
 
 def test_tasks_that_are_cancelled_with_the_connection_run_again(

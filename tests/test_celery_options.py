@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from kombu import Connection
@@ -15,7 +16,7 @@ from kombu import Connection
 from relay_adapters.celery import failover, options
 from relay_core import Broker, RetryPolicy
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
-from tests.celery_workers import client_of
+from tests.celery_workers import CeleryWorker, client_of
 from tests.servers import AclServer, Server, TlsServer, free_port
 from tests.topologies import Cluster, SentinelTrio
 
@@ -46,6 +47,18 @@ def test_a_password_is_never_in_the_url_that_logs_show(acl_server: AclServer) ->
         assert acl_server.password not in connection.as_uri()
         assert acl_server.password not in repr(connection)
         assert str(acl_server.port) in connection.as_uri()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_password_is_not_in_what_a_worker_tells_of_itself(acl_server: AclServer, tmp_path: Path) -> None:
+    urls = f"{acl_server.url};relay+sentinel://:s3cret@127.0.0.1:1/x?sentinel_password=s3cret2"
+    with CeleryWorker(urls, tmp_path, "-P", "solo"), client_of(acl_server.url, tmp_path) as client:
+        stats = client.control.inspect(timeout=20, limit=1).stats()
+    (told,) = stats.values()
+    assert str(acl_server.port) in told["broker"]["hostname"]
+    assert len(told["broker"]["alternates"]) == 2
+    for secret in (acl_server.password, quote(acl_server.password, safe=""), "s3cret"):
+        assert secret not in str(stats)
 
 
 class Provider:

@@ -112,6 +112,13 @@ def test_a_retried_task_that_is_acked_late_is_one_job_throughout(site: Site, poo
     assert not site.workers[pool].logged(f"{result.id} of queue {pool!r}: its ack came too late")
 
 
+def test_a_task_that_retries_and_ends_well_is_not_warned_of(site: Site, pool: str, send: Send) -> None:
+    result = send("again_quietly", f"quiet-{pool}")
+    eventually(lambda: len(lines(site.folder, start=f"quiet-{pool}")) == 2, "both runs")
+    ended(site, pool)
+    assert not site.workers[pool].logged(f"{result.id} of queue {pool!r}: its ack came too late")
+
+
 def test_a_retried_task_that_is_acked_early_keeps_its_id(site: Site, pool: str, send: Send) -> None:
     result = send("again_early", f"early-{pool}", 2)
     assert outcome(result) == f"early-{pool}"

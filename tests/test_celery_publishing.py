@@ -88,12 +88,33 @@ def test_every_kind_of_body_arrives_as_it_was_sent(server: Server, broker: Broke
         queue.close()
 
 
-def test_a_payload_of_a_kombu_redis_message_is_read_too() -> None:
+def test_a_message_in_the_store_of_kombus_redis_transport_is_read_too() -> None:
     raw = {"body": "W1sxXSwge30sIG51bGxd", "content-type": "application/json", "content-encoding": "utf-8"}
     raw |= {"headers": {}, "properties": {"body_encoding": "base64", "delivery_tag": "t", "delivery_info": {}}}
-    found = envelope.unpack(envelope.pack(raw))
+    found = envelope.unpack(envelope.pack_stored(raw))
     assert found["body"] == b"[[1], {}, null]"
     assert found["properties"] == {"delivery_info": {}}
+
+
+@pytest.mark.parametrize("there", ["redis", "relay"])
+def test_what_was_consumed_elsewhere_is_published_as_it_is(server: Server, broker: Broker, there: str) -> None:
+    """As `celery migrate` and shovels do, which pass the properties of the delivery on."""
+    url = server.url if there == "relay" else f"redis://127.0.0.1:{server.port}/1"
+    sent = ["YWJj", {"b": ["xxxx", 1]}, "text"]
+    with Connection(url) as source, Connection(server.url) as target:
+        with source.SimpleQueue("source") as queue:
+            for body in sent:
+                queue.put(body)
+            for _ in sent:
+                message = queue.get(timeout=5)
+                body, content_type, encoding = message.body, message.content_type, message.content_encoding
+                target.Producer(serializer=None).publish(
+                    body, routing_key="target", content_type=content_type, content_encoding=encoding,
+                    headers=message.headers, **message.properties,
+                )  # fmt: skip
+                message.ack()
+        with target.SimpleQueue("target") as queue:
+            assert [queue.get(timeout=5, block=True).payload for _ in sent] == sent
 
 
 def test_a_task_id_that_is_used_again_while_its_task_waits_is_another_task(app: Celery, broker: Broker) -> None:
@@ -191,12 +212,14 @@ def test_the_retry_of_a_task_is_no_duplicate_of_it(app: Celery, broker: Broker) 
 
 
 @pytest.mark.parametrize("protocol", [1, 2])
-def test_an_eta_with_a_time_zone_waits_in_the_store(server: Server, tmp_path: Path, protocol: int) -> None:
+def test_an_eta_waits_in_the_store_and_without_a_time_zone_is_utc_as_to_celerys_workers(
+    server: Server, tmp_path: Path, protocol: int
+) -> None:
     options = {"client_name": f"protocol-{protocol}-{uuid.uuid4().hex}"}
     app = client_of(server.url, tmp_path, task_protocol=protocol, broker_transport_options=options)
     soon = datetime.now(timezone.utc) + timedelta(hours=1)
     app.send_task("pay", eta=soon, queue="aware")
-    app.send_task("pay", eta=datetime.now() + timedelta(hours=1), queue="naive")
+    app.send_task("pay", eta=soon.replace(tzinfo=None), queue="naive")
     app.send_task("pay", countdown=-5, queue="past")
     app.send_task("pay", eta=soon, expires=60, queue="expiring")
     with Broker(server.url) as broker:
@@ -206,7 +229,8 @@ def test_an_eta_with_a_time_zone_waits_in_the_store(server: Server, tmp_path: Pa
             assert envelope.head_of(job.payload)["headers"]["eta"] == soon.isoformat()
             (expiring,) = broker.jobs("expiring", "delayed")
             assert expiring.due_at < soon.timestamp() - 3000
-        assert broker.stats("naive").ready == 1
+        (naive,) = broker.jobs("naive", "delayed")
+        assert naive.due_at == pytest.approx(soon.timestamp(), abs=2)
         assert broker.stats("past").ready == 1
     app.close()
 

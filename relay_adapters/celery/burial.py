@@ -8,6 +8,7 @@ from typing import Any
 
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_adapters.celery.unstarted import context_of, stores_errors
 from relay_core import Job, hookimpl
 
 logger = logging.getLogger("relay.celery")
@@ -37,35 +38,15 @@ def fail(job: Job, why: str) -> None:
     app = current_app._get_current_object()
     error = WorkerLostError(f"Task {headers['task']}[{headers['id']}] went to dead: {why}")
     logger.error("%s", error)
-    context = _context(app, message)
+    context = context_of(app, message)
     task = app.tasks.get(headers["task"])
     backend = app.backend if task is None else task.backend
     # an app without results cannot be asked for one
     if not isinstance(backend, DisabledBackend) and backend.get_state(headers["id"]) == "SUCCESS":
         return  # it was done, and only the answer was lost
-    ignored = headers.get("ignore_result") or False
-    store = not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))
-    backend.mark_as_failure(headers["id"], error, request=context, store_result=store)
+    backend.mark_as_failure(headers["id"], error, request=context, store_result=stores_errors(task, headers))
     if task is not None:
         _tell(task, context, error)
-
-
-def _context(app: Any, message: Any) -> Any:
-    """The request of the task, as its callbacks and its chord need it."""
-    from celery.app.task import Context
-    from kombu.serialization import loads, prepare_accept_content
-
-    headers, properties = message["headers"], message["properties"]
-    request: dict[str, Any] = {**headers, "reply_to": properties.get("reply_to"), "errbacks": None}
-    request |= {"correlation_id": properties.get("correlation_id"), "delivery_info": properties.get("delivery_info")}
-    accept = prepare_accept_content(app.conf.accept_content)
-    try:
-        body = loads(message["body"], message["content-type"], message["content-encoding"], accept=accept)
-        request["args"], request["kwargs"], embedded = body
-        request |= embedded or {}
-    except Exception as error:  # a body that does not decode has no callbacks that could be read
-        logger.warning("task %s: its callbacks cannot be read: %r", headers["id"], error)
-    return Context(request, called_directly=False)
 
 
 def _tell(task: Any, context: Any, error: Exception) -> None:

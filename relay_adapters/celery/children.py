@@ -40,9 +40,9 @@ on; 0 for nothing."""
 
 _SIZE = _ROWS * _UNTIL.size + 2 * _NUMBERS
 
-WAITS, DECIDES, RUNS = 1, 2, 3
-"""What a child says of a delivery: it waits for word of it; it takes its last look; it has started it, for good. Else
-0."""
+WAITS, DECIDES, RUNS, ENDED, MOVED = 1, 2, 3, 4, 5
+"""What a child says of a delivery: it waits for word of it; it takes its last look; it has started it, for good; it ran
+it to its end; the task itself has ended the delivery, as a retry does. Else 0."""
 
 
 class Board:
@@ -57,6 +57,8 @@ class Board:
         self.pid = pid
         self.descriptor = _new_memory() if descriptor is None else descriptor
         self._rows = 0
+        self._running: int | None = None
+        """In a child: the number of the delivery that it runs, until that is over."""
         self.memory = mmap.mmap(self.descriptor, _SIZE)
 
     def row(self) -> Row:
@@ -92,13 +94,23 @@ class Board:
 
         @functools.wraps(trace)
         def run(task: Any, uuid: Any, request: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
-            if not self.may_start((request.get("properties") or {}).get("delivery_tag")):
+            tag = (request.get("properties") or {}).get("delivery_tag")
+            if not self.may_start(tag):
                 from relay_adapters.celery.request import Forgotten
 
                 raise Forgotten(uuid)
-            return trace(task, uuid, request, *rest, **options)
+            self._running = _number(tag)
+            result = trace(task, uuid, request, *rest, **options)
+            self._end(ENDED)
+            return result
 
         return run
+
+    def _end(self, how: int) -> None:
+        """In a child: the delivery that runs is over, or its task is."""
+        if self._running is not None:
+            self.memory[_does(self._running)] = how
+            self._running = None
 
 
 class Row:
@@ -127,7 +139,7 @@ class Row:
         self._say(tag, self._row)
 
     def does(self, tag: str) -> int:
-        """What a child says of this delivery: WAITS, DECIDES, RUNS or 0."""
+        """What a child says of this delivery: WAITS, DECIDES, RUNS, ENDED, MOVED or 0."""
         number = _number(tag)
         if self._memory is None or number is None:
             return 0
@@ -173,11 +185,13 @@ _child = 0
 
 
 def install(prefork: Any) -> None:
-    """In a worker's main process, before its pool starts children. Repeating it is harmless.
+    """In a worker's main process, before its pool starts children. Repeating it is harmless, in a child too.
 
     :param prefork: Celery's module of that pool
     """
     global _board
+    if here():
+        return
     if _board is None or _board.pid != os.getpid():
         _board = Board(os.getpid())
     if not isinstance(prefork.process_initializer, _Initializer):
@@ -187,6 +201,12 @@ def install(prefork: Any) -> None:
 def here() -> bool:
     """True in a child of a prefork pool."""
     return _child == os.getpid()
+
+
+def moved() -> None:
+    """In a child, by the task that it runs: its delivery was ended, and its ack will find nothing."""
+    if here() and _board is not None:
+        _board._end(MOVED)
 
 
 def row() -> Row:

@@ -44,6 +44,11 @@ class Consuming(Settling):
             self.connection.consumers_changed(self)
 
     @property
+    def takes_unacked(self) -> bool:
+        """Whether what it claims, of one queue at least, is over then."""
+        return bool(self._no_ack)
+
+    @property
     def consumed(self) -> tuple[str, ...]:
         """The queues of jobs that this channel consumes from."""
         return tuple(dict.fromkeys(queue for queue in self._active_queues if queue not in self.boxes))

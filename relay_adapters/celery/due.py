@@ -15,8 +15,7 @@ _AFTER = 0.05
 def wait_of(message: Mapping[str, Any]) -> float:
     """Seconds that a task must wait, by this process's clock: a producer with a wrong clock wrote its eta by it too.
 
-    A task that expires before it is due is handed out when it expires, so that its worker can revoke it. A naive
-    time means the worker's time zone, which is its business: 0.
+    A task that expires before it is due is handed out when it expires, so that its worker can revoke it.
     """
     headers = message.get("headers") or {}
     eta, expires = headers.get("eta"), headers.get("expires")
@@ -55,12 +54,14 @@ def _text(body: Any) -> str:
 
 
 def timestamp(when: Any) -> float | None:
-    """Unix seconds of an ISO text or datetime with a time zone; else None."""
+    """Unix seconds of an ISO text or datetime; else None. One without a time zone is UTC, as to Celery's workers."""
     if isinstance(when, str):
         try:
             when = datetime.fromisoformat(when.replace("Z", "+00:00"))
         except ValueError:
             return None
-    if not isinstance(when, datetime) or when.utcoffset() is None:
+    if not isinstance(when, datetime):
         return None
+    if when.utcoffset() is None:
+        when = when.replace(tzinfo=timezone.utc)
     return (when - datetime(1970, 1, 1, tzinfo=timezone.utc)) / timedelta(seconds=1)

@@ -19,6 +19,8 @@ DELIVERED = "relay_delivered"
 """The property of a task's next try with the deliveries of the tries before it: they were not left by a dead worker."""
 
 _PRIVATE = ("delivery_tag", "body_encoding")
+"""Properties of one delivery, which are not true of the next: who publishes anew what it consumed passes them on."""
+
 _AMQP = frozenset(
     {
         "delivery_mode", "priority", "correlation_id", "reply_to", "expiration", "message_id", "timestamp", "type",
@@ -28,13 +30,10 @@ _AMQP = frozenset(
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """The payload of a message as kombu's virtual channels prepare it. A body in base64 is decoded first."""
+    """The payload of a message as kombu's virtual channels prepare it."""
     body, properties = message.get("body") or b"", message["properties"]
-    encoding = properties.get("body_encoding")
-    if encoding is not None or "delivery_tag" in properties:
+    if "body_encoding" in properties or "delivery_tag" in properties:
         properties = {name: value for name, value in properties.items() if name not in _PRIVATE}
-        if encoding == "base64":
-            body = base64.b64decode(body)
     parts = {
         "content-type": message.get("content-type"),
         "content-encoding": message.get("content-encoding"),
@@ -48,6 +47,13 @@ def pack(message: Mapping[str, Any]) -> bytes:
         parts["properties"] = {name: value for name, value in properties.items() if name in _AMQP}
         head = _encode(parts)
     return head.encode() + b"\n" + (body.encode() if isinstance(body, str) else bytes(body))
+
+
+def pack_stored(message: Mapping[str, Any]) -> bytes:
+    """The payload of a message from the store of one of kombu's virtual transports: its body may be in base64."""
+    if message["properties"].get("body_encoding") == "base64":
+        message = {**message, "body": base64.b64decode(message.get("body") or b"")}
+    return pack(message)
 
 
 def head_of(payload: bytes) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from relay_adapters.celery.options import broker_at, options_of, url_of
+from relay_adapters.celery.options import broker_at, is_relay, options_of, url_of
 from relay_core import Broker
 from relay_core.errors import RelayError
 
-_SCHEMES = ("relay://", "relays://", "relay+", "relays+")
 _LOOK_EVERY = 0.2
 _STEP, _LONGEST = 2.0, 30.0
 """Seconds, as Celery waits before it tries again: 2, 4, 6 ... 30."""
@@ -32,7 +31,7 @@ def keep_whole(client: Any) -> None:
     alternates = client.alt
     if not alternates or any(type(url) is Whole for url in alternates):
         return
-    client.alt = [Whole(url) if str(url).startswith(_SCHEMES) else url for url in alternates]
+    client.alt = [Whole(url) if is_relay(str(url)) else url for url in alternates]
     client.cycle = client.failover_strategy(client.alt)
     next(client.cycle)  # kombu has taken the first one
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from relay_adapters.celery import children
 from relay_core import Broker, Job, Verdict
 from relay_core.job import Options
 
@@ -61,6 +62,7 @@ def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: fl
     _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=_NO_LIMIT))])
     if verdict in (Verdict.DONE, Verdict.ALREADY):
         leases.drop(job)
+        children.moved()
         return True
     stored = broker.show(job.queue, job.id)
     if stored is None or stored.state not in ("ready", "delayed", "inflight"):

@@ -54,6 +54,8 @@ class Held:
     started: bool = False
     task: bool = False
     """True once a Celery worker made a task's request of it."""
+    untold: bool = False
+    """True where nobody tells when this task starts, for it has a strategy of its own, as celery-batches has."""
     acked: bool = False
     lost: bool = False
     expected: bool = False
@@ -185,7 +187,7 @@ class Leases:
                 self._held.pop(held.tag, None)
                 if verdict is not Verdict.LOST:
                     self._row.done(held.tag)
-                elif not held.expected:
+                elif not (held.expected or self._row.does(held.tag) == children.MOVED):
                     self._row.lost(held.tag)
                     _warn_lost(held, "its ack came too late, and it may run again")
         self.apart.changed()
@@ -220,13 +222,15 @@ class Leases:
         """Release what was not started; what runs keeps its lease, also where only a pool's child knows that it does.
         An unreachable server is tried again later.
 
-        :param started: also what was started, and is being ended without an answer
+        :param started: also what was started, and is being ended without an answer; but not what a pool's child has
+            run to its end, though this process has not heard of it yet: its ack comes
         :param wait: until the server has been told. False: the thread tells it, for one that is away would hold up an
             event loop that has others to turn to
         """
         with self._lock:
             found = [held for tag in tags if (held := self._held.get(tag)) is not None]
-            gone = [held for held in found if not held.acked and (started or not (held.started or self._runs(held)))]
+            stays = self._ended if started else self._may_run
+            gone = [held for held in found if not (held.acked or stays(held))]
             for held in gone:
                 self._let_go(held)
         self.apart.changed()
@@ -242,10 +246,20 @@ class Leases:
             self._event.set()
 
     def end(self) -> None:
-        """Before the process ends: hand back what was claimed and not taken, and flush. Raises as that does."""
+        """Before the process ends: hand back what was claimed and not started, and flush. Raises as that does."""
         for ahead in list(self._ahead):
             ahead.hand_back()
+        with self._lock:
+            for held in self._held.values():
+                held.untold = False  # its pool has ended
+        self.hand_back(set(self._held) - running_tags())
         self.flush()
+
+    def _ended(self, held: Held) -> bool:
+        return self._row.does(held.tag) in (children.ENDED, children.MOVED)
+
+    def _may_run(self, held: Held) -> bool:
+        return held.started or held.untold or self._runs(held)
 
     def _runs(self, held: Held) -> bool:
         """With the lock held: whether a pool's child has started what is to be handed back. If not, it will not."""
@@ -253,7 +267,7 @@ class Leases:
         patience = time.monotonic() + _DECISION
         while (does := self._row.does(held.tag)) == children.DECIDES and time.monotonic() < patience:
             time.sleep(_DECISION / 100)
-        if does != children.RUNS:
+        if does not in (children.RUNS, children.ENDED, children.MOVED):
             return False
         self._row.kept(held.tag)
         held.started = True

@@ -70,10 +70,15 @@ _lock = threading.Lock()
 _said: set[str] = set()
 
 
+def is_relay(url: str) -> bool:
+    """Whether this is a URL of a broker of relay's."""
+    return url.startswith(("relay:", "relays:", "relay+", "relays+"))
+
+
 def url_of(client: Any) -> str:
     """The URL that a kombu Connection was given, or has switched to."""
     hostname = str(client.hostname or "")
-    if hostname.startswith(("relay:", "relays:", "relay+", "relays+")):
+    if is_relay(hostname):
         url = hostname
     elif client.uri_prefix and hostname.find("://") >= 0:
         url = f"{client.uri_prefix}+{hostname}"
@@ -96,10 +101,13 @@ def _from_parts(client: Any, hostname: str) -> str:
 
 
 def safe_url(client: Any, include_password: bool, mask: str) -> str:
-    """The URL for people. A URL that cannot be read is not shown at all: a password may be anywhere in it."""
+    """The URL for people."""
     url = url_of(client)
-    if include_password:
-        return url
+    return url if include_password else safe_text(url, mask)
+
+
+def safe_text(url: str, mask: str = "**") -> str:
+    """A relay URL without its credentials. One that cannot be read is not shown: a password may be anywhere in it."""
     try:
         return parse_url(url).safe().replace("***", mask)
     except RelayError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kombu.transport import virtual
 
 BATCH = 50
-"""Most messages claimed at a time where the prefetch count sets no limit."""
+"""Most messages claimed at a time. Who drains by calls gets one where the prefetch count sets no limit: what it does not
+come to is for others; and where what is claimed is over: it would be lost."""
 
 
 class QoS(virtual.QoS):
@@ -33,5 +34,8 @@ class QoS(virtual.QoS):
             return 0
         if "can_consume" in vars(self):
             return 0 if waiting else 1
-        most = self.can_consume_max_estimate()
-        return max(0, (BATCH if most is None else min(BATCH, most)) - waiting)
+        estimate, connection = self.can_consume_max_estimate(), self.channel.connection
+        most = BATCH if estimate is None else min(BATCH, int(estimate))
+        if connection is not None and not connection.looping and (estimate is None or self.channel.takes_unacked):
+            most = min(1, most)
+        return max(0, most - waiting)

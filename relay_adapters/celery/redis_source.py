@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from kombu.utils.json import object_hook
 
 from relay_adapters.celery.due import wait_of
-from relay_adapters.celery.envelope import pack, unpack
+from relay_adapters.celery.envelope import pack_stored, unpack
 from relay_adapters.celery.ids import job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_core.errors import RelayError
@@ -327,7 +327,7 @@ def _message(envelope: Any) -> Message | None:
             envelope = json.loads(envelope, object_hook=object_hook)
         if not isinstance(envelope.get("headers"), dict) or "body" not in envelope:
             return None
-        return Message(envelope, pack(envelope))
+        return Message(envelope, pack_stored(envelope))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from typing import Any
 
+from celery.app.task import Task
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.worker.request import Request as Stock
 from celery.worker.state import task_ready
@@ -40,6 +41,7 @@ class Request(Stock):
         self._on_ack = partial(_ack, message)
         if (held := self._leases.get(message.delivery_tag)) is not None:
             self._job, held.task = held.job, True
+            held.untold = self.task.Strategy != Task.Strategy
             if self._leases.broker.plugins.wants("relay_run_ended"):
                 # Celery derives a class from this one, and overrides the method there
                 self.__dict__["on_success"] = self._succeeded

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from relay_adapters.celery.envelope import head_of
+from relay_adapters.celery.envelope import head_of, unpack
 from relay_adapters.celery.ids import ids_of
-from relay_core import Broker
+from relay_adapters.celery.unstarted import context_of, stores_errors
+from relay_core import Broker, commands, inspector
 from relay_core.errors import RelayError
-from relay_core.job import State
+from relay_core.job import State, StoredJob
 
 logger = logging.getLogger("relay.celery")
 
@@ -25,28 +26,82 @@ Stamps = Mapping[str, Collection[Any]]
 """Stamped header -> the values that are revoked."""
 
 
-def by_ids(app: Any, broker: Broker, queues: Iterable[str], task_ids: Iterable[str]) -> None:
-    """Take these tasks out of these queues."""
-    try:
-        for task_id in task_ids:
-            for queue in queues:
-                _take_out(app, broker, queue, dict.fromkeys(ids_of(task_id), task_id))
-    except RelayError as error:
-        logger.warning("tasks that wait in the store could not be revoked there: %s", error)
+class Revoker:
+    """For a worker: takes tasks out of queues, and tells of each as Celery does of one that it drops.
 
+    :param events: the worker's event dispatcher, or None
+    :param hostname: the worker's name, which goes into extended results
+    """
 
-def by_stamps(app: Any, broker: Broker, queues: Iterable[str], stamps: Stamps) -> None:
-    """Take out of these queues what bears one of these stamps, in a thread of its own: all that waits is read."""
+    def __init__(self, app: Any, broker: Broker, queues: Sequence[str], events: Any, hostname: str) -> None:
+        self._app, self._broker, self._queues = app, broker, queues
+        self._events, self._hostname = events, hostname
 
-    def search() -> None:
+    def by_ids(self, task_ids: Iterable[str]) -> None:
+        """Take these tasks out."""
         try:
-            for queue in queues:
-                for state in _WAITING:
-                    _search(app, broker, queue, state, stamps)
+            for task_id in task_ids:
+                for queue in self._queues:
+                    self._take_out(queue, self._stored(queue, ids_of(task_id)))
         except RelayError as error:
-            logger.warning("tasks that wait in the store could not all be revoked there by their stamps: %s", error)
+            logger.warning("tasks that wait in the store could not be revoked there: %s", error)
 
-    threading.Thread(target=search, name="relay-celery-revoke", daemon=True).start()
+    def by_stamps(self, stamps: Stamps) -> None:
+        """Take out what bears one of these stamps, in a thread of its own: all that waits is read."""
+
+        def search() -> None:
+            try:
+                for queue in self._queues:
+                    for state in _WAITING:
+                        self._search(queue, state, stamps)
+            except RelayError as error:
+                logger.warning("tasks that wait in the store could not all be revoked there by their stamps: %s", error)
+
+        threading.Thread(target=search, name="relay-celery-revoke", daemon=True).start()
+
+    def _stored(self, queue: str, ids: Sequence[str]) -> list[StoredJob]:
+        """The jobs of these ids that are there, which most are not."""
+        command = commands.show(self._broker.settings.keys(queue), ids)
+        found = [job for job in self._broker.store.run(command) if job is not None]
+        return [inspector.readable(self._broker.operations, job) for job in found]
+
+    def _search(self, queue: str, state: State, stamps: Stamps) -> None:
+        skip = 0
+        while page := self._broker.jobs(queue, state, limit=_PAGE, skip=skip):
+            gone = self._take_out(queue, [job for job in page if _bears(job.payload, stamps)])
+            if len(page) < _PAGE:
+                return
+            skip += len(page) - gone
+
+    def _take_out(self, queue: str, jobs: Sequence[StoredJob]) -> int:
+        """Cancel these jobs where they wait: how many did."""
+        if not jobs:
+            return 0
+        states = self._broker.cancel_many(queue, [job.id for job in jobs])
+        out = [job for job, state in zip(jobs, states, strict=True) if state in _WAITING]
+        for job in out:
+            try:
+                self._tell(queue, unpack(job.payload))
+            except Exception:  # a backend may fail in any way, and the others are to be revoked all the same
+                logger.exception("job %s of queue %r was revoked, and not all were told", job.id, queue)
+        return len(out)
+
+    def _tell(self, queue: str, message: Mapping[str, Any]) -> None:
+        """Its event, its result with its chord, and the signal."""
+        from celery import signals
+
+        headers = message["headers"]
+        logger.info("task %s was revoked while it waited in queue %r", headers["id"], queue)
+        task = self._app.tasks.get(headers["task"])
+        context = context_of(self._app, message)
+        context.hostname = self._hostname
+        how = {"terminated": False, "signum": None, "expired": False}
+        if self._events is not None and self._events.enabled and getattr(task, "send_events", True):
+            self._events.send("task-revoked", uuid=headers["id"], **how)
+        backend = self._app.backend if task is None else task.backend
+        backend.mark_as_revoked(headers["id"], "revoked", request=context, store_result=stores_errors(task, headers))
+        if task is not None:
+            signals.task_revoked.send(sender=task, request=context, **how)
 
 
 def stamps_of(headers: Mapping[str, Any] | Iterable[str]) -> Stamps:
@@ -60,35 +115,17 @@ def _several(value: Any) -> Collection[Any]:
     return value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
 
 
-def _search(app: Any, broker: Broker, queue: str, state: State, stamps: Stamps) -> None:
-    skip = 0
-    while page := broker.jobs(queue, state, limit=_PAGE, skip=skip):
-        bear = {job.id: task_id for job in page if (task_id := _bearer(job.payload, stamps)) is not None}
-        gone = _take_out(app, broker, queue, bear) if bear else 0
-        if len(page) < _PAGE:
-            return
-        skip += len(page) - gone
-
-
-def _bearer(payload: bytes, stamps: Stamps) -> str | None:
-    """The id of the task, where it bears one of the stamps."""
+def _bears(payload: bytes, stamps: Stamps) -> bool:
+    """Whether the task bears one of the stamps."""
     try:
         headers = head_of(payload).get("headers") or {}
     except (ValueError, KeyError, TypeError):
-        return None
+        return False
     borne = headers.get("stamps") or {}
-    for name in headers.get("stamped_headers") or ():
-        if name in stamps and any(value in stamps[name] for value in _several(borne.get(name)) if value is not None):
-            return str(headers.get("id"))
-    return None
-
-
-def _take_out(app: Any, broker: Broker, queue: str, jobs: Mapping[str, str]) -> int:
-    """Cancel these jobs (id -> id of its task) where they wait, and say so in their results: how many that were."""
-    ids = list(jobs)
-    out = [id for id, state in zip(ids, broker.cancel_many(queue, ids), strict=True) if state in _WAITING]
-    for task_id in {jobs[id]: None for id in out}:
-        logger.info("task %s was revoked while it waited in queue %r", task_id, queue)
-        if app.backend.get_state(task_id) not in ("SUCCESS", "FAILURE", "REVOKED"):
-            app.backend.mark_as_revoked(task_id, reason="revoked", store_result=True)
-    return len(out)
+    return any(
+        value in stamps[name]
+        for name in headers.get("stamped_headers") or ()
+        if name in stamps
+        for value in _several(borne.get(name))
+        if value is not None
+    )

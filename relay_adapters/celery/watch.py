@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -142,8 +141,8 @@ class Watch:
 
     def _deliver(self) -> int:
         channel, delivered = self.channel, 0
-        # who drains by calls expects all that there is of each
-        ends = time.monotonic() + SLICE if channel.connection.looping else math.inf
+        # who calls `drain_events` counts by it what has come
+        ends = time.monotonic() + SLICE if channel.connection.looping else 0.0
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
                 break

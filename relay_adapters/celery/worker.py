@@ -13,6 +13,7 @@ from typing import Any
 
 from relay_adapters.celery import children, given, revoking
 from relay_adapters.celery.envelope import unpack
+from relay_adapters.celery.options import is_relay, safe_text
 from relay_core import Broker
 
 _LISTED = 1000
@@ -32,6 +33,7 @@ def install(**_: Any) -> None:
     from celery.app.task import Task
     from celery.concurrency import prefork
     from celery.concurrency.asynpool import AsynPool
+    from celery.worker.consumer.connection import Connection as Connecting
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
 
@@ -44,6 +46,7 @@ def install(**_: Any) -> None:
         Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
         Mingle.start = _mingle_at_first(Mingle.start)
+        Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
 
 
@@ -59,6 +62,21 @@ def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:
     return start
 
 
+def _without_passwords(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Of what `inspect stats` tells of a worker's broker, Celery takes out the password where kombu has it apart. Here
+    it is in the URL, which kombu leaves whole."""
+
+    def info(step: Any, consumer: Any) -> dict[str, Any]:
+        found = stock(step, consumer)
+        broker = found.get("broker")
+        if isinstance(broker, dict) and is_relay(str(broker.get("hostname"))):
+            alternates = [safe_text(str(url)) for url in broker.get("alternates") or ()]
+            found["broker"] = {**broker, "hostname": safe_text(broker["hostname"]), "alternates": alternates}
+        return found
+
+    return info
+
+
 class _Command:
     """A remote control command of Celery's, and what the store adds to it."""
 
@@ -72,16 +90,16 @@ class _Revoke(_Command):
     def __call__(self, state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
         answer = self._stock(state, task_id, *args, **options)
         ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-        for broker, queues in _consumed(state):
-            revoking.by_ids(state.app, broker, queues, ids)
+        for revoker in _revokers(state):
+            revoker.by_ids(ids)
         return answer
 
 
 class _RevokeByStamps(_Command):
     def __call__(self, state: Any, headers: Any, *args: Any, **options: Any) -> Any:
         answer = self._stock(state, headers, *args, **options)
-        for broker, queues in _consumed(state):
-            revoking.by_stamps(state.app, broker, queues, revoking.stamps_of(headers))
+        for revoker in _revokers(state):
+            revoker.by_stamps(revoking.stamps_of(headers))
         return answer
 
 
@@ -133,6 +151,11 @@ def _arguments(message: Mapping[str, Any]) -> tuple[Any, Any]:
         args, kwargs, _embed = json.loads(message["body"])
         return args, kwargs
     return headers.get("argsrepr"), headers.get("kwargsrepr")
+
+
+def _revokers(state: Any) -> list[revoking.Revoker]:
+    events = state.consumer.event_dispatcher
+    return [revoking.Revoker(state.app, broker, queues, events, state.hostname) for broker, queues in _consumed(state)]
 
 
 def _consumed(state: Any) -> list[tuple[Broker, tuple[str, ...]]]:

@@ -1,0 +1,14 @@
+"""For a worker's `--include`: notes whom Celery's signal says to be revoked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import signals
+
+from tests.celery_app import note
+
+
+@signals.task_revoked.connect
+def revoked(request: Any, **_: Any) -> None:
+    note(request.id, "revoked")

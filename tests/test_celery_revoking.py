@@ -1,0 +1,102 @@
+"""A task that is revoked while it waits in the store: all are told whom Celery tells of one that it drops itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import kombu
+import pytest
+from celery import Celery, chord
+from celery.exceptions import ChordError, TaskRevokedError
+from celery.utils.nodenames import gethostname
+
+from relay_adapters.celery.revoking import Revoker
+from relay_core import Broker
+from tests.celery_workers import CeleryWorker, client_of, lines, results_of
+from tests.servers import Server, eventually
+
+FLAGS = ("-P", "solo", "--include", "tests.celery_note_revoked", "-E")
+
+
+class Site:
+    """A worker with a result backend, and one without."""
+
+    def __init__(self, server: Server, folder: Path, stack: ExitStack) -> None:
+        self.server, self.folder, self.broker = server, folder, stack.enter_context(Broker(server.url))
+        results = results_of(server)
+        self.app: Celery = client_of(server.url, folder, results, result_extended=True)
+        stack.callback(self.app.close)
+        both = [
+            CeleryWorker(server.url, folder, *FLAGS, name="some", results=results, conf={"result_extended": True},
+                         ready=False),
+            CeleryWorker(server.url, folder, *FLAGS, "-Q", "none", name="none", ready=False),
+            CeleryWorker(server.url, folder, *FLAGS, "-Q", "rpc", name="rpc", results="rpc://", ready=False),
+        ]  # fmt: skip
+        for worker in both:
+            stack.enter_context(worker)
+            worker.ready()
+
+    def revoke(self, worker: str, *ids: str) -> Any:
+        to = f"{worker}@{gethostname()}"
+        (said,) = self.app.control.revoke(list(ids), reply=True, destination=[to], timeout=20, limit=1)
+        return said[to]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with Server("redis", tcp=True) as server, ExitStack() as stack:
+        yield Site(server, tmp_path_factory.mktemp("revoking"), stack)
+
+
+def test_its_signal_its_event_its_result_and_its_chord_say_so(site: Site) -> None:
+    run = site.app.signature("tests.celery_app.run", args=("kept",))
+    gone = site.app.signature("tests.celery_app.run", args=("gone",)).set(countdown=3600)
+    body = site.app.signature("tests.celery_app.count").on_error(site.app.signature("tests.celery_app.mourn"))
+    events: list[dict[str, Any]] = []
+    with site.app.connection_for_read() as connection:
+        receiver = site.app.events.Receiver(connection, handlers={"task-revoked": events.append})
+        with kombu.Consumer(connection, [receiver.queue], callbacks=[receiver._receive], no_ack=True):
+            result = chord([run, gone])(body)
+            member = result.parent.results[1]
+            assert "ok" in site.revoke("some", member.id)
+            while not events:
+                connection.drain_events(timeout=20)
+    assert (events[0]["uuid"], events[0]["terminated"], events[0]["expired"]) == (member.id, False, False)
+    eventually(lambda: lines(site.folder, "revoked", member.id), "the signal")
+    eventually(lambda: member.state == "REVOKED", "its result")
+    assert (member.name, member.args, member.worker) == ("tests.celery_app.run", ["gone"], f"some@{gethostname()}")
+    with pytest.raises((ChordError, TaskRevokedError)):
+        result.get(timeout=20)
+
+
+def test_without_a_result_backend_all_that_are_named_are_taken_out(site: Site) -> None:
+    ids = [site.app.send_task("tests.celery_app.run", ["x"], countdown=3600, queue="none").id for _ in range(3)]
+    assert "ok" in site.revoke("none", *ids)
+    assert site.broker.stats("none").delayed == 0
+    eventually(lambda: all(lines(site.folder, "revoked", id) for id in ids), "the signals")
+
+
+def test_who_asked_for_its_result_by_rpc_is_answered(site: Site) -> None:
+    app = client_of(site.server.url, site.folder, "rpc://")
+    results = [app.send_task("tests.celery_app.run", ["x"], countdown=3600, queue="rpc") for _ in range(2)]
+    assert "ok" in site.revoke("rpc", *[result.id for result in results])
+    for result in results:
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=20)
+    app.close()
+
+
+def test_a_backend_that_fails_keeps_no_other_from_being_revoked(
+    broker: Broker, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = client_of(server.url, tmp_path)
+    app.backend.mark_as_revoked = Mock(side_effect=RuntimeError("it is full"))
+    ids = [app.send_task("unknown", countdown=3600).id for _ in range(3)]
+    Revoker(app, broker, ["celery"], None, "me").by_ids(ids)
+    assert broker.stats("celery").delayed == 0
+    assert caplog.text.count("it is full") == 3
+    app.close()
