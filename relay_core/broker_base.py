@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relay_core import embedded
+from relay_core.connection import forks
 from relay_core.job import Job
 from relay_core.operations import Operations, Settings
 from relay_core.plugins import Plugins
@@ -69,7 +69,7 @@ class BrokerBase:
         self._store_settings = StoreSettings(durability=durability, **connection)
         self._quiet = quiet
         self._lease: embedded.Lease | None = None
-        self._opening = threading.Lock()
+        self._opening = forks.Lock()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url.safe()!r})"

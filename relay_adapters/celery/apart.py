@@ -45,13 +45,18 @@ class Apart:
 
     @property
     def shut(self) -> bool:
-        """True while nothing may be claimed: until the suspect was settled or handed back."""
+        """True while nothing may be claimed: until the suspect was settled or handed back.
+
+        One that Celery does not start, for a rate limit, holds up the others for two leases and no longer.
+        """
         tag = self._tag
         if tag is None:
             return False
         held = self._leases.get(tag)
         if held is not None and not held.acked:
-            return True
+            overdue = time.monotonic() > self._deadline + self._leases.broker.settings.lease
+            if held.started or not (held.task and overdue):
+                return True
         self._tag = self._wake = None
         return False
 

@@ -24,6 +24,8 @@ class Batch:
         self._max_size = max_size
         self._jobs: list[tuple[str, JobSpec, Any]] = []
         self._again = False
+        self._taken: list[tuple[str, Any]] = []
+        """Messages whose ids were taken, each with its queue: they are stored under others, one by one."""
 
     def publish(self, message: Any, **options: Any) -> None:
         """Route a message now, and store it with the others. Mailboxes, which are in memory, are written at once."""
@@ -37,6 +39,7 @@ class Batch:
 
     def flush(self) -> None:
         """Store what was collected, confirmed. Raises Unavailable and the like."""
+        self._store_taken()
         jobs, again = self._jobs, self._again
         queues = dict.fromkeys(queue for queue, _spec, _message in jobs)
         broker = self.channel.broker
@@ -48,20 +51,32 @@ class Batch:
             except Unavailable:
                 self._again = True
                 raise
+            self._jobs = [job for job in self._jobs if job[0] != queue]
             for (spec, message), answer in zip(mine, answers, strict=True):
                 if answer.duplicate and answer.id == spec.id:
-                    del message[BATCH]
-                    self.channel._put(queue, message)
-            self._jobs = [job for job in self._jobs if job[0] != queue]
+                    self._taken.append((queue, message))
+            self._store_taken()
         self._again = False
+
+    def _store_taken(self) -> None:
+        while self._taken:
+            queue, message = self._taken[0]
+            fresh = message.pop(BATCH, None) is not None
+            try:
+                self.channel._put(queue, message, taken=int(fresh))
+            except Unavailable:
+                message[AGAIN] = True
+                raise
+            del self._taken[0]
 
     def discard(self) -> None:
         """Forget what was not flushed."""
-        self._jobs = []
+        self._jobs, self._taken = [], []
 
     def close(self) -> None:
-        self._jobs = []
+        self.discard()
 
 
-BATCH = "relay_batch"
-"""Under this name a message on its way knows its batch; it is never stored."""
+BATCH, AGAIN = "relay_batch", "relay_again"
+"""Under these names a message on its way knows its batch, and whether it may have been stored before; neither is ever
+stored."""

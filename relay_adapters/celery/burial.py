@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import queue
 import sys
+import threading
 from typing import Any
 
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.unstarted import context_of, stores_errors
 from relay_core import Job, hookimpl
+from relay_core.connection import forks
 
 logger = logging.getLogger("relay.celery")
+
+OWN_THREADS = "relay-celery-"
+"""What the names of relay's threads in a worker begin with."""
 
 
 class Burial:
@@ -19,8 +25,41 @@ class Burial:
 
     @hookimpl
     def relay_job_dead(self, job: Job, reason: str, error: str | None) -> None:
-        if reason == "max_deliveries" and job.headers.get(HEADER) == ADAPTER:
+        if reason != "max_deliveries" or job.headers.get(HEADER) != ADAPTER:
+            return
+        if threading.current_thread().name.startswith(OWN_THREADS):
+            _teller.tell(job, error or reason)
+        else:
             fail(job, error or reason)
+
+
+class _Teller:
+    """A thread that tells result backends, for one may be slow, and relay's other threads have leases to keep."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Job, str]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def tell(self, job: Job, why: str) -> None:
+        self._jobs.put((job, why))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="celery-burials", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            job, why = self._jobs.get()
+            try:
+                fail(job, why)
+            except Exception:
+                logger.exception("job %s went to dead, and not all were told", job.id)
+
+
+_teller = _Teller()
 
 
 def fail(job: Job, why: str) -> None:

@@ -62,6 +62,5 @@ def timestamp(when: Any) -> float | None:
             return None
     if not isinstance(when, datetime):
         return None
-    if when.utcoffset() is None:
-        when = when.replace(tzinfo=timezone.utc)
-    return (when - datetime(1970, 1, 1, tzinfo=timezone.utc)) / timedelta(seconds=1)
+    aware: datetime = when if when.utcoffset() is not None else when.replace(tzinfo=timezone.utc)
+    return (aware - datetime(1970, 1, 1, tzinfo=timezone.utc)) / timedelta(seconds=1)

@@ -11,17 +11,25 @@ TAKEN = 9
 """How many further tasks of the same id a queue may hold at a time: Celery lets an id be used again."""
 
 
+REPLACED = 20
+"""How often a task may replace itself, so that its revoke still finds it in the store."""
+
+
 def job_id_of(headers: Mapping[str, Any]) -> str:
-    """The task's id; of a retry, which is a new message of the same id, one more. A fresh id for other messages."""
-    task_id, retries = headers.get("id"), headers.get("retries")
+    """The task's id; of a retry, and of what replaces a task, which are new messages of the same id, one more. Of other
+    messages a fresh id."""
+    task_id, retries, replaced = headers.get("id"), headers.get("retries"), headers.get("replaced_task_nesting")
     if "task" not in headers or not isinstance(task_id, str) or not (task_id.isascii() and task_id.isprintable()):
         return new_id()
     if not 0 < len(task_id) <= 100 or " " in task_id:
         return new_id()
-    return f"{task_id}.{retries}" if retries else task_id
+    name = f"{task_id}^{replaced}" if replaced else task_id
+    return f"{name}.{retries}" if retries else name
 
 
 def ids_of(task_id: str, retries: int = 100) -> list[str]:
-    """All ids that the jobs of a task may have: of its first send, its retries, and tasks of the same id."""
+    """All ids that the jobs of a task may have: of its first send, its retries, what replaced it, and tasks of the
+    same id."""
     again = (f"{task_id}.{n}" for n in range(1, retries + 1))
-    return [task_id, *again, *(f"{task_id}~{n}" for n in range(1, TAKEN + 1))]
+    replaced = (f"{task_id}^{n}" for n in range(1, REPLACED + 1))
+    return [task_id, *again, *replaced, *(f"{task_id}~{n}" for n in range(1, TAKEN + 1))]

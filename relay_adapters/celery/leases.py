@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,6 +79,7 @@ class Leases:
         self._acks: dict[str, list[Held]] = {}
         self._acks_since = 0.0
         self._releases: list[Job] = []
+        self._refusals: list[tuple[Held, Callable[[], object]]] = []
         self._ahead: list[Ahead] = []
         self._leave_at = 0.0
         self._event = threading.Event()
@@ -198,8 +199,20 @@ class Leases:
             for held in taken:
                 self._acks.setdefault(held.job.queue, []).append(held)
 
+    def refuse_later(self, held: Held, refuse: Callable[[], object]) -> None:
+        """The server is not there: refuse a message once it is. Its lease is kept until then.
+
+        :param refuse: raises RelayError where that did not work either
+        """
+        with self._lock:
+            held.acked = True  # whatever becomes of it, its delivery is over
+            self._held[held.tag] = held
+            self._refusals.append((held, refuse))
+        self._event.set()
+
     def flush(self) -> None:
-        """Send what is pending: acks, and releases that could not be sent before. Raises Unavailable and the like."""
+        """Send what is pending: acks, and releases and refusals that could not be sent before. Raises Unavailable and
+        the like."""
         for queue in list(self._acks):
             while taken := self.take_acks(queue):
                 try:
@@ -217,6 +230,16 @@ class Leases:
                 with self._lock:
                     self._releases += jobs
                 raise
+        while self._refusals:
+            with self._lock:
+                held, refuse = self._refusals.pop(0)
+            try:
+                refuse()
+            except BaseException:
+                with self._lock:
+                    self._refusals.insert(0, (held, refuse))
+                raise
+            self.pop(held.tag)
 
     def hand_back(self, tags: Iterable[str], *, started: bool = False, wait: bool = True) -> None:
         """Release what was not started; what runs keeps its lease, also where only a pool's child knows that it does.
@@ -380,7 +403,7 @@ class Leases:
                 logger.warning("leases could not be extended, next try in 1 s: %s", error)
                 self.give_up()
         stopping = self.leave(now)
-        if self._releases or (self._acks and now - self._acks_since >= LINGER):
+        if self._releases or self._refusals or (self._acks and now - self._acks_since >= LINGER):
             try:
                 self.flush()
             except RelayError as error:
@@ -406,7 +429,7 @@ def _beat(reference: weakref.ref[Leases]) -> None:
         event = leases._event
         try:
             pause = leases.work()
-        except Exception:  # whatever it was, the leases must be kept
+        except BaseException:  # whatever it was, SystemExit of a hook too: the leases must be kept
             logger.exception("the leases of Celery messages: next try in 1 s")
             pause = 1.0
         del leases
@@ -415,7 +438,7 @@ def _beat(reference: weakref.ref[Leases]) -> None:
 
 
 _all: dict[int, Leases] = {}
-_all_lock = threading.Lock()
+_all_lock = forks.Lock()
 
 
 def leases_of(broker: Broker) -> Leases:

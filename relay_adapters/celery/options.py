@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import ssl
-import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ from kombu.utils.imports import symbol_by_name
 
 from relay_adapters.celery.burial import Burial
 from relay_core import Broker, RetryPolicy
+from relay_core.connection import forks
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.settings import parse_url
 
@@ -66,7 +66,7 @@ RETRY_IN_LIST = 0.25
 producers that are much later would lie where nobody looks."""
 
 _shared: dict[tuple[str, str], Broker] = {}
-_lock = threading.Lock()
+_lock = forks.Lock()
 _said: set[str] = set()
 
 

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from relay_adapters.celery import inhand
-from relay_adapters.celery.batching import BATCH, Batch
+from relay_adapters.celery.batching import AGAIN, BATCH, Batch
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import DELIVERED, pack
@@ -18,7 +18,7 @@ from relay_core import JobSpec
 from relay_core.commands import LongWay
 from relay_core.errors import InvalidArgument, Unavailable
 
-_ID, _AGAIN = "relay_id", "relay_again"
+_ID = "relay_id"
 _HEADERS = {HEADER: ADAPTER}
 _PLAIN = Terms()
 
@@ -38,8 +38,8 @@ class Publishing(Routing):
         stays, and what was stored by then is not stored twice."""
         headers, properties = message["headers"], message["properties"]
         lease = headers.pop(inhand.LEASE, None)
-        again = properties.pop(_AGAIN, None)
-        message[_ID], message[_AGAIN] = again or job_id_of(headers), again is not None
+        again = properties.pop(AGAIN, None)
+        message[_ID], message[AGAIN] = again or job_id_of(headers), again is not None
         if lease is not None and again is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
             self._inplace_augment_message(message, exchange, routing_key)
@@ -52,32 +52,36 @@ class Publishing(Routing):
         try:
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable:
-            properties[_AGAIN] = message[_ID]
+            properties[AGAIN] = message[_ID]
             raise
 
-    def _put(self, queue: str, message: MutableMapping[str, Any], level: int | None = None, **_: Any) -> None:
+    def _put(
+        self, queue: str, message: MutableMapping[str, Any], level: int | None = None, taken: int = 0, **_: Any
+    ) -> None:
         """Store one job.
 
         :param level: relay's level; default: by the priority of the message
+        :param taken: how many tasks of the same id are known to be there
         """
-        id = message.get(_ID) or job_id_of(message["headers"])
+        own = message.get(_ID) or job_id_of(message["headers"])
+        id = f"{own}~{taken}" if taken else own
+        message[_ID] = id
         terms = self.topology.terms(queue)
         payload, options = pack(message), self._options(message, id, terms, level)
         if (batch := message.get(BATCH)) is not None:
             batch.add(queue, JobSpec(payload, **options), message)
             return
-        if message.get(_AGAIN):
+        if message.get(AGAIN):
             spec = JobSpec(payload, **options)
             answer = self.broker.drive(self.broker.operations.enqueue(queue, spec, LongWay(True)))
         else:
             answer = self.broker.enqueue(queue, payload, **options)
-        taken = 0
         while answer.duplicate and answer.id == options["id"]:
             # an earlier task of the same id is still there, and this is another one, as Celery understands it
             taken += 1
             if taken > TAKEN:
-                raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {id!r}; give each its own")
-            options["id"] = message[_ID] = f"{id}~{taken}"
+                raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {own!r}; give each its own")
+            options["id"] = message[_ID] = f"{own}~{taken}"
             answer = self.broker.enqueue(queue, payload, **options)
 
     def _options(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from kombu.transport import virtual
 
 BATCH = 50
-"""Most messages claimed at a time. Who drains by calls gets one where the prefetch count sets no limit: what it does not
-come to is for others; and where what is claimed is over: it would be lost."""
+"""Most messages claimed at a time. Who drains by calls gets one: without a prefetch count, for what it does not come to
+is for others, and of what is over when it is claimed, for that would be lost."""
 
 
 class QoS(virtual.QoS):

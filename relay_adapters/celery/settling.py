@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from relay_adapters.celery import failing
 from relay_adapters.celery.deadletters import DeadLetters
-from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.leases import Held, Leases
 from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker
 from relay_core.errors import LeaseLost, Unavailable
@@ -42,24 +43,30 @@ class Settling(DeadLetters):
         self.leases.sent([held], verdicts)
 
     def refuse(self, tag: str, requeue: bool) -> None:
-        """Reject: what becomes of the message depends on why, see `failing`."""
+        """Reject: what becomes of the message depends on why, see `failing`. Where the server is not there, the thread
+        that keeps the leases does it later."""
         self._unacked.discard(tag)
         held = self.leases.pop(tag)
         if held is None or held.expected:
             return
         try:
-            if failing.is_rejected(held, requeue) and self.dead_letter(held.job, "rejected"):
-                return
-            wait = failing.refuse(self.broker, held, requeue)
-        except LeaseLost as error:
-            logger.warning("%s", error)
-        except Unavailable:
-            self._unacked.add(tag)
-            self.leases.add(tag, held.job)
-            raise
+            wait = self._refuse(held, requeue)
+        except Unavailable as error:
+            logger.warning("message %s is rejected when the server is there again: %s", held.job.id, error)
+            self.leases.refuse_later(held, partial(self._refuse, held, requeue))
         else:
             if wait is not None and self.connection is not None:
                 self.connection.look_within(self, wait)
+
+    def _refuse(self, held: Held, requeue: bool) -> float | None:
+        """Seconds until the message may come again, or None. Raises Unavailable."""
+        try:
+            if failing.is_rejected(held, requeue) and self.dead_letter(held.job, "rejected"):
+                return None
+            return failing.refuse(self.broker, held, requeue)
+        except LeaseLost as error:
+            logger.warning("%s", error)
+            return None
 
     def credit_freed(self) -> None:
         if self.connection is not None:

@@ -20,7 +20,7 @@ from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.watch import Watch
 from relay_adapters.celery.workerstate import shutting_down
 from relay_core.connection import readable
-from relay_core.errors import StoreError, Unavailable
+from relay_core.errors import AuthError, StoreError, Unavailable
 
 _SETTLE = 0.25
 """Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
@@ -54,10 +54,11 @@ class Transport(virtual.Transport):
     implements = virtual.Transport.implements.extend(
         asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False, batch_publish=True
     )
-    connection_errors = (*virtual.Transport.connection_errors, Unavailable)  # type: ignore[assignment]
+    # a worker outlives a password that is wrong for a while; who publishes is told at once, see below
+    connection_errors = (*virtual.Transport.connection_errors, Unavailable, AuthError)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
     # without these two, kombu repeats what a channel refused as if the connection had been lost
-    recoverable_connection_errors = connection_errors
+    recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable)
     recoverable_channel_errors = ()
 
     def __init__(self, client: Any, **options: Any) -> None:
@@ -106,8 +107,10 @@ class Transport(virtual.Transport):
             channel.leases.cut_off = False
             if channel.leases.holding:
                 channel.leases.extend()
-        except BaseException:
+        except BaseException as error:
             self.close_connection(connection)
+            if pace is not None and isinstance(error, AuthError):
+                raise Unavailable(str(error)) from error  # and is tried again
             raise
         return connection
 

@@ -33,6 +33,7 @@ def install(**_: Any) -> None:
     from celery.app.task import Task
     from celery.concurrency import prefork
     from celery.concurrency.asynpool import AsynPool
+    from celery.worker import strategy
     from celery.worker.consumer.connection import Connection as Connecting
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
@@ -45,9 +46,23 @@ def install(**_: Any) -> None:
         Panel.data["revoke_by_stamped_headers"] = _RevokeByStamps(Panel.data["revoke_by_stamped_headers"])
         Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
+        strategy.create_request_cls = _derived(strategy.create_request_cls)
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
+
+
+def _derived(stock: Callable[..., type]) -> Callable[..., type]:
+    """Of a task with a class for its requests of its own, they are relay's too."""
+
+    def create_request_cls(base: type, *args: Any, **options: Any) -> type:
+        from relay_adapters.celery.request import Request
+
+        if not issubclass(base, Request):
+            base = type(base.__name__, (Request, base), {})
+        return stock(base, *args, **options)
+
+    return create_request_cls
 
 
 def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -18,6 +19,23 @@ _watched: weakref.WeakSet[Forked] = weakref.WeakSet()
 def watch(owner: Forked) -> None:
     """Have `owner.after_fork()` called in children of this process, for as long as it lives."""
     _watched.add(owner)
+
+
+class Lock:
+    """A lock of a module or a long-lived object that is free in the child of a fork, whichever thread held it."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        watch(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_error: object) -> None:
+        self._lock.release()
 
 
 def let_go(descriptor: int) -> None:

@@ -1,0 +1,208 @@
+"""Rare troubles of a Celery worker or client, each of which once lost, doubled or stopped something."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kombu
+import pytest
+from celery import Celery
+from celery.worker.request import Request as Stock
+
+from relay_adapters.celery import burial, worker
+from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.request import Request
+from relay_adapters.celery.tags import new_tag
+from relay_core import Broker, Job
+from relay_core.connection import forks
+from relay_core.errors import Unavailable
+from tests.celery_links import Inbox, fresh, link, send
+from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.proxy import Proxy, to_port
+from tests.servers import AclServer, Server, eventually
+
+
+@pytest.fixture
+def flavour() -> str:
+    """What the client does, not the server."""
+    return "valkey"
+
+
+@pytest.fixture
+def app(tcp_server: Server, tmp_path: Path) -> Iterator[Celery]:
+    app = client_of(tcp_server.url, tmp_path, broker_transport_options={"client_name": fresh("troubles")})
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def store(tcp_server: Server) -> Iterator[Broker]:
+    with Broker(tcp_server.url) as broker:
+        yield broker
+
+
+def arguments(store: Broker) -> list[Any]:
+    """Of the tasks that wait, in their order."""
+    return [json.loads(job.payload.partition(b"\n")[2])[0] for job in store.jobs("celery", "ready")]
+
+
+def test_what_replaces_a_task_is_stored_though_its_publish_was_cut_off_and_the_task_is_done(
+    tcp_server: Server, store: Broker, tmp_path: Path
+) -> None:
+    with Proxy(to_port(tcp_server.port)) as proxy:
+        app = client_of(proxy.url, tmp_path)
+        app.send_task("replaced", task_id="t")
+        store.ack(store.claim("celery")[0])  # acked as it starts, as most are
+        proxy.cut_request(b"the-next")
+        app.send_task("the-next", task_id="t", replaced_task_nesting=1)
+        assert proxy.pending == 0
+        app.close()
+    assert store.stats("celery").ready == 1
+    assert store.claim("celery")[0].deliveries == 1
+
+
+@pytest.mark.since("kombu", "5.7")
+def test_a_batch_that_is_flushed_again_stores_each_task_once_whatever_its_id(
+    app: Celery, store: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue, cut = Broker.enqueue, [True]
+
+    def cut_off(self: Broker, queue: str, payload: bytes, **options: Any) -> Any:
+        if cut:
+            cut.pop()
+            raise Unavailable("cut off")
+        return enqueue(self, queue, payload, **options)
+
+    app.send_task("pay", [0], task_id="taken")
+    with app.producer_or_acquire() as producer, producer.batch() as batch:
+        for n, id in enumerate((None, None, "taken", None), 1):
+            app.send_task("pay", [n], task_id=id, producer=producer)
+        monkeypatch.setattr(Broker, "enqueue", cut_off)
+        with pytest.raises(Unavailable):
+            batch.flush()
+        batch.flush()
+    assert sorted(arguments(store)) == [[0], [1], [2], [3], [4]]
+
+
+def test_a_reject_while_the_server_is_away_is_made_up_for(tmp_path: Path) -> None:
+    options = {"appendonly": "yes", "appendfsync": "no"}
+    with Server("valkey", tcp=True, options=options) as server, link(server.url, retry_for=0.2) as here:
+        name = fresh("q")
+        inbox = Inbox(here, kombu.Queue(name))
+        send(here, 1, key=name)
+        inbox.wait(1)
+        server.kill()
+        inbox.messages[0].reject(requeue=True)
+        server.start()
+        with Broker(server.url) as broker:
+            eventually(lambda: broker.stats(name).ready + broker.stats(name).delayed == 1, "the message to come back")
+        assert inbox.channel.leases.holding == 0
+
+
+def test_a_worker_outlives_a_password_that_is_wrong_for_a_while(acl_server: AclServer, tmp_path: Path) -> None:
+    name, right = acl_server.user, acl_server.password
+    with (
+        client_of(acl_server.url, tmp_path) as client,
+        CeleryWorker(acl_server.url, tmp_path, "-P", "solo") as running,
+    ):
+        acl_server.cli("ACL", "SETUSER", name, "resetpass", ">another")
+        acl_server.cli("CLIENT", "KILL", "USER", name)
+        eventually(lambda: running.logged("wrong or missing user name or password"), "the login to be refused")
+        acl_server.cli("ACL", "SETUSER", name, "resetpass", f">{right}")
+        client.send_task("tests.celery_app.run", ["after"])
+        eventually(lambda: lines(tmp_path, start="after"), "the worker to go on")
+        assert not running.logged("Frequent restarts")
+
+
+class Own(Stock):  # type: ignore[misc]
+    """A class for the requests of a task, as users have them."""
+
+
+def test_a_request_class_of_the_users_is_relays_too(tcp_server: Server, tmp_path: Path, store: Broker) -> None:
+    made = worker._derived(lambda base, *_args, **_options: base)(Own, None, None)
+    assert issubclass(made, Own)
+    assert issubclass(made, Request)
+    flags = ("-P", "solo", "--include", "tests.celery_own_request")
+    with client_of(tcp_server.url, tmp_path) as client, CeleryWorker(tcp_server.url, tmp_path, *flags):
+        client.send_task("tests.celery_own_request.task", ["x"])
+        eventually(lambda: len(lines(tmp_path, "accepted")) == 2, "its second run")
+    assert store.stats("celery").counters["enqueued"] == 1, "its retry was a move of its job"
+
+
+def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, slow = [], threading.Event()
+
+    def fail(job: Job, why: str) -> None:
+        slow.wait(30)
+        told.append((job.id, why, threading.current_thread().name))
+
+    monkeypatch.setattr(burial, "fail", fail)
+    job = Job("id", "q", b"", 0.0, 0.0, 0, 5, 0, "5:5:a", 0.0, 0.0)
+    object.__setattr__(job.options, "headers", {burial.HEADER: burial.ADAPTER})
+    beat = threading.Thread(
+        target=burial.Burial().relay_job_dead, args=(job, "max_deliveries", "gone"), name="relay-celery-heartbeat"
+    )
+    beat.start()
+    beat.join(30)
+    assert not beat.is_alive()
+    slow.set()
+    eventually(lambda: told, "the backend to be told")
+    assert told == [("id", "gone", "celery-burials")]
+
+
+def test_a_child_of_a_fork_waits_for_no_lock_of_another_thread_of_its_parent() -> None:
+    lock, held, done = forks.Lock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait(30)
+
+    threading.Thread(target=hold).start()
+    held.wait(30)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        with lock:
+            os._exit(0)
+    _pid, status = os.waitpid(child, 0)
+    done.set()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_suspect_that_celery_does_not_start_lets_others_through_after_a_while(store: Broker) -> None:
+    leases = Leases(store)
+    store.enqueue("q", b"")
+    job = store.claim("q")[0]
+    leases.add(tag := new_tag(job), job)
+    assert leases.apart.take(tag, lambda: None)
+    leases.apart._deadline -= 10 * store.settings.lease
+    assert leases.apart.shut, "it was not delivered yet"
+    held = leases.get(tag)
+    assert held is not None
+    held.task = True
+    assert not leases.apart.shut
+    leases.hand_back([tag])
+
+
+def test_the_thread_that_keeps_the_leases_outlives_what_a_hook_raises(
+    store: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases, goes_on, work = Leases(store), threading.Event(), Leases.work
+
+    def raises(self: Leases) -> float:
+        monkeypatch.setattr(Leases, "work", lambda self: goes_on.set() or work(self))  # type: ignore[func-returns-value]
+        raise SystemExit(3)
+
+    monkeypatch.setattr(Leases, "work", raises)
+    store.enqueue("q", b"")
+    job = store.claim("q")[0]
+    leases.add(tag := new_tag(job), job)
+    assert goes_on.wait(30)
+    leases.hand_back([tag])
