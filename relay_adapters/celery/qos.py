@@ -5,8 +5,7 @@ from __future__ import annotations
 from kombu.transport import virtual
 
 BATCH = 50
-"""Most messages claimed at a time. Who drains by calls gets one: without a prefetch count, for what it does not come to
-is for others, and of what is over when it is claimed, for that would be lost."""
+"""Most messages claimed at a time."""
 
 
 class QoS(virtual.QoS):
@@ -34,8 +33,8 @@ class QoS(virtual.QoS):
             return 0
         if "can_consume" in vars(self):
             return 0 if waiting else 1
-        estimate, connection = self.can_consume_max_estimate(), self.channel.connection
-        most = BATCH if estimate is None else min(BATCH, int(estimate))
-        if connection is not None and not connection.looping and (estimate is None or self.channel.takes_unacked):
-            most = min(1, most)
+        most, connection = self.can_consume_max_estimate(), self.channel.connection
+        most = BATCH if most is None else min(BATCH, int(most))
+        if connection is not None and not connection.looping and self.channel.takes_unacked:
+            most = min(1, most)  # what is claimed is over: what is not delivered would be lost
         return max(0, most - waiting)

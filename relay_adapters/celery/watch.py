@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -141,8 +142,12 @@ class Watch:
 
     def _deliver(self) -> int:
         channel, delivered = self.channel, 0
-        # who calls `drain_events` counts by it what has come
-        ends = time.monotonic() + SLICE if channel.connection.looping else 0.0
+        if channel.connection.looping:
+            ends = time.monotonic() + SLICE
+        else:
+            # who drains by calls expects all that there is of each, as over AMQP; but of messages that are over once
+            # they are delivered one, for kombu's helpers count them by the call, and leave the rest
+            ends = 0.0 if channel.takes_unacked else math.inf
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
                 break
