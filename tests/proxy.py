@@ -70,10 +70,10 @@ class Proxy:
         with self._lock:
             self._plans += [(to, "lose", 0)] * times
 
-    def swallow_reply(self, to: bytes = b"", *, times: int = 1) -> None:
-        """Let such a request through and keep its reply, with the connection left open."""
+    def swallow_reply(self, to: bytes = b"", *, after: int = 0, times: int = 1) -> None:
+        """Let such a request through and keep its reply but the first bytes, with the connection left open."""
         with self._lock:
-            self._plans += [(to, "swallow", 0)] * times
+            self._plans += [(to, "swallow", after)] * times
 
     @property
     def pending(self) -> int:
@@ -85,6 +85,11 @@ class Proxy:
         """Close every connection now."""
         for one in self._sockets():
             _close(one)
+
+    def forget(self, to: bytes = b"", *, times: int = 1) -> None:
+        """Let such a request through, swallow all that either side says after it, be it the end, and tell neither."""
+        with self._lock:
+            self._plans += [(to, "forget", 0)] * times
 
     def refuse(self, refusing: bool = True) -> None:
         """Close new connections as soon as they are made."""
@@ -134,17 +139,20 @@ class Proxy:
         except OSError:
             pass
         finally:
-            for one in (pair.client, pair.server):
+            for one in () if pair.forgotten and not self._closed else (pair.client, pair.server):
                 _close(one)
                 with self._lock:
                     self._open.discard(one)
 
     def _pump_requests(self, pair: _Pair) -> None:
         while data := pair.client.recv(1 << 20):
+            if pair.forgotten:
+                continue
             self.requests += 1
             fault, after = self._fault_for(data)
             if fault == "lose":
                 return
+            pair.forgotten = fault == "forget"
             if fault:
                 pair.fault, pair.after = fault, after
             pair.server.sendall(data)
@@ -156,8 +164,11 @@ class Proxy:
             if pair.fault == "cut":
                 pair.client.sendall(data[: pair.after])
                 return
-            if pair.fault != "swallow":
-                pair.client.sendall(data)
+            if pair.forgotten:
+                continue
+            if pair.fault == "swallow":
+                data, pair.after = data[: pair.after], 0
+            pair.client.sendall(data)
 
     def _fault_for(self, data: bytes) -> tuple[str, int]:
         with self._lock:
@@ -174,6 +185,7 @@ class _Pair:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client, self.server = client, server
         self.fault, self.after = "", 0
+        self.forgotten = False
 
 
 def _close(one: socket.socket) -> None:

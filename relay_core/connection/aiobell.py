@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from relay_core.connection import clients, forks
-from relay_core.connection.bell import block_seconds, cut_error, group_markers, refused_error
-from relay_core.connection.replies import Verdict, is_reply, judge_reply
+from relay_core.connection.bell import answer_by, block_seconds, cut_error, group_markers, no_answer, refused_error
+from relay_core.connection.replies import LOST, NOT_OPENED, Verdict, is_reply, judge_reply
 from relay_core.connection.steps import Address
 from relay_core.errors import Unavailable
 
 if TYPE_CHECKING:
     from relay_core.connection.aio import AsyncStore
+
+
+GRACE = 0.05
+"""Seconds that an event loop which was stopped is given to read what has come meanwhile."""
 
 
 class AsyncChannel:
@@ -26,6 +32,7 @@ class AsyncChannel:
         self.connection: Any = None
         self.reading: asyncio.Task[Any] | None = None
         self.broken = False
+        self.answer_by = math.inf
         forks.watch(self)
 
     def after_fork(self) -> None:
@@ -88,21 +95,22 @@ class AsyncBell:
             except BaseException as error:
                 with suppress(Exception):
                     await made.disconnect(nowait=True)
-                if not isinstance(error, Exception):
+                if not isinstance(error, NOT_OPENED):
                     raise
                 self._store.doubt(address)
                 raise refused_error(error, address) from error
             made.socket_timeout = None  # opened in time; from here on it waits for as long as it takes
             channel.connection = made
+        packed = clients.checked_pack(("BZPOPMIN", *channel.markers, seconds))
         try:
-            packed = clients.checked_pack(("BZPOPMIN", *channel.markers, seconds))
             await channel.connection.send_packed_command([packed], check_health=False)
         except BaseException as error:
             await channel.close()
-            if not isinstance(error, Exception):
+            if not isinstance(error, LOST):
                 raise
             self._store.doubt(address)
             raise cut_error(error, address) from error
+        channel.answer_by = answer_by(seconds, self._store.settings)
         channel.reading = asyncio.ensure_future(channel.connection.read_response(disconnect_on_error=False))
 
     def rung(self) -> bool:
@@ -132,7 +140,23 @@ class AsyncBell:
         # After a move of the slot, the next `arm` asks who has it.
         if is_reply(error) and judge_reply(error, str(address)).verdict is Verdict.MOVED:
             return
+        if not isinstance(error, (*LOST, asyncio.CancelledError)):
+            raise error
         raise cut_error(error, address) from error
+
+    async def _miss_overdue(self) -> None:
+        """Raises Unavailable for an answer that should have come, and has not: the network forgot the connection."""
+        late = [one for one in self._channels if one.reading is not None and monotonic() >= one.answer_by]
+        if late:
+            # after a time in which this process, or the loop, was stopped, the answer may lie in the socket
+            await asyncio.wait([one.reading for one in late if one.reading is not None], timeout=GRACE)
+        for channel in late:
+            if channel.reading is not None and not channel.reading.done():
+                assert channel.address is not None
+                await channel.close()
+                self._store.doubt(channel.address)
+                error = no_answer()
+                raise cut_error(error, channel.address) from error
 
     async def wait(self, timeout: float) -> bool:
         """Wait until a marker is taken, `wake` is called or `timeout` seconds have passed.
@@ -142,6 +166,7 @@ class AsyncBell:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
+            await self._miss_overdue()
             if self.rung():
                 return True
             left = deadline - loop.time()
@@ -151,6 +176,8 @@ class AsyncBell:
             if not self.armed:
                 await self.arm(left)
                 continue
+            now = monotonic()
+            left = min(left, *(channel.answer_by - now for channel in self._channels))
             self._waiter = loop.create_future()
             reading = [channel.reading for channel in self._channels if channel.reading is not None]
             try:

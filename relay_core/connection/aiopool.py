@@ -12,6 +12,7 @@ from typing import Any
 from relay_core.connection import clients, forks
 from relay_core.connection.aiostreams import AsyncStream, stream_of
 from relay_core.connection.pool import LOOK_AFTER
+from relay_core.connection.replies import LOST, NOT_OPENED
 from relay_core.connection.steps import Outcome
 from relay_core.errors import Unavailable
 
@@ -31,7 +32,7 @@ class AsyncLink:
         clients.let_go(self._connection)
 
     async def exchange(self, blocks: list[bytes], count: int) -> Outcome:
-        """Send packed commands and read `count` replies. Never raises for a server or a network."""
+        """Send packed commands and read `count` replies. Never raises for a server or a network, see LOST."""
         stream = self._stream
         if stream is not None and monotonic() - self._used > LOOK_AFTER and await stream.closed():
             await self.close()
@@ -39,7 +40,7 @@ class AsyncLink:
         if stream is None:
             try:
                 await self._connection.connect()
-            except Exception as error:
+            except NOT_OPENED as error:
                 await self.close()
                 return Outcome([], error, sent=False)
             except BaseException:
@@ -49,7 +50,7 @@ class AsyncLink:
         replies: list[Any] = []
         try:
             await stream.exchange(blocks, count, replies)
-        except Exception as error:
+        except LOST as error:
             await self.close()
             return Outcome(replies, error)
         except BaseException:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import math
 import select
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay_core.commands.command import Arg
 from relay_core.connection import clients, forks
-from relay_core.connection.replies import Judgement, Verdict, is_reply, judge_connect, judge_cut, judge_reply
+from relay_core.connection.replies import (
+    LOST,
+    NOT_OPENED,
+    Judgement,
+    Verdict,
+    is_reply,
+    judge_connect,
+    judge_cut,
+    judge_reply,
+)
 from relay_core.connection.steps import Address
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
-from relay_core.settings import StoreUrl
+from relay_core.settings import StoreSettings, StoreUrl
 
 if TYPE_CHECKING:
     from relay_core.connection.sync import SyncStore
 
 LONGEST_BLOCK = 86_400.0
+SERVER_LATE = 1.0
+"""Seconds by which a server may be late to give up: one that looks at its clients once a second (`hz 1`) is."""
 
 
 def block_seconds(timeout: float | None) -> str:
@@ -30,6 +41,13 @@ def block_seconds(timeout: float | None) -> str:
     if math.isnan(timeout):
         raise InvalidArgument("timeout must be a number of seconds, got NaN")
     return f"{min(max(timeout, 0.001), LONGEST_BLOCK):.3f}"
+
+
+def answer_by(timeout: str, settings: StoreSettings) -> float:
+    """Monotonic time by which the answer to a blocking command that begins now must be there, if only to say that the
+    server gave up. After that the connection is lost, though nothing says so: the network has forgotten it."""
+    seconds = float(timeout)
+    return monotonic() + seconds + SERVER_LATE + settings.socket_timeout if seconds else math.inf
 
 
 def group_markers(url: StoreUrl, markers: Sequence[bytes]) -> list[tuple[bytes, ...]]:
@@ -66,6 +84,7 @@ class Channel:
         self.markers = tuple(markers)
         self.address: Address | None = None
         self.armed = False
+        self.answer_by = math.inf
         self.connection: Any = None
         forks.watch(self)
 
@@ -76,10 +95,15 @@ class Channel:
     def socket(self) -> Any:
         return clients.socket_of(self.connection)
 
+    def overdue(self) -> bool:
+        """Whether the answer should have come, and has not. In that order: this process may have been stopped for
+        minutes, and finds both the time over and the answer in its socket."""
+        return self.armed and monotonic() >= self.answer_by and not readable([self.socket.fileno()], 0)
+
     def close(self) -> None:
         connection, self.connection, self.armed = self.connection, None, False
         if connection is not None:
-            with suppress(Exception):
+            with suppress(*LOST):
                 connection.disconnect()
 
 
@@ -105,16 +129,19 @@ class Bell:
 
     @property
     def armed(self) -> bool:
-        """True while every marker is being waited for."""
-        return all(channel.armed for channel in self._channels)
+        """True while every marker is being waited for. No more once an answer is overdue: `arm` and `rung` tell why."""
+        return all(channel.armed and not channel.overdue() for channel in self._channels)
 
     def arm(self, timeout: float | None) -> None:
         """Start to wait for the markers, where that is not under way already. Connects if need be.
 
         :param timeout: seconds after which the server gives up, up to 0.1 s late; None for never
-        Raises Unavailable and the like at once; the next call connects anew.
+        Raises Unavailable and the like at once, also for an answer that is overdue; the next call connects anew.
         """
         self._renew()
+        for channel in self._channels:
+            if channel.overdue():
+                self._give_up(channel, no_answer())
         idle = [channel for channel in self._channels if not channel.armed]
         if not idle:
             return
@@ -143,21 +170,30 @@ class Bell:
             try:
                 made.connect()
             except BaseException as error:
-                with suppress(Exception):
+                with suppress(*LOST):
                     made.disconnect()
-                if not isinstance(error, Exception):
+                if not isinstance(error, NOT_OPENED):
                     raise
                 self._store.doubt(address)
                 raise refused_error(error, address) from error
             channel.connection = made
+        packed = clients.checked_pack(self._question(channel, timeout))
         try:
-            packed = clients.checked_pack(self._question(channel, timeout))
             channel.connection.send_packed_command([packed], check_health=False)
-        except Exception as error:
-            channel.close()
-            self._store.doubt(address)
-            raise cut_error(error, address) from error
-        channel.armed = True
+            channel.answer_by = answer_by(timeout, self._store.settings)
+            channel.armed = True
+        except BaseException as error:
+            self._give_up(channel, error)
+
+    def _give_up(self, channel: Channel, error: BaseException) -> NoReturn:
+        """Close a connection that is lost, or of which nobody knows what comes next, and raise what says so."""
+        address = channel.address
+        assert address is not None
+        channel.close()
+        if not isinstance(error, LOST):
+            raise error
+        self._store.doubt(address)
+        raise cut_error(error, address) from error
 
     def sockets(self) -> list[Any]:
         """What to select on for reading: the connections that are armed, and the one of `wake`."""
@@ -172,7 +208,7 @@ class Bell:
         """Read what has come, without blocking. True if a marker was taken.
 
         False if nothing came, or if the server gave up waiting: then `armed` is False. Raises Unavailable
-        when a connection was cut.
+        when a connection was cut, or an answer is overdue.
         """
         self._renew()
         self._drain()
@@ -189,18 +225,19 @@ class Bell:
         connection, address = channel.connection, channel.address
         assert address is not None
         try:
+            if channel.overdue():
+                raise no_answer()
             if not connection.can_read(timeout=0):
                 return
             reply = connection.read_response(disconnect_on_error=False)
-        except Exception as error:
+            channel.armed = False
+            if reply is not None:
+                self._heard(reply)
+        except BaseException as error:
+            if not self._tolerates(error, address):
+                self._give_up(channel, error)
             channel.close()
             self._store.doubt(address)
-            if self._tolerates(error, address):
-                return
-            raise cut_error(error, address) from error
-        channel.armed = False
-        if reply is not None:
-            self._heard(reply)
 
     def wait(self, timeout: float) -> bool:
         """Block this thread until a marker is taken, `wake` is called or `timeout` seconds have passed.
@@ -208,17 +245,19 @@ class Bell:
         Punctual to about a millisecond: the server's own timeouts come up to 0.1 s late on an idle server, so
         the wait ends here and BZPOPMIN stays outstanding for the next call.
         """
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         while True:
             self._renew()
             if self._look():
                 return True
-            left = deadline - time.monotonic()
+            now = monotonic()
+            left = deadline - now
             if left <= 0:
                 return False
             if not self.armed:
                 self.arm(left)
                 continue
+            left = min(left, *(channel.answer_by - now for channel in self._channels))
             if self._wake_in.fileno() in readable(self.filenos(), left):
                 self._drain()
                 return self._look()
@@ -248,6 +287,10 @@ class Bell:
             channel.close()
         self._wake_in.close()
         self._wake_out.close()
+
+
+def no_answer() -> TimeoutError:
+    return TimeoutError("the server has not answered in time; the network may have forgotten the connection")
 
 
 def _wake_pair() -> tuple[socket.socket, socket.socket]:

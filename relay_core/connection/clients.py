@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Literal
@@ -30,6 +31,11 @@ _NO_DRIVER_NAME: dict[str, None] = (
     else {"lib_name": None, "lib_version": None}
 )
 _BLOCK_BYTES = 1 << 18
+
+# Asked after 30 s of silence, three times: so the system finds out that the network has forgotten a connection. Not
+# every system has them all; TCP_KEEPALIVE is what macOS calls the first.
+_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+_KEEPALIVE = {getattr(socket, name): value for name, value in _ALIVE.items() if hasattr(socket, name)}
 
 
 def _pack(args: tuple[Any, ...]) -> bytes:
@@ -153,6 +159,7 @@ def _make(url: StoreUrl, settings: StoreSettings, address: Address, role: Role, 
     if not address.port:
         return module.UnixDomainSocketConnection(path=address.host, **options)
     options |= {"host": address.host, "port": address.port}
+    options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
     if not url.tls:
         return module.Connection(**options)
     tls = dict(url.ssl) | dict(settings.ssl)

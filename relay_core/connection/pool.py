@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -11,6 +12,7 @@ from typing import Any
 from relay_core.connection import forks
 from relay_core.connection.busypoll import busy_poll, no_poll
 from relay_core.connection.clients import socket_of
+from relay_core.connection.replies import LOST, NOT_OPENED
 from relay_core.connection.steps import Outcome
 from relay_core.connection.streams import Stream, stream_of
 from relay_core.errors import Unavailable
@@ -22,49 +24,56 @@ LOOK_AFTER = 1.0
 class Link:
     """One connection, opened when needed. Used by one thread at a time."""
 
-    __slots__ = ("__weakref__", "_busy_poll", "_connection", "_stream", "_used")
+    __slots__ = ("__weakref__", "_busy_poll", "_connection", "_owed", "_stream", "_used")
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._stream: Stream | None = None
         self._busy_poll: Callable[[], None] = no_poll
         self._used = 0.0
+        self._owed = False  # whether a reply may still come, which must not be taken for that to the next command
         forks.watch(self)
 
     def after_fork(self) -> None:
         self.close()  # redis-py closes the child's copy only
 
     def exchange(self, blocks: list[bytes], count: int) -> Outcome:
-        """Send packed commands and read `count` replies. Never raises for a server or a network."""
+        """Send packed commands and read `count` replies. Never raises for a server or a network, see LOST."""
         return self.send(blocks) or self.receive(count)
 
     def send(self, blocks: list[bytes]) -> Outcome | None:
         """The first half of an exchange. None when all is sent; how it failed, else."""
         stream = self._stream
-        if stream is not None and monotonic() - self._used > LOOK_AFTER and stream.closed():
-            self.close()
+        if stream is not None and (self._owed or (monotonic() - self._used > LOOK_AFTER and stream.closed())):
             stream = None
         if stream is None:
             try:
-                self._connection.connect()
-            except Exception as error:
+                stream = self._open()
+            except NOT_OPENED as error:
                 self.close()
                 return Outcome([], error, sent=False)
             except BaseException:
                 self.close()
                 raise
-            stream = self._stream = stream_of(self._connection)
-            self._busy_poll = busy_poll(socket_of(self._connection))
+        self._owed = True
         try:
             for block in blocks:
                 stream.send(block)
-        except Exception as error:
+        except LOST as error:
             self.close()
             return Outcome([], error)
         except BaseException:
             self.close()
             raise
         return None
+
+    def _open(self) -> Stream:
+        self.close()  # an earlier one may have been interrupted
+        self._connection.connect()
+        self._busy_poll = busy_poll(socket_of(self._connection))
+        self._owed = False
+        self._stream = stream_of(self._connection)
+        return self._stream
 
     def receive(self, count: int) -> Outcome:
         """The second half: wait for `count` replies."""
@@ -76,12 +85,13 @@ class Link:
             self._busy_poll()
             while len(replies) < count:
                 replies.append(stream.receive())
-        except Exception as error:
+        except LOST as error:
             self.close()
             return Outcome(replies, error)
         except BaseException:
-            self.close()  # a reply may still come, and must not be taken for that to the next command
+            self.close()
             raise
+        self._owed = False
         self._used = monotonic()
         return Outcome(replies)
 
@@ -92,7 +102,7 @@ class Link:
 
     def close(self) -> None:
         self._stream = None
-        with suppress(Exception):
+        with suppress(*LOST):
             self._connection.disconnect()
 
 
@@ -106,7 +116,8 @@ class Pool:
     def __init__(self, make: Callable[[], Link], limit: int, patience: float) -> None:
         self._make, self._limit, self._patience = make, limit, patience
         self._idle: list[Link] = []
-        self._made = 0
+        # one whose user was interrupted before it could give it back is gone from here, too
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._closed = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -115,24 +126,28 @@ class Pool:
     def take(self) -> Link | None:
         """A link, or None when all were in use for too long. Give it back with `give`."""
         with self._lock:
-            if not self._idle and self._made >= self._limit and not self._wait():
+            if not self._idle and len(self._links) >= self._limit and not self._wait():
                 return None
             if self._closed:
                 raise Unavailable("the connection to the store was closed by this process")
             if self._idle:
                 return self._idle.pop()
-            self._made += 1
-        return self._make()
+            link = self._make()
+            self._links.add(link)
+            return link
 
     def _wait(self) -> bool:
         self._waiting += 1
         try:
             return self._changed.wait_for(self._free, self._patience)
+        except BaseException:
+            self._changed.notify()  # the turn may have come at the same moment
+            raise
         finally:
             self._waiting -= 1
 
     def _free(self) -> bool:
-        return self._closed or bool(self._idle) or self._made < self._limit
+        return self._closed or bool(self._idle) or len(self._links) < self._limit
 
     def give(self, link: Link) -> None:
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from relay_core.commands.command import Arg
 from relay_core.connection.bell import Bell, Channel
@@ -71,14 +71,18 @@ class Reader(Bell):
         for stream, entries in streams:
             for id, fields in entries:
                 text = id.decode()
-                self.last[stream] = text
                 if fields is not None:  # one that was deleted since
                     self._entries.append(Entry(stream, text, fields))
                     self.popped += (stream,)
+                self.last[stream] = text  # at last: who is interrupted before reads it again
 
     def _tolerates(self, error: BaseException, address: Address) -> bool:
         if is_reply(error) and str(error).startswith(("NOGROUP", "UNBLOCKED", "WRONGTYPE")):
             self.gone = True
             return True
-        self._unsure = True
+        self._unsure = True  # a tolerated error, too, closes the connection
         return super()._tolerates(error, address)
+
+    def _give_up(self, channel: Channel, error: BaseException) -> NoReturn:
+        self._unsure = True
+        super()._give_up(channel, error)

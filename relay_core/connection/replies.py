@@ -5,6 +5,7 @@ Told apart by class where redis-py has one, and by the first word of the reply w
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import ssl
 from typing import NamedTuple, TypeGuard
@@ -79,6 +80,13 @@ _AUTH: tuple[type[Exception], ...] = (
 # The server's answers, although redis-py files some of them under the connection.
 _REPLIES: tuple[type[Exception], ...] = (redis_errors.ResponseError, redis_errors.BusyLoadingError, *_AUTH)
 _TOO_MANY = "max number of clients reached"
+
+LOST: tuple[type[Exception], ...] = (redis_errors.RedisError, OSError, asyncio.TimeoutError)
+"""What a network and a protocol raise. Anything else comes from elsewhere, such as the soft time limit of a task, which
+a handler of signals raises wherever the thread happens to be: it is for the caller, and the connection is closed."""
+
+NOT_OPENED: tuple[type[Exception], ...] = (*LOST, UnicodeError)
+"""The same while a connection opens. UnicodeError is for a host name that cannot be one."""
 
 
 def is_reply(error: BaseException) -> TypeGuard[Exception]:
