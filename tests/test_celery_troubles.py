@@ -191,6 +191,20 @@ def test_a_suspect_that_celery_does_not_start_lets_others_through_after_a_while(
     leases.hand_back([tag])
 
 
+def test_a_heartbeat_that_comes_late_says_so(
+    store: Broker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
+    leases = Leases(store)
+    store.enqueue("q", b"")
+    job = store.claim("q")[0]
+    leases.add(tag := new_tag(job), job)
+    leases._next_beat -= store.settings.lease
+    leases.work()
+    assert "s late" in caplog.text
+    leases.hand_back([tag])
+
+
 def test_the_thread_that_keeps_the_leases_outlives_what_a_hook_raises(
     store: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -395,6 +395,11 @@ class Leases:
         now = time.monotonic()
         abandoned = any(ahead.abandoned for ahead in self._ahead) and self._settle_claims()
         if now >= self._next_beat:
+            if self._held and now - self._next_beat > self.broker.settings.lease / 2:
+                logger.warning(
+                    "leases are extended %.1f s late, and some may be over: this process was stopped for a while, or "
+                    "with gevent a task did not yield; see 'lease'", now - self._next_beat,
+                )  # fmt: skip
             self._next_beat = now + self.broker.settings.lease / 3
             try:
                 self.extend()
