@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import kombu
 import pytest
 
+from relay_adapters.celery import deadletters, upkeep
+from relay_adapters.celery.deadletters import SWEEP
+from relay_core import Broker
 from relay_core.errors import RelayError, Unavailable
+from tests.celery_links import BOX, got, link, send
 from tests.servers import Server, eventually
 
 
@@ -124,3 +128,160 @@ def test_what_the_store_has_forgotten_by_itself_is_not_told(channel: Any, monkey
     attendance._wake.set()
     eventually(lambda: attendance._thread is None, "the thread to end")
     assert not attendance._left
+
+
+def test_a_consumer_that_could_not_begin_is_not_attended_to(channel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    attendance, run = channel.attendance, channel.attendance._run
+
+    def cut_off(command: Any) -> Any:
+        if command.script.name.endswith("touch"):
+            raise Unavailable("cut off, for this test")
+        return run(command)
+
+    monkeypatch.setattr(attendance, "_run", cut_off)
+    for queue in (kombu.Queue("jobs"), kombu.Queue("box", **BOX)):
+        with pytest.raises(Unavailable, match="cut off"):
+            kombu.Consumer(channel, [queue]).consume()
+        assert not attendance._attended
+        assert not channel.boxes
+    monkeypatch.setattr(attendance, "_run", run)
+    with kombu.Consumer(channel, [kombu.Queue("jobs")]):
+        monkeypatch.setattr(attendance, "_run", cut_off)
+        with pytest.raises(Unavailable, match="cut off"):
+            channel.basic_consume("jobs", False, print, "second")
+        assert list(attendance._attended) == ["jobs"], "its first consumer goes on"
+        monkeypatch.setattr(attendance, "_run", run)
+
+
+def test_the_thread_outlives_whatever_a_hook_raises(channel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    def chores(_ended: int, _limited: int) -> float:
+        turns.append(len(turns))
+        if len(turns) == 1:
+            raise SystemExit("by a hook")
+        return 60.0
+
+    monkeypatch.setattr(channel.attendance, "_chores", chores)
+    with kombu.Consumer(channel, [kombu.Queue("q")]):
+        channel.attendance._wake.set()
+        eventually(lambda: len(turns) == 1, "the first turn")
+        channel.attendance._wake.set()
+        eventually(lambda: len(turns) == 2, "another turn", 10)
+
+
+# what has to be looked after
+
+
+class Delays:
+    """Queues that move their messages to `out` when they expire, and who looks after them."""
+
+    def __init__(self, connection: kombu.Connection) -> None:
+        self.connection = connection
+        self.channel: Any = connection.default_channel
+        kombu.Queue("out", kombu.Exchange("dlx"), routing_key="k")(self.channel).declare()
+        self.broker: Broker = self.channel.broker
+        self.upkeep = upkeep.Upkeep(self.channel.topology)
+
+    def make(self, name: str, ttl: float = 0.001) -> str:
+        arguments = {"x-dead-letter-exchange": "dlx", "x-dead-letter-routing-key": "k"}
+        kombu.Queue(name, message_ttl=ttl, queue_arguments=arguments)(self.channel).declare()
+        return name
+
+    def fill(self, name: str, numbers: Iterable[int]) -> None:
+        """Messages, which expire at once."""
+        for number in numbers:
+            send(self.connection, number, key=name)
+        before = self.channel.topology.now_ms()
+        eventually(lambda: self.channel.topology.now_ms() > before + 1, "they expire")
+
+    def turn(self) -> float:
+        topology = self.channel.topology
+        return self.upkeep.turn(len(topology.ended()), topology.raw("SCARD", topology.places.limited))
+
+    @property
+    def moved(self) -> int:
+        return self.broker.stats("out").ready
+
+
+@pytest.fixture
+def delays(server: Server) -> Iterator[Delays]:
+    with link(server.url) as connection:
+        yield Delays(connection)
+
+
+def test_many_messages_that_expire_at_once_are_moved_some_at_a_time_and_in_order(delays: Delays) -> None:
+    """In between the thread tells that its process lives: else its queues would end, with the tasks in them."""
+    delays.fill(delays.make("delay"), range(2 * SWEEP + 50))
+    moved, turns = 0, 0
+    while moved < 2 * SWEEP + 50:
+        pause = delays.turn()
+        turns += 1
+        assert delays.moved - moved <= SWEEP
+        moved = delays.moved
+        if moved < 2 * SWEEP + 50:
+            assert pause == pytest.approx(upkeep.AGAIN)
+    assert turns >= 3
+    assert got(delays.connection, "out") == list(range(2 * SWEEP + 50))
+
+
+def test_a_sweep_whose_time_is_over_leaves_the_rest_as_it_is(delays: Delays, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadletters, "SWEEP_FOR", 0.0)
+    delays.fill(delays.make("delay"), range(5))
+    assert delays.turn() == pytest.approx(upkeep.AGAIN)
+    assert got(delays.connection, "out") == [0]
+    left = delays.broker.stats("delay")
+    assert (left.ready, left.inflight) == (4, 0)
+    eventually(lambda: delays.turn() and delays.moved == 4, "they are moved, too")
+    assert got(delays.connection, "out") == [1, 2, 3, 4]
+
+
+def test_a_turn_whose_time_is_over_leaves_the_other_queues_to_the_next(
+    delays: Delays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "LONGEST", 0.0)
+    for name in ("a", "b", "c"):
+        delays.fill(delays.make(name), range(1))
+    for number in (1, 2, 3):
+        delays.turn()
+        assert delays.moved == number
+    delays.channel.queue_delete("out")
+    for name in ("d", "e"):
+        kombu.Queue(name, expires=0.001)(delays.channel).declare()
+    eventually(lambda: len(delays.channel.topology.ended()) == 2, "their time is over")
+    assert delays.turn() == pytest.approx(upkeep.AGAIN)
+    assert len(delays.channel.topology.ended()) == 1
+
+
+def test_what_is_no_message_does_not_keep_the_others_from_being_moved(delays: Delays) -> None:
+    delays.broker.enqueue(delays.make("delay"), b"no message")
+    delays.fill("delay", range(2))
+    eventually(lambda: delays.turn() and delays.moved == 2, "they are moved")
+    assert delays.broker.dead("delay")[0].reason == "undecodable"
+
+
+@pytest.mark.parametrize("name", ["other", "delay"], ids=["another queue", "other terms"])
+def test_a_queue_that_takes_the_place_of_another_one_is_looked_after(
+    delays: Delays, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As many as before have to be, which is all that is told without asking."""
+    monkeypatch.setattr(upkeep, "REREAD", 0.1)
+    delays.make("delay", ttl=600)
+    assert delays.turn() < 1
+    delays.channel.queue_delete("delay")
+    delays.fill(delays.make(name), range(1))
+    eventually(lambda: delays.turn() and delays.moved == 1, "it is moved")
+
+
+def test_queues_whose_time_is_over_end_one_page_after_the_other(delays: Delays) -> None:
+    topology, many = delays.channel.topology, 2 * upkeep.PAGE + 10
+    for number in range(many):
+        kombu.Queue(f"q{number}", expires=0.001)(delays.channel).declare()
+    eventually(lambda: len(topology.ended(many)) == many, "their time is over")
+    while left := len(topology.ended(many)):
+        pause = delays.turn()
+        ended = left - len(topology.ended(many))
+        assert 0 < ended <= upkeep.PAGE
+        if left > ended:
+            assert pause == pytest.approx(upkeep.AGAIN)
+    assert delays.turn() > 1

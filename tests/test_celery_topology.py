@@ -16,7 +16,7 @@ from kombu.transport.virtual import NotEquivalentError, UndeliverableWarning
 from redis.crc import key_slot
 
 from relay_adapters.celery.exchanges import TYPES
-from relay_core.errors import InvalidArgument
+from relay_core.errors import InvalidArgument, Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually
 from tests.topologies import Cluster, SentinelTrio
@@ -273,6 +273,72 @@ def test_queues_are_asked_in_the_order_of_kombus_strategy(url: str, strategy: st
         assert " ".join(inbox.bodies) == order
     with link(url, queue_order_strategy="no-such") as connection, pytest.raises(InvalidArgument, match="no-such"):
         connection.channel()
+
+
+def test_a_full_server_takes_what_workers_declare_so_that_they_can_start_and_empty_it(
+    url: str, here: kombu.Connection, server: Server
+) -> None:
+    exchange, queue = declare(here, "direct", "k")
+    send(here, 1, exchange, "k")
+    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    with link(url, retry_for=0.0) as worker:
+        with pytest.raises(Unavailable, match="maxmemory"):
+            send(worker, 2, exchange, "k")
+        known = kombu.Exchange(exchange, "direct", durable=False)
+        inbox = Inbox(worker, kombu.Queue(queue, known, routing_key="k"))
+        assert inbox.wait(1) == [1]
+        inbox.messages[0].ack()
+        news = kombu.Exchange(fresh("news"), "fanout")
+        orders = Inbox(worker, kombu.Queue(fresh("box"), news, **BOX), no_ack=True)
+        orders.channel.queue_bind(queue, "amq.topic", "#")
+        send(worker, "stop", news.name)
+        assert orders.wait(1) == ["stop"]
+        kombu.Queue(perishable := fresh("q"), expires=60)(worker.default_channel).declare()
+        topology = worker.default_channel.topology
+        before = server.cli("ZSCORE", topology.places.ends, perishable)
+
+        def used() -> Any:
+            topology.use(perishable, topology.terms(perishable))
+            return server.cli("ZSCORE", topology.places.ends, perishable) > before
+
+        eventually(used, "it ends later")
+
+
+def test_a_limit_that_is_added_to_a_queue_is_seen_by_who_publishes_through_its_exchange(
+    here: kombu.Connection, there: kombu.Connection
+) -> None:
+    exchange, queue = declare(here, "topic", "a.#")
+    for number in range(8):
+        send(here, number, exchange, "a.b")
+    kombu.Queue(queue, max_length=5)(there.default_channel).declare()
+
+    def sent() -> Any:
+        send(here, 9, exchange, "a.b")
+        return there.default_channel.queue_declare(queue, passive=True).message_count == 5
+
+    eventually(sent, "the queue is as short as it should be")
+
+
+@pytest.mark.parametrize(
+    ("headers", "properties", "kept"),
+    [
+        ({}, {"correlation_id": "1"}, False),
+        ({}, {}, True),
+        ({"task": "work", "id": "1"}, {"correlation_id": "1"}, True),
+        ({}, {"correlation_id": "1", "reply_to": "me"}, True),
+    ],
+    ids=["reply", "message", "task", "request"],
+)
+def test_a_reply_to_who_is_gone_is_dropped_and_all_else_waits_for_its_queue(
+    here: kombu.Connection, there: kombu.Connection, headers: Any, properties: Any, kept: bool
+) -> None:
+    queue = fresh("q")
+    send(here, 1, key=queue, headers=headers, **properties)
+    assert (queue in there.default_channel.broker.queues()) is kept
+    assert got(there, queue) == ([1] if kept else [])
+    kombu.Queue(queue)(there.default_channel).declare()
+    send(here, 2, key=queue, headers=headers, **properties)
+    assert got(there, queue) == [2]
 
 
 # where it lies

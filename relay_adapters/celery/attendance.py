@@ -156,10 +156,12 @@ class Attendance:
             if limited > self._limited:
                 self._wake.set()
             self._ended, self._limited = ended, limited
-            for queue, there in zip(batch, answers, strict=True):
-                if not there and queue in self.topology.declared:
-                    logger.info("queue %r is gone from the store and is declared again", queue)
-                    self.topology.revive(queue)
+            found = zip(batch, answers, strict=True)
+            gone = [queue for queue, there in found if not there and queue in self.topology.declared]
+            for queue in gone:
+                logger.info("queue %r is gone from the store and is declared again", queue)
+            if gone or self.topology.owing:
+                self.topology.revive(gone)
 
     def say_goodbye(self) -> None:
         """Tell the store at once of the queues that were left; where the thread is about to, wait for it.
@@ -230,6 +232,6 @@ def _attend(reference: weakref.ref[Attendance]) -> None:
             pause = attendance.turn()
         except RelayError as error:
             pause = attendance.failed(error)
-        except Exception:
+        except BaseException:  # whatever it was, SystemExit of a hook too: the queues must be kept
             logger.exception("attending to queues failed, next try in %.1f s", pause)
         del attendance

@@ -5,6 +5,7 @@ them they go there, before they leave the queue: a crash in between leaves two c
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import MutableMapping
 from datetime import datetime, timezone
 from typing import Any
@@ -15,8 +16,21 @@ from relay_adapters.celery.errors import NotFound
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms
 from relay_core import Job, commands
+from relay_core.job import StoredJob
 
 logger = logging.getLogger("relay.celery")
+
+SWEEP = 100
+"""Most messages that one sweep ends: who sweeps has others to look after."""
+
+SWEEP_FOR = 0.5
+"""Seconds after which a sweep leaves the rest for the next one."""
+
+AGAIN = 0.05
+"""Seconds until the next sweep where this one left something."""
+
+_PAGE = 20
+"""Messages claimed at a time."""
 
 LONG_AGO = "1970-01-01T00:00:00+00:00"
 
@@ -85,32 +99,66 @@ class DeadLetters(Routing):
                 self.broker.ack(job)
 
     def sweep(self, queue: str, terms: Terms) -> float:
-        """End the expired messages at the head of a queue with x-message-ttl: seconds until the next look.
+        """End the expired messages at the head of a queue with x-message-ttl, some at a time: seconds until the next
+        look.
 
         A task that has nowhere to go stays for the worker that claims it and revokes it, see `expired`.
         """
-        ttl = (terms.ttl or 0) / 1000
-        while True:
-            head = self.broker.jobs(queue, "ready", limit=1)
-            if not head or head[0].created_at is None:
-                return max(1.0, ttl)
-            claimed = self.broker.claim(queue)
+        ttl, ends = (terms.ttl or 0) / 1000, time.monotonic() + SWEEP_FOR
+        for _ in range(SWEEP // _PAGE):
+            over, left = self._over(queue, terms)
+            if not over:
+                return max(AGAIN, left) if left else max(1.0, ttl)
+            claimed = self.broker.claim(queue, over)
             if not claimed:
                 return max(1.0, ttl)
-            job = claimed[0]
-            headers = head_of(job.payload).get("headers") or {}
-            left = _waits_from(job, headers) + ttl - job.claimed_at
-            if left > 0 or (terms.dead_exchange is None and "task" in headers):
-                self.broker.release(job)
-                return max(0.05, left) if left > 0 else max(1.0, ttl)
-            if not self.dead_letter(job, "expired"):
-                self.broker.ack(job)
+            for at, job in enumerate(claimed):
+                # the head may have changed since it was looked at
+                if (at and time.monotonic() >= ends) or _left(job, terms, job.claimed_at) > 0:
+                    self.broker.release(claimed[at:])
+                    return AGAIN
+                self._end_expired(job)
+        return AGAIN
+
+    def _over(self, queue: str, terms: Terms) -> tuple[int, float | None]:
+        """How many messages at a queue's head have expired, one page at most, and seconds until the next one does."""
+        head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
+        now = self.topology.now_ms() / 1000 if head else 0.0
+        for job in head:
+            if job.created_at is None or (terms.dead_exchange is None and "task" in _headers_of(job)):
+                break
+            left = _left(job, terms, now)
+            if left > 0:
+                return over, left
+            over += 1
+        return over, None
+
+    def _end_expired(self, job: Job) -> None:
+        try:
+            head_of(job.payload)
+        except ValueError as error:
+            self.broker.nack(job, error, dead=True, reason="undecodable")
+            return
+        if not self.dead_letter(job, "expired"):
+            self.broker.ack(job)
 
 
-def _waits_from(job: Job, headers: dict[str, Any]) -> float:
+def _left(job: Job | StoredJob, terms: Terms, now: float) -> float:
+    """Seconds until a message expires by its queue's terms, at the server's time `now`."""
+    return _waits_from(job, _headers_of(job)) + (terms.ttl or 0) / 1000 - now
+
+
+def _headers_of(job: Job | StoredJob) -> dict[str, Any]:
+    try:
+        return head_of(job.payload).get("headers") or {}
+    except ValueError:
+        return {}
+
+
+def _waits_from(job: Job | StoredJob, headers: dict[str, Any]) -> float:
     """Since when a message waits for a worker, by the server's clock: its publish, or the time for which it was set."""
-    due = timestamp(headers.get("eta"))
-    return job.created_at if due is None else max(job.created_at, due)
+    due, created = timestamp(headers.get("eta")), job.created_at or 0.0
+    return created if due is None else max(created, due)
 
 
 def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info: dict[str, Any], now: float) -> None:

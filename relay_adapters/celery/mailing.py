@@ -36,15 +36,23 @@ class Mailing(Declaring):
         terms = self.topology.terms(queue, fresh=True) or Terms()
         if terms.mailbox:
             self.boxes[queue] = terms
-        self.attendance.join(id(self), queue, terms)
-        super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        try:
+            self.attendance.join(id(self), queue, terms)
+            super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        except BaseException:
+            if queue not in self._active_queues:  # nor by another consumer of this channel
+                self._leave(queue)
+            raise
 
     def basic_cancel(self, consumer_tag: str) -> None:
         queue = self._tag_to_queue.get(consumer_tag)
         if queue is not None and self._active_queues.count(queue) == 1:
-            self.boxes.pop(queue, None)
-            self.attendance.part(id(self), queue)
+            self._leave(queue)
         super().basic_cancel(consumer_tag)
+
+    def _leave(self, queue: str) -> None:
+        self.boxes.pop(queue, None)
+        self.attendance.part(id(self), queue)
 
     def next_mail(self) -> tuple[Any, str] | None:
         """The next (raw message, queue) that may be handed over: acknowledged ones wait for credit, others do not."""

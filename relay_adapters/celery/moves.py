@@ -22,6 +22,25 @@ class Touched(NamedTuple):
     last: str
 
 
+class Declared(NamedTuple):
+    """How many consumers other processes have of a queue, and since when the store has declarations."""
+
+    consumers: int
+    since: bytes
+
+
+class Bound(NamedTuple):
+    """`done`: 1; 0 when there is no such exchange, -1 when there is no such queue. The rest holds when it is done.
+
+    :ivar since: from when the store has declarations
+    :ivar properties: the exchange's, as they are now, JSON
+    """
+
+    done: int
+    since: bytes = b""
+    properties: bytes = b""
+
+
 def _script(name: str) -> scripts.Script:
     return scripts.load(name, PACKAGE)
 
@@ -32,21 +51,29 @@ def _number(reply: Any, _resent: bool) -> int:
 
 def declare(
     p: Places, queue: str, new: str, known: str, *, idle_ms: int, mailbox: bool, process: str, limited: bool
-) -> Command[int | str]:
-    """Make a queue known: consumers of other processes, or the JSON by which it is known otherwise."""
+) -> Command[Declared | str]:
+    """Make a queue known, or answer the JSON by which it is known otherwise."""
 
-    def parse(reply: Sequence[Any], _resent: bool) -> int | str:
-        return int(reply[1]) if reply[0] == 1 else reply[1].decode()
+    def parse(reply: Sequence[Any], _resent: bool) -> Declared | str:
+        return Declared(int(reply[1]), reply[2]) if reply[0] == 1 else reply[1].decode()
 
-    keys = (p.queues, p.ends, p.consumers(queue), p.box(queue), p.limited)
+    keys = (p.queues, p.ends, p.consumers(queue), p.box(queue), p.limited, p.versions)
     args = (queue, new, known, idle_ms, int(mailbox), process, int(limited))
     return Command(_script("declare"), keys, args, parse)
 
 
-def bind(p: Places, exchange: str, queue: str, binding: str, where: str) -> Command[int]:
-    """1; 0 when there is no such exchange, -1 when there is no such queue."""
+def bind(p: Places, exchange: str, queue: str, binding: str, where: str, properties: str = "") -> Command[Bound]:
+    """Let an exchange's messages reach a queue.
+
+    :param queue: '' for none: the exchange alone is made known
+    :param properties: JSON, of an exchange that is made if it is not there. Default: it must be there
+    """
+
+    def parse(reply: Sequence[Any], _resent: bool) -> Bound:
+        return Bound(*reply)
+
     keys = (p.exchanges, p.queues, p.bindings(exchange), p.bound(queue), p.versions)
-    return Command(_script("bind"), keys, (exchange, queue, binding, where), _number)
+    return Command(_script("bind"), keys, (exchange, queue, binding, where, properties), parse)
 
 
 def unbind(p: Places, exchange: str, queue: str, binding: str, where: str) -> Command[int]:

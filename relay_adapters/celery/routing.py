@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from typing import Any
@@ -17,6 +18,8 @@ from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Table
 from relay_adapters.celery.upkeep import end
 from relay_core.job import new_id
+
+logger = logging.getLogger("relay.celery")
 
 
 class Routing(Declaring):
@@ -96,13 +99,17 @@ class Routing(Declaring):
                 )
             )  # fmt: skip
             return sum(stored)
+        if terms is None and _is_reply(message):
+            logger.debug("queue %r is gone, and with it who waited for a reply, which is dropped", queue)
+            return 0
         self._use(queue, terms)
         self._put(queue, message, **options)
         self._bound(queue, terms)
         return 1
 
     def _to_jobs(self, message: Any, queue: str, table: Table, **options: Any) -> None:
-        terms = table.terms.get(queue)
+        # a limit that was added since the table was read
+        terms = self.topology.terms(queue) or table.terms.get(queue)
         if table.type != "fanout":
             self._use(queue, terms)
         elif terms is not None and terms.idle_ms and self.topology.has_ended(queue):
@@ -165,3 +172,10 @@ def _id(message: Any) -> str:
 def _again(message: Any) -> bool:
     """True when an earlier call may have stored it."""
     return bool(message.get("relay_again"))
+
+
+def _is_reply(message: Any) -> bool:
+    """True for the answer to a request, as a result of Celery's `rpc://`. Tasks of protocol 1 say where to reply to."""
+    properties = message["properties"]
+    is_request = "task" in (message.get("headers") or {}) or properties.get("reply_to")
+    return bool(properties.get("correlation_id")) and not is_request

@@ -3,27 +3,40 @@
 What a process has read of an exchange is believed for as long as the exchange's version in the store is the same,
 and the version is asked with each publish: a binding that was made before a publish is never missed. What a process
 has read of a queue is believed for a second.
+
+kombu declares once, and then believes for ever that it has. So a process keeps what it declared, and declares it again
+where the store was emptied in between, or came back in an older state: otherwise what it publishes would reach no
+queue. It learns that with the versions. What others delete on purpose stays deleted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from relay_adapters.celery import moves
-from relay_adapters.celery.errors import inequivalent, not_found, refused
+from relay_adapters.celery.errors import PreconditionFailed, inequivalent, not_found, refused
 from relay_adapters.celery.exchanges import PREDECLARED, TYPES, Binding
 from relay_adapters.celery.places import Places
 from relay_adapters.celery.terms import Terms
 from relay_core import Broker
+from relay_core.connection import forks
+
+logger = logging.getLogger("relay.celery")
 
 FRESH = 1.0
 """Seconds for which the terms of a queue are believed."""
+
+SINCE, COUNT = "amq.", ""
+"""Fields of the versions that are no exchanges: since when the store has declarations, and how often bindings have
+changed. Names that begin with `amq.` are the broker's own."""
 
 GRACE_MS = 10_000
 """How long an auto_delete queue outlives its last consumer, which may be on its way back after a lost connection."""
@@ -37,7 +50,6 @@ class Table:
     ) -> None:
         self.exchange, self.version, self.properties, self.rows, self.terms = exchange, version, properties, rows, terms
         self.type: str = properties["type"]
-        self.read_at = time.monotonic()
         self._routes: dict[str, list[str]] = {}
 
     def route(self, routing_key: str) -> list[str]:
@@ -64,6 +76,19 @@ class Topology:
         """The queues that this process has declared, and below the bindings and exchanges: see `revive`."""
         self._bound: dict[str, dict[tuple[str, Binding], None]] = {}
         self._exchanges: dict[str, dict[str, Any]] = {}
+        self._owed: dict[str, None] = {}
+        """Queues that have to be declared and bound again, and below the exchanges."""
+        self._owed_exchanges: dict[str, None] = {}
+        self._owed_at = 0.0
+        """Monotonic time before which that is not tried again: what it needs is declared by another process."""
+        self._since: bytes | None = None
+        self._count = 0
+        self._looked_at = 0.0
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._reviving = threading.RLock()
 
     @property
     def broker(self) -> Broker:
@@ -80,29 +105,33 @@ class Topology:
 
     def declare_exchange(self, name: str, properties: dict[str, Any]) -> None:
         """Store an exchange unless it is there. Raises Inequivalent when it is there with other properties."""
-        if name in PREDECLARED and properties["type"] == PREDECLARED[name]:
-            self.exchange(name)
-            return
-        if not self.raw("HSETNX", self.places.exchanges, name, json.dumps(properties, sort_keys=True)):
-            held = self.exchange(name) or properties
-            for what, value in properties.items():
-                if (held.get(what) or None) != (value or None):
-                    raise inequivalent(
-                        f"inequivalent arg {what!r} for exchange {name!r}: received {value!r} but current is "
-                        f"{held.get(what)!r}; delete the exchange or declare it alike everywhere",
-                        "Exchange.declare",
-                    )
+        if properties["type"] == PREDECLARED.get(name):
+            properties = _predeclared(name) or properties
+        held = self._make(name, properties)
+        for what, value in properties.items():
+            if (held.get(what) or None) != (value or None):
+                raise inequivalent(
+                    f"inequivalent arg {what!r} for exchange {name!r}: received {value!r} but current is "
+                    f"{held.get(what)!r}; delete the exchange or declare it alike everywhere",
+                    "Exchange.declare",
+                )
         self._exchanges[name] = properties
+
+    def _make(self, name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
+        """Store an exchange unless it is there: its properties as they are."""
+        command = moves.bind(self.places, name, "", "", "", _properties(properties))
+        bound = self.broker.store.run(command)
+        self._learn(bound.since)
+        held: dict[str, Any] = json.loads(bound.properties)
+        return held
 
     def exchange(self, name: str) -> dict[str, Any] | None:
         """The properties of an exchange as they are now."""
         found = self.raw("HGET", self.places.exchanges, name)
+        if found is None and name in self._exchanges and self._was_lost():
+            found = self.raw("HGET", self.places.exchanges, name)
         if found is None:
-            if name not in PREDECLARED:
-                return None
-            made = {"type": PREDECLARED[name], "durable": True, "auto_delete": False, "arguments": {}}
-            self.raw("HSETNX", self.places.exchanges, name, json.dumps(made, sort_keys=True))
-            return made
+            return _predeclared(name)
         properties: dict[str, Any] = json.loads(found)
         return properties
 
@@ -121,24 +150,31 @@ class Topology:
                 break
         self._tables.pop(name, None)
         self._exchanges.pop(name, None)
+        for places in list(self._bound.values()):
+            for exchange, row in list(places):
+                if exchange == name:
+                    places.pop((exchange, row), None)
 
     # bindings
 
     def bind(self, exchange: str, binding: Binding) -> None:
         """Raises NotFound when there is no such exchange or queue."""
-        done = self._bind(exchange, binding)
-        if done == 0 and exchange in PREDECLARED:
-            self.exchange(exchange)
-            done = self._bind(exchange, binding)
+        done = self._bind(exchange, binding, _predeclared(exchange))
+        if done == -1 and self._was_lost():
+            done = self._bind(exchange, binding, _predeclared(exchange))
         if done == 0:
             raise not_found("exchange", exchange, "Queue.bind")
         if done == -1:
             raise not_found("queue", binding.queue, "Queue.bind")
         self._bound.setdefault(binding.queue, {})[exchange, binding] = None
 
-    def _bind(self, exchange: str, binding: Binding) -> int:
-        command = moves.bind(self.places, exchange, binding.queue, _row(binding), _where(exchange, binding))
-        return self.broker.store.run(command)
+    def _bind(self, exchange: str, binding: Binding, properties: Mapping[str, Any] | None) -> int:
+        """1; 0 when there is no such exchange and no properties to make it with, -1 when there is no such queue."""
+        where, made = _where(exchange, binding), _properties(properties) if properties else ""
+        bound = self.broker.store.run(moves.bind(self.places, exchange, binding.queue, _row(binding), where, made))
+        if bound.done == 1:
+            self._learn(bound.since)
+        return bound.done
 
     def unbind(self, exchange: str, binding: Binding) -> None:
         self.broker.store.run(
@@ -172,7 +208,13 @@ class Topology:
         return self.reload(exchange)
 
     def _version(self, exchange: str) -> str:
-        found = self.raw("HGET", self.places.versions, exchange)
+        """The version of an exchange, in a store that has what this process declared."""
+        found, since, count = self.raw("HMGET", self.places.versions, exchange, SINCE, COUNT)
+        if not self._is_known(since, count or b"0") or self.owing:
+            self._look()
+            if self.owing:
+                self.revive()
+            found = self.raw("HGET", self.places.versions, exchange)
         return found.decode() if found else ""
 
     def reload(self, exchange: str) -> Table:
@@ -199,18 +241,22 @@ class Topology:
         """
         known, wanted = "", terms
         while True:
-            answer = self.broker.store.run(
-                moves.declare(
-                    self.places, name, wanted.to_json(), known,
-                    idle_ms=wanted.idle_ms, mailbox=wanted.mailbox, process=process_name(), limited=wanted.limited,
-                )
-            )  # fmt: skip
-            if isinstance(answer, int):
+            answer = self._declare(name, wanted, known)
+            if isinstance(answer, moves.Declared):
                 self.declared[name] = wanted
                 self._terms[name] = (time.monotonic(), wanted)
-                return answer
+                self._learn(answer.since)
+                return answer.consumers
             known = answer
             wanted = Terms.from_json(known).merged(name, terms)
+
+    def _declare(self, name: str, terms: Terms, known: str, new: str | None = None) -> moves.Declared | str:
+        return self.broker.store.run(
+            moves.declare(
+                self.places, name, terms.to_json() if new is None else new, known,
+                idle_ms=terms.idle_ms, mailbox=terms.mailbox, process=process_name(), limited=terms.limited,
+            )
+        )  # fmt: skip
 
     def terms(self, name: str, *, fresh: bool = False) -> Terms | None:
         """What a queue is declared to be; None for one that is not, which is asked anew each time."""
@@ -218,6 +264,8 @@ class Topology:
         if terms is not None and not fresh and time.monotonic() - read_at < FRESH:
             return terms
         found = self.raw("HGET", self.places.queues, name)
+        if found is None and name in self.declared and self._was_lost():
+            found = self.raw("HGET", self.places.queues, name)
         if found is None:
             self._terms.pop(name, None)
             return None
@@ -251,20 +299,91 @@ class Topology:
             self._bound.pop(name, None)
         return True
 
-    def revive(self, name: str) -> None:
-        """Declare and bind a queue again as this process did before: it was deleted, or the store was emptied."""
-        terms = self.declared.get(name)
-        if terms is None:
-            return
-        self.declare_queue(name, terms)
-        for exchange, binding in list(self._bound.get(name, {})):
-            if exchange in self._exchanges:
-                self.declare_exchange(exchange, self._exchanges[exchange])
-            self.bind(exchange, binding)
+    # what this process declared, and the store has lost
+
+    @property
+    def owing(self) -> bool:
+        """True when `revive` has something to do."""
+        return bool(self._owed or self._owed_exchanges) and time.monotonic() >= self._owed_at
+
+    def revive(self, queues: Iterable[str] = ()) -> None:
+        """Declare and bind queues again as this process did before: they were deleted, or the store was emptied.
+
+        What a lost connection keeps from being done stays owed, and is done first thing by the next call.
+        """
+        with self._reviving:
+            self._owe(queues)
+            for name in list(self._owed_exchanges):
+                if name in self._exchanges:
+                    self._make(name, self._exchanges[name])
+                self._owed_exchanges.pop(name, None)
+            waiting = [name for name in list(self._owed) if not self._revive(name)]
+            self._owed_at = time.monotonic() + FRESH if waiting else 0.0
+
+    def _revive(self, name: str) -> bool:
+        """False where an exchange or the queue is another process's, which has not declared it again yet."""
+        if name in self.declared:
+            try:
+                self.declare_queue(name, self.declared[name])
+            except PreconditionFailed as error:
+                logger.warning("queue %r was declared otherwise in the meantime: %s", name, error)
+        for exchange, row in list(self._bound.get(name, {})):
+            if self._bind(exchange, row, self._exchanges.get(exchange) or _predeclared(exchange)) != 1:
+                return False
+        self._owed.pop(name, None)
+        return True
+
+    def _owe(self, queues: Iterable[str]) -> None:
+        owed = dict.fromkeys(queues)
+        if owed:
+            self._owed |= owed
+            self._owed_at = 0.0
+
+    def _learn(self, since: bytes) -> None:
+        """A declaration was made in a store that has some since then."""
+        if not self._is_known(since, None):
+            self._look()
+
+    def _is_known(self, since: bytes | None, count: bytes | None) -> bool:
+        """False when this is not the store, or not the state of it, that this process knew."""
+        if self._since is None:
+            self._since = since
+        if since != self._since or (count is not None and int(count) < self._count):
+            return False
+        self._count = self._count if count is None else int(count)
+        return True
+
+    def _look(self) -> None:
+        """See whether the store has lost what this process declared: then all of it is owed.
+
+        One thread looks at a time: another one's answer may be older than what is known by now.
+        """
+        with self._reviving:
+            since, count = self.raw("HMGET", self.places.versions, SINCE, COUNT)
+            if since == self._since and int(count or 0) >= self._count:
+                return
+            self._owed_exchanges |= dict.fromkeys(self._exchanges)
+            self._owe([*self.declared, *self._bound])
+            if self.owing:
+                logger.warning("the store was emptied, or is in an older state: its queues are declared again")
+            self._terms.clear()
+            # last: from now on other threads take this state for known
+            self._since, self._count = since, int(count or 0)
+
+    def _was_lost(self) -> bool:
+        """Whether what this process declared was gone with the whole store: then it is there again."""
+        now = time.monotonic()
+        if now - self._looked_at >= FRESH:
+            self._looked_at = now
+            self._look()
+        lost = self.owing
+        if lost:
+            self.revive()
+        return lost
 
     def consumers(self, name: str) -> int:
         """How many processes consume from a queue."""
-        return int(self.raw("ZCOUNT", self.places.consumers(name), self._now(), "+inf"))
+        return int(self.raw("ZCOUNT", self.places.consumers(name), self.now_ms(), "+inf"))
 
     def waiting(self, name: str) -> int:
         """How many messages wait in a mailbox."""
@@ -276,23 +395,36 @@ class Topology:
         return max(0, int(self.raw("XLEN", box)) - given)
 
     def use(self, name: str, terms: Terms) -> None:
-        """A queue that expires was used: it lives on for its time."""
-        self.raw("ZADD", self.places.ends, "XX", "GT", self._now() + terms.idle_ms, name)
+        """A queue that expires was used: it lives on for its time. Not a plain ZADD, which a full server refuses."""
+        known = terms.to_json()
+        while known:
+            answer = self._declare(name, Terms.from_json(known), known, known)
+            known = answer if isinstance(answer, str) else ""
 
     def has_ended(self, name: str) -> bool:
         """True for a queue that expires and was not used for its time."""
         at = self.raw("ZSCORE", self.places.ends, name)
-        return at is not None and float(at) <= self._now()
+        return at is not None and float(at) <= self.now_ms()
 
     def ended(self, limit: int = 50) -> list[str]:
         """Queues whose time is over, the longest over first."""
-        found = self.raw("ZRANGE", self.places.ends, "-inf", self._now(), "BYSCORE", "LIMIT", 0, limit)
+        found = self.raw("ZRANGE", self.places.ends, "-inf", self.now_ms(), "BYSCORE", "LIMIT", 0, limit)
         return [name.decode() for name in found]
 
-    def _now(self) -> int:
+    def now_ms(self) -> int:
         """Unix milliseconds by the server's clock."""
         seconds, micros = self.raw("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _predeclared(name: str) -> dict[str, Any] | None:
+    if name not in PREDECLARED:
+        return None
+    return {"type": PREDECLARED[name], "durable": True, "auto_delete": False, "arguments": {}}
+
+
+def _properties(properties: Mapping[str, Any]) -> str:
+    return json.dumps(properties, sort_keys=True)
 
 
 def _row(binding: Binding) -> str:

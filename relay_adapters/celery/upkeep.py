@@ -6,7 +6,6 @@ x-dead-letter-exchange needs.
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -14,6 +13,19 @@ from relay_adapters.celery.attendance import Attendance
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Topology
 from relay_core import Broker
+from relay_core.connection import forks
+
+PAGE = 50
+"""Queues whose time is over that one turn ends."""
+
+LONGEST = 0.5
+"""Seconds after which a turn leaves the rest for the next one: the thread has to say that its process lives."""
+
+AGAIN = 0.05
+"""Seconds until the next turn where this one left something."""
+
+REREAD = 5.0
+"""Seconds after which the queues to be looked after are read again: as many of them may be others."""
 
 
 class Upkeep:
@@ -22,28 +34,49 @@ class Upkeep:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         self._looks: dict[str, tuple[float, Terms]] = {}
+        self._read_at = 0.0
         self._channel: Any = None
 
     def turn(self, ended: int, limited: int) -> float:
-        """Do what is due: seconds until the next time.
+        """Do what is due, or some of it: seconds until the next time.
 
         :param ended: how many queues' time is over
         :param limited: how many queues have messages with a time limit
         """
         now = time.monotonic()
-        if ended:
-            for queue in self.topology.ended():
-                end(self.topology, queue, self.topology.terms(queue, fresh=True))
-        if limited != len(self._looks):
-            known = self._looks
-            self._looks = {
-                name: (known[name][0] if name in known else now, terms)
-                for name, terms in self.topology.limited().items()
-            }
-        for queue, (at, terms) in list(self._looks.items()):
-            if now >= at:
-                self._looks[queue] = (now + self._sweeper().sweep(queue, terms), terms)
-        return max(0.05, min([at for at, _terms in self._looks.values()], default=now + 60.0) - now)
+        more = bool(ended) and self._end_some(now + LONGEST)
+        if limited != len(self._looks) or (limited and now - self._read_at >= REREAD):
+            self._read(now)
+        # who waits the longest comes first, and one comes in any case
+        due = sorted((at, queue) for queue, (at, _terms) in self._looks.items() if at <= now)
+        for n, (_at, queue) in enumerate(due):
+            if n and time.monotonic() >= now + LONGEST:
+                more = True
+                break
+            terms = self._looks[queue][1]
+            self._looks[queue] = (now + REREAD, terms)  # where this one fails, the others have their turn
+            self._looks[queue] = (now + self._sweeper().sweep(queue, terms), terms)
+        if more:
+            return AGAIN
+        reread = [self._read_at + REREAD] if self._looks else []
+        return max(AGAIN, min([at for at, _terms in self._looks.values()] + reread, default=now + 60.0) - now)
+
+    def _end_some(self, until: float) -> bool:
+        """End queues whose time is over. True when there may be more."""
+        page = self.topology.ended(PAGE)
+        for n, queue in enumerate(page):
+            if n and time.monotonic() >= until:
+                return True
+            end(self.topology, queue, self.topology.terms(queue, fresh=True))
+        return len(page) == PAGE
+
+    def _read(self, now: float) -> None:
+        """See which queues have to be looked after; one that is new or has other terms, at once."""
+        known, self._read_at = self._looks, now
+        self._looks = {
+            name: known[name] if name in known and known[name][1] == terms else (now, terms)
+            for name, terms in self.topology.limited().items()
+        }
 
     def _sweeper(self) -> Any:
         if self._channel is None:
@@ -75,7 +108,7 @@ def _copies_only(topology: Topology, queue: str) -> bool:
 
 
 _all: dict[int, Attendance] = {}
-_all_lock = threading.Lock()
+_all_lock = forks.Lock()
 
 
 def attendance_of(broker: Broker) -> Attendance:
