@@ -145,7 +145,7 @@ class Plugins:
         for impl in impls:
             try:
                 self._call(impl, arguments)
-            except Exception:
+            except (Exception, SystemExit):  # a hook does not end the thread of a worker either
                 logger.exception("plugin %s: %s raised; the job goes on", impl.plugin_name, name)
 
     def wants(self, name: str) -> bool:

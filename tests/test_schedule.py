@@ -16,7 +16,7 @@ import pytest
 
 from relay_core import AsyncBroker, Broker, commands, hookimpl
 from relay_core.commands import Command
-from relay_core.errors import InvalidArgument, Unavailable
+from relay_core.errors import AuthError, InvalidArgument, Unavailable
 from relay_core.keys import LAYOUT, ScheduleKeys
 from relay_core.operations import Flow
 from relay_core.schedule import Schedule, ScheduleRunner, flows
@@ -228,6 +228,26 @@ def test_a_lost_reply_enqueues_no_second_job(broker: Broker, server: Server) -> 
 
 
 # --- missed ticks and overlap
+
+
+def test_a_runner_outlives_a_login_that_is_refused_for_a_while(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker.schedule("s", "q", every=0.1)
+    runner, refused = ScheduleRunner(broker), []
+    wait = runner._bell.wait
+
+    def refuses(timeout: float) -> bool:
+        if not refused:
+            refused.append(True)
+            raise AuthError("wrong or missing password")
+        return wait(timeout)
+
+    monkeypatch.setattr(runner._bell, "wait", refuses)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    eventually(lambda: refused and broker.stats("q").ready > 0, "a tick after it")
+    runner.stop()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("missed", "expected"), [("once", 1), ("skip", 1), ("all", 10)])

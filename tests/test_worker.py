@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ import pytest
 from relay_core import Broker, Job, JobSpec, RetryPolicy, hookimpl
 from relay_core.errors import InvalidArgument, LayoutError
 from relay_core.worker import Reject, Retry, Worker
+from relay_core.worker.held import Heartbeat
+from relay_core.worker.news import News
 from tests.command_line import finished, spawn
 from tests.servers import Server, eventually, free_port
 
@@ -228,6 +231,39 @@ def test_an_async_handler_that_raises_has_its_job_retried(server: Server) -> Non
         assert broker.stats("mail").counters["retried"] == 1
 
 
+async def _exits() -> None:
+    raise SystemExit(3)
+
+
+async def _in_a_task() -> None:
+    await asyncio.wait_for(_exits(), 30)
+
+
+async def _cancelled() -> None:
+    asyncio.current_task().cancel()  # type: ignore[union-attr] - as a library does with what it gave up
+    await asyncio.sleep(30)
+
+
+async def _stops_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("fail", [_exits, _in_a_task, _cancelled, _stops_the_loop])
+def test_an_async_handler_whose_tasks_end_otherwise_has_its_job_retried_and_the_worker_goes_on(
+    server: Server, fail: Callable[[], Any]
+) -> None:
+    async def handle(job: Job) -> None:
+        if job.payload == b"bad" and job.retries < 2:
+            await fail()
+
+    with Broker(server.url, retry=RetryPolicy(base=0.01, jitter=False)) as broker:
+        broker.enqueue_many("mail", [b"bad", b"good"])
+        with running(broker, handle):
+            has_processed(broker, 2)
+        assert broker.stats("mail").counters["retried"] == 2
+
+
 def test_a_job_whose_retries_are_used_up_is_dead_with_its_last_error(broker: Broker) -> None:
     def handle(job: Job) -> None:
         raise ValueError(f"failure {job.retries}")
@@ -330,6 +366,65 @@ def test_the_heartbeat_keeps_jobs_that_run_and_jobs_that_wait_for_many_leases(ki
                 assert rival.claim("mail", wait=0.1) == []
         assert seen == [(b"long", 1), (b"prefetched", 1), (b"prefetched too", 1)]
         assert "reaped" not in broker.stats("mail").counters
+
+
+def test_the_heartbeat_outlives_what_is_no_error_of_the_server(
+    server: Server, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = []
+
+    def beat(self: Heartbeat) -> None:
+        beats.append(1)
+        if len(beats) == 1:
+            raise MemoryError
+        original(self)
+
+    original = Heartbeat.beat
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    with Broker(server.url, lease=0.3) as broker:
+        broker.enqueue("mail", b"")
+        with running(broker, gate):
+            gate.wait_for(1)
+            eventually(lambda: len(beats) > 5, "the heartbeat to go on")
+            gate.opened.set()
+            has_processed(broker, 1)
+    assert len(gate.started) == 1
+
+
+def test_a_hook_that_raises_systemexit_ends_no_thread(broker: Broker) -> None:
+    class Exits:
+        @hookimpl
+        def relay_run_started(self, job: Job) -> None:
+            raise SystemExit(3)
+
+    broker.plugins.register(Exits())
+    broker.enqueue_many("mail", [b"1", b"2", b"3"])
+    with running(broker, lambda job: None):
+        has_processed(broker, 3)
+
+
+@pytest.mark.timeout(30)
+def test_news_may_be_told_by_a_signals_handler_whatever_line_it_interrupts() -> None:
+    """An event's lock would not allow that: the interrupted thread holds it at some of its lines."""
+    news, lines = News(), set()
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Any:
+        line = frame.f_code, frame.f_lineno
+        if event == "line" and line not in lines:
+            lines.add(line)
+            sys.settrace(None)
+            news.tell()
+            sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        news.forget()
+        news.wait(0.001)
+    finally:
+        sys.settrace(before)
+    assert len(lines) > 2
 
 
 def test_a_job_whose_lease_was_lost_while_it_ran_is_neither_acked_nor_counted(server: Server) -> None:

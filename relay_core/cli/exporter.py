@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import queue
 import signal
 import sys
-import threading
 from typing import Any
 
 import click
@@ -60,10 +60,10 @@ def exporter(session: Session, addr: str, patterns: tuple[str, ...], max_queues:
     registry = CollectorRegistry()
     registry.register(collector)
     registry.register(BuildCollector())
-    stopped = threading.Event()
+    stopped: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe in a signal's handler, as an event is not
 
     def on_signal(*_: Any) -> None:
-        stopped.set()
+        stopped.put(None)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -72,7 +72,7 @@ def exporter(session: Session, addr: str, patterns: tuple[str, ...], max_queues:
         except OSError as error:
             raise CannotListen(f"cannot listen on {addr}: {error}; choose another with --addr") from error
         logger.info("serving %s of %s", server.url, broker.url.safe())
-        stopped.wait()
+        stopped.get()
         server.stop()
     finally:
         collector.close()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from relay_core.connection import SyncStore
-from relay_core.errors import RelayError, Unavailable
+from relay_core.errors import RelayError
 from relay_core.keys import ScheduleKeys
 from relay_core.operations import Flow, Operations, Settings
 from relay_core.schedule import flows
@@ -74,6 +73,5 @@ class ScheduleRunner:
             return
         try:
             self._bell.wait(max(0.001, seconds))
-        except Unavailable:
-            with suppress(Unavailable):
-                time.sleep(min(0.2, seconds))
+        except RelayError:  # a login that is refused for a while, too: the next look says so
+            time.sleep(min(0.2, seconds))

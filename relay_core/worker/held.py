@@ -95,6 +95,8 @@ class Heartbeat(threading.Thread):
                 self.beat()
             except RelayError as error:
                 logger.warning("heartbeat failed, will try again in %.1f s: %s", lease / 3, error)
+            except Exception:  # whatever it was, such as a MemoryError: the leases must be kept
+                logger.exception("heartbeat failed, will try again in %.1f s", lease / 3)
 
     def beat(self) -> None:
         """Extend all leases now. A job whose lease was lost is let go: if it runs, its ack will say so."""

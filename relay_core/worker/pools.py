@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import queue
 import threading
 import time
@@ -14,6 +15,8 @@ from relay_core.job import Job
 from relay_core.plugins import Plugins
 from relay_core.worker.held import Held
 from relay_core.worker.outcome import Outcome
+
+logger = logging.getLogger("relay.worker")
 
 Handler = Callable[[Job], Any]
 Done = Callable[[Outcome], None]
@@ -81,13 +84,24 @@ class LoopPool:
         self._plugins = plugins
         self._loop = asyncio.new_event_loop()
         self._turn = asyncio.Semaphore(concurrency)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="relay-loop", daemon=True)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="relay-loop", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         asyncio.run_coroutine_threadsafe(self._work(job), self._loop)
 
+    def _run(self) -> None:
+        """The loop, which SystemExit in any task of a handler's stops, as does a handler that stops it."""
+        while not self._closing:
+            try:
+                self._loop.run_forever()
+            except BaseException:
+                logger.exception("a task has ended the event loop of the handlers, which goes on")
+
     def close(self) -> None:
+        self._closing = True
+
         def cancel() -> None:
             for task in asyncio.all_tasks(self._loop):
                 task.cancel()
@@ -105,12 +119,10 @@ class LoopPool:
             error: BaseException | None = None
             try:
                 await self._handler(job)
-            except asyncio.CancelledError as cancelled:
-                # the worker ends: the job is handed back, and not told of as ended
-                self._plugins.notify("relay_run_ended", job=job, seconds=time.monotonic() - began, error=cancelled)
-                raise
             except BaseException as raised:
                 error = raised
             seconds = time.monotonic() - began
             self._plugins.notify("relay_run_ended", job=job, seconds=seconds, error=error)
+            if self._closing and isinstance(error, asyncio.CancelledError):
+                raise error  # the worker ends: the job is handed back, and not told of as ended
             self._done(Outcome(job, error, seconds))

@@ -20,6 +20,7 @@ from relay_core.job import Job
 from relay_core.presence import Load, Presence, worker_name
 from relay_core.validation import seconds, whole
 from relay_core.worker.held import Heartbeat, Held
+from relay_core.worker.news import News
 from relay_core.worker.outcome import Outcome, Reject, Retry
 from relay_core.worker.pools import Handler, LoopPool, Pool, ThreadPool, is_async
 
@@ -89,7 +90,7 @@ class Worker:
         self._ended: deque[Outcome] = deque()
         self._alone: deque[Job] = deque()
         self._unsent: dict[str, tuple[list[Job], list[tuple[Job, Nack]]]] = {q: ([], []) for q in self.queues}
-        self._news = threading.Event()
+        self._news = News()
         self._stops = 0
         self._idle = False
         self._mean = 0.0
@@ -138,7 +139,7 @@ class Worker:
     def stop(self) -> None:
         """Stop as a signal would; the second call releases at once. From any thread, or a signal handler."""
         self._stops += 1
-        self._news.set()
+        self._news.tell()
         if self._bell is not None:
             self._bell.wake()
 
@@ -146,7 +147,7 @@ class Worker:
 
     def _done(self, outcome: Outcome) -> None:
         self._ended.append(outcome)
-        self._news.set()
+        self._news.tell()
         if self._idle and self._bell is not None:
             self._bell.wake()
 
@@ -155,7 +156,7 @@ class Worker:
     def _work(self, pool: Pool) -> None:
         woken = False
         while not self._stops:
-            self._news.clear()
+            self._news.forget()
             self._sort_ended()
             wait: float | None = None
             busy = False
@@ -197,7 +198,7 @@ class Worker:
     def _wait_until(self, reached: Callable[[], bool], deadline: float) -> None:
         """Go on telling what ended until something is reached, the deadline has passed or a stop is asked for."""
         while True:
-            self._news.clear()
+            self._news.forget()
             self._settle()
             if reached() or self._stops or (left := deadline - time.monotonic()) <= 0:
                 return
@@ -280,7 +281,7 @@ class Worker:
         deadline = time.monotonic() + self.grace
         while len(self._held) and self._stops < 2 and time.monotonic() < deadline:
             self._news.wait(max(0.0, min(0.5, deadline - time.monotonic())))
-            self._news.clear()
+            self._news.forget()
             self._settle()
         self._settle()
 
