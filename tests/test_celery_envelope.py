@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relay_adapters.celery.envelope import head_of, pack, unpack
+from relay_adapters.celery.envelope import head_of, pack, pack_stored, unpack
 
 
 def message(**changed: Any) -> dict[str, Any]:
@@ -32,10 +32,15 @@ def test_a_body_travels_as_it_is(body: Any) -> None:
     assert unpack(pack(message(body=body)))["body"] == expected
 
 
-def test_a_body_in_base64_and_a_delivery_tag_are_not_kept() -> None:
+def test_of_a_stored_message_a_body_in_base64_and_a_delivery_tag_are_not_kept() -> None:
     properties = {**message()["properties"], "body_encoding": "base64", "delivery_tag": "t"}
-    packed = pack(message(body=base64.b64encode(b"\x00\xff").decode(), properties=properties))
+    packed = pack_stored(message(body=base64.b64encode(b"\x00\xff").decode(), properties=properties))
     assert unpack(packed) == message(body=b"\x00\xff")
+
+
+def test_what_a_published_message_says_of_an_earlier_delivery_is_not_kept_and_not_believed() -> None:
+    properties = {**message()["properties"], "body_encoding": "base64", "delivery_tag": "t"}
+    assert unpack(pack(message(body=b"AP8=", properties=properties))) == message(body=b"AP8=")
 
 
 def test_a_property_that_json_cannot_hold_is_left_out_as_amqp_does() -> None:

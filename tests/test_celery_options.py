@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from kombu import Connection
+from kombu.exceptions import OperationalError
 
 from relay_adapters.celery import failover, options
 from relay_core import Broker, RetryPolicy
@@ -75,7 +76,8 @@ class Provider:
 def test_a_credential_provider_logs_in(acl_server: AclServer) -> None:
     url = f"relay://127.0.0.1:{acl_server.port}/0"
     round_trip(url, broker_transport_options={"credential_provider": Provider(acl_server)}).release()
-    with pytest.raises(RelayError, match="wrong or missing"), Connection(url) as nobody:
+    # where Celery's worker was imported, its connections try again, and kombu says in the end what it was
+    with pytest.raises((RelayError, OperationalError), match="wrong or missing"), Connection(url) as nobody:
         nobody.ensure_connection(max_retries=1)
 
 

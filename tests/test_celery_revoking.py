@@ -81,7 +81,7 @@ def test_without_a_result_backend_all_that_are_named_are_taken_out(site: Site) -
 
 
 def test_who_asked_for_its_result_by_rpc_is_answered(site: Site) -> None:
-    app = client_of(site.server.url, site.folder, "rpc://")
+    app = Celery("tests.celery_app", broker=site.server.url, backend="rpc://", set_as_current=False)
     results = [app.send_task("tests.celery_app.run", ["x"], countdown=3600, queue="rpc") for _ in range(2)]
     assert "ok" in site.revoke("rpc", *[result.id for result in results])
     for result in results:

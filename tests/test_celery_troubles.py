@@ -22,6 +22,7 @@ from relay_adapters.celery.tags import new_tag
 from relay_core import Broker, Job
 from relay_core.connection import forks
 from relay_core.errors import Unavailable
+from relay_core.job import Options
 from tests.celery_links import Inbox, fresh, link, send
 from tests.celery_workers import CeleryWorker, client_of, lines
 from tests.proxy import Proxy, to_port
@@ -143,8 +144,8 @@ def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pyte
         told.append((job.id, why, threading.current_thread().name))
 
     monkeypatch.setattr(burial, "fail", fail)
-    job = Job("id", "q", b"", 0.0, 0.0, 0, 5, 0, "5:5:a", 0.0, 0.0)
-    object.__setattr__(job.options, "headers", {burial.HEADER: burial.ADAPTER})
+    options = Options(headers={burial.HEADER: burial.ADAPTER})
+    job = Job("id", "q", b"", 0.0, 0.0, 0, 5, 0, "5:5:a", 0.0, 0.0, options)
     beat = threading.Thread(
         target=burial.Burial().relay_job_dead, args=(job, "max_deliveries", "gone"), name="relay-celery-heartbeat"
     )
