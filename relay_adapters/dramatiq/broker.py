@@ -11,20 +11,21 @@ from typing import Any
 
 from dramatiq.broker import Broker
 from dramatiq.common import current_millis
-from dramatiq.errors import ConnectionClosed, QueueJoinTimeout, QueueNotFound
+from dramatiq.errors import QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, SkipMessage
 
 import relay_core
 from relay_adapters.dramatiq.burial import Burial
-from relay_adapters.dramatiq.consumer import MAX_RETRIES, DramatiqErrors, RelayConsumer
+from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer
+from relay_adapters.dramatiq.errors import DramatiqErrors, WorkerErrors, text_of
 from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import JOB_ID, RelayMessage, encoded, with_options
 from relay_adapters.dramatiq.monitoring import Monitoring
 from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
-from relay_core.errors import RelayError, Unavailable
+from relay_core.errors import RelayError, StoreError, Unavailable
 from relay_core.job import new_id
 from relay_core.keys import LEVELS
 
@@ -38,6 +39,12 @@ def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
     alive = method()
     if alive is not None:
         alive()
+
+
+def _until_eta(message: Message[Any]) -> float:
+    """Milliseconds until its `eta` option. 0 if that is no number, or not set."""
+    eta = message.options.get("eta")
+    return eta - current_millis() if isinstance(eta, (int, float)) else 0
 
 
 class _Current(threading.local):
@@ -92,6 +99,7 @@ class RelayBroker(Broker):
         """A new process has no consumers yet: what a parent claimed stays the parent's."""
         self._lines: dict[str, Line] = {}
         self._gate = Gate(self.core.settings)
+        self._errors = WorkerErrors()
         self._heartbeat: Heartbeat | None = None
         self._opening = threading.Lock()
 
@@ -162,8 +170,8 @@ class RelayBroker(Broker):
         """Store a message, which is ready after `delay` ms, or at its `eta` option (unix ms), or at once.
 
         Enqueuing the message that just failed, as Retries does, is one atomic retry of the same job. Raises
-        ConnectionClosed; then nothing is lost: a message whose follow-up could not be stored is not acked, but
-        runs again.
+        ConnectionClosed, or StoreError when the server refuses; then nothing is lost: a message whose follow-up could
+        not be stored is not acked, but runs again.
         """
         retried = self._current.failing(message)
         job_id = retried.lease.job.id if retried else new_id()
@@ -174,7 +182,7 @@ class RelayBroker(Broker):
         self.logger.debug("Enqueueing message %r on queue %r.", message.message_id, message.queue_name)
         self.emit_before("enqueue", message, delay)
         if retried:
-            self._retry(retried, message, delay or 0)
+            self._retry(retried, message, _until_eta(message) if delay is None else delay)
         else:
             self._store(job_id, message, delay)
         self.emit_after("enqueue", message, delay)
@@ -182,33 +190,34 @@ class RelayBroker(Broker):
 
     def _store(self, job_id: str, message: Message[Any], delay: int | None) -> None:
         due: dict[str, float] = {}
-        eta = message.options.get("eta")
         if delay is not None:
             due["delay"] = max(0, delay) / 1000
-        elif isinstance(eta, (int, float)) and eta > current_millis():
-            due["at"] = eta / 1000
+        elif _until_eta(message) > 0:
+            due["at"] = message.options["eta"] / 1000
         payload, priority = encoded(message), self._priority(message)
-        try:
-            self.core.enqueue(message.queue_name, payload, id=job_id, priority=priority, headers=_MARK, **due)
-        except Unavailable as error:
-            current = self._current.message
-            if current is not None and current.pending is None:
-                # Dramatiq logs what its middleware raises and acks all the same: see RelayConsumer.ack.
-                item = self.core.operations.nack_of(current.lease.job, error, 1.0)
-                current.pending = item._replace(max_retries=MAX_RETRIES)
-            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
+        with DramatiqErrors():
+            try:
+                self.core.enqueue(message.queue_name, payload, id=job_id, priority=priority, headers=_MARK, **due)
+            except (Unavailable, StoreError) as error:
+                current = self._current.message
+                if current is not None and current.pending is None:
+                    # Dramatiq logs what its middleware raises and acks all the same: see RelayConsumer.ack.
+                    item = self.core.operations.nack_of(current.lease.job, error, 1.0)
+                    current.pending = item._replace(max_retries=MAX_RETRIES)
+                raise
 
-    def _retry(self, message: RelayMessage, changed: Message[Any], delay: int) -> None:
+    def _retry(self, message: RelayMessage, changed: Message[Any], delay: float) -> None:
         job, nack_of = message.lease.job, self.core.operations.nack_of
-        error = changed.options.get("traceback") or message.exception
+        error = changed.options.get("traceback") or text_of(message.exception)
         try:
             item = nack_of(job, error, max(0, delay) / 1000, payload=encoded(changed))
         except Exception as cause:
             # It cannot be retried as it is now, and Dramatiq would log that and ack it: keep it among the dead.
-            message.pending = nack_of(job, f"cannot be retried: {cause!r}\n{error}", dead=True, reason="failed")
+            told = f"cannot be retried: {text_of(cause)}\n{error}"
+            message.pending = nack_of(job, told, dead=True, reason="failed")
             raise
         message.pending = item = item._replace(max_retries=MAX_RETRIES)
-        with DramatiqErrors():
+        with self._errors:
             self._line(job.queue).nack(job, item)
         message.pending = None
         message.settle()
@@ -232,9 +241,10 @@ class RelayBroker(Broker):
         self._known(queue_name)
         with self._opening:
             if self._heartbeat is None:
-                self._heartbeat = Heartbeat(self.core, lambda: list(self._lines.values()))
-                self._heartbeat.start()
-        return RelayConsumer(self._line(queue_name), prefetch, timeout)
+                heartbeat = Heartbeat(self.core, lambda: list(self._lines.values()))
+                heartbeat.start()  # if there are too many threads just now, the next consumer tries it
+                self._heartbeat = heartbeat
+        return RelayConsumer(self._line(queue_name), self._errors, prefetch, timeout)
 
     def _line(self, queue_name: str) -> Line:
         with self._opening:
@@ -248,6 +258,8 @@ class RelayBroker(Broker):
             self._renew(args[0])
         if signal == "worker_boot":
             self._monitoring.boot(args[0])
+        elif signal == "worker_shutdown":
+            self._errors.worker_ends()
         super().emit_before(signal, *args, **kwargs)
         if signal == "process_message":
             self._monitoring.run_started(args[0])
@@ -257,6 +269,7 @@ class RelayBroker(Broker):
         if signal in ("process_message", "skip_message"):
             self._monitoring.run_ended(args[0], kwargs.get("exception"))
         elif signal == "worker_shutdown":
+            self._errors.worker_ended()
             self._monitoring.shutdown(args[0])
         if signal == "process_message" and isinstance(args[0], RelayMessage):
             current = self._current

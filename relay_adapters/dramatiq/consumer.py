@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dramatiq import worker as dramatiq_worker
@@ -15,12 +15,12 @@ from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.middleware import SkipMessage
 
+from relay_adapters.dramatiq.errors import WorkerErrors, text_of
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered
 from relay_core import Broker, Job
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import Unavailable
 from relay_core.operations import Flow, Wait
 
 logger = logging.getLogger("relay.dramatiq")
@@ -30,18 +30,6 @@ _ConsumerThread: Any = getattr(dramatiq_worker, "ConsumerThread", None) or drama
 
 MAX_RETRIES = 2**31
 """Dramatiq counts retries in the message and decides when they are used up; the store must not."""
-
-
-class DramatiqErrors:
-    """`with DramatiqErrors():` raises what Dramatiq's threads handle by trying again. Around every message, so it is
-    no generator."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Unavailable):
-            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
 
 
 def _wait(marker: bytes, timeout: float) -> Flow[bool]:
@@ -55,11 +43,12 @@ class RelayConsumer(Consumer):
     Messages may be acked and nacked from any thread, through any consumer of the queue, open or closed.
     """
 
-    def __init__(self, line: Line, prefetch: int, timeout: int) -> None:
+    def __init__(self, line: Line, errors: WorkerErrors, prefetch: int, timeout: int) -> None:
         self.queue_name = line.queue
         self.prefetch = prefetch
         self.timeout = timeout
         self._line = line
+        self._errors = errors
         self._core: Broker = line.core
         self._holding: Holding = Holding()
         self._buffer: deque[Lease] = deque()
@@ -78,7 +67,7 @@ class RelayConsumer(Consumer):
 
     def __next__(self) -> RelayMessage | None:
         deadline = time.monotonic() + self.timeout / 1000
-        with DramatiqErrors():
+        with self._errors:
             while True:
                 if self._suspect is not None and self._line.gate.is_clear():
                     self._buffer.append(self._suspect)
@@ -100,11 +89,11 @@ class RelayConsumer(Consumer):
         try:
             return RelayMessage(delivered(lease.job), lease, self._holding)
         except Exception as error:  # an encoder may fail in any way, and only this message is spoiled
-            cause = error.error if isinstance(error, DecodeError) else error
+            cause = text_of(error.error if isinstance(error, DecodeError) else error)
             logger.error(
-                "job %s of queue %r does not decode, and goes to dead: %r", lease.job.id, self.queue_name, cause
+                "job %s of queue %r does not decode, and goes to dead: %s", lease.job.id, self.queue_name, cause
             )
-            self._bury(lease, f"message does not decode: {cause!r}")
+            self._bury(lease, f"message does not decode: {cause}")
             return None
 
     def _bury(self, lease: Lease, error: str) -> None:
@@ -213,25 +202,39 @@ class RelayConsumer(Consumer):
     # how a message ends
 
     def ack(self, message: MessageProxy) -> None:
-        if not isinstance(message, RelayMessage):
-            return self._strange(message)
-        with DramatiqErrors():
-            if message.pending is not None:
-                self._end(message, message.pending)
-            elif message.settle() and not message.lease.lost:
-                self._line.ack(message.lease.job)
-            else:
-                self._line.flush()  # this may be the second try of an ack that could not be sent
-        self._line.gate.changed()
-        return None
+        self._settle(message, self._ack)
 
     def nack(self, message: MessageProxy) -> None:
+        self._settle(message, self._nack)
+
+    def _settle(self, message: MessageProxy, end: Callable[[RelayMessage], None]) -> None:
         if not isinstance(message, RelayMessage):
-            return self._strange(message)
+            logger.warning("message %r did not come from a relay consumer, and is left alone", message)
+            return
+        try:
+            with self._errors:
+                end(message)
+        except ConnectionClosed:
+            raise  # Dramatiq tries again
+        except BaseException:
+            # Dramatiq does not, but may refer to the message for long: let its lease end, so that it comes again
+            message.settle()
+            self._line.freed()
+            raise
+        finally:
+            self._line.gate.changed()
+
+    def _ack(self, message: RelayMessage) -> None:
+        if message.pending is not None:
+            self._end(message, message.pending)
+        elif message.settle() and not message.lease.lost:
+            self._line.ack(message.lease.job)
+        else:
+            self._line.flush()  # this may be the second try of an ack that could not be sent
+
+    def _nack(self, message: RelayMessage) -> None:
         if not message.settled:
-            with DramatiqErrors():
-                self._end(message, message.pending or self._dead(message))
-        return None
+            self._end(message, message.pending or self._dead(message))
 
     def _end(self, message: RelayMessage, item: Nack) -> None:
         if not message.lease.lost:
@@ -239,27 +242,25 @@ class RelayConsumer(Consumer):
         message.pending = None
         message.settle()
         self._line.freed()
-        self._line.gate.changed()
 
     def _dead(self, message: RelayMessage) -> Nack:
         """The dead letter: the message as it is now, with its retries and traceback, and what it failed of."""
         trace = message.options.get("traceback")
         # before 2.0 Dramatiq rejects the message of an unknown actor while it handles that error, and does not tell it
         cause = sys.exc_info()[1] if message.exception is None else message.exception
-        error = "" if cause is None else repr(cause)
+        error = "" if cause is None else text_of(cause)
         if isinstance(trace, str):
             error = f"{error}\n{trace[-3000:]}"
-        try:
-            payload = message.encode()
-        except Exception:  # options that some middleware set, and that the encoder cannot take: keep the old body
-            payload = None
         ran = message.exception is not None and not isinstance(message.exception, SkipMessage)
-        return self._core.operations.nack_of(
-            message.lease.job, error, dead=True, reason="failed" if ran else "rejected", payload=payload
-        )
-
-    def _strange(self, message: MessageProxy) -> None:
-        logger.warning("message %r did not come from a relay consumer, and is left alone", message)
+        job, reason, nack_of = message.lease.job, "failed" if ran else "rejected", self._core.operations.nack_of
+        try:
+            return nack_of(job, error, dead=True, reason=reason, payload=message.encode())
+        except Exception as refused:
+            # options that the encoder cannot take, a traceback that makes it too large, a plugin that fails
+            logger.warning(
+                "job %s of queue %r goes to dead with the body it came with: %s", job.id, job.queue, text_of(refused)
+            )
+            return nack_of(job, error, dead=True, reason=reason)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Hand back what was not started; the delivery does not count."""
@@ -267,7 +268,10 @@ class RelayConsumer(Consumer):
         self._release([message.lease for message in mine])
 
     def close(self) -> None:
-        """Send the acks that wait, and hand back what is buffered. What runs keeps its lease."""
+        """Send the acks that wait, and hand back what is buffered. What runs keeps its lease.
+
+        Raises nothing but ConnectionClosed, the one error at which Dramatiq's consumer thread does not die here.
+        """
         if self._closed:
             return
         self._closed = self._holding.closed = True
@@ -276,15 +280,24 @@ class RelayConsumer(Consumer):
             self._buffer.append(self._suspect)
             self._suspect = None
         try:
-            self._hand_back()
-        finally:
-            with DramatiqErrors():
-                self._line.flush()
+            try:
+                self._hand_back()
+            finally:
+                if not self._errors.in_vain:
+                    with self._errors:
+                        self._line.flush()
+        except ConnectionClosed:
+            raise
+        except Exception as error:
+            logger.exception("closing a consumer of queue %r failed; its messages come back later", self.queue_name)
+            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
 
     def _release(self, leases: Iterable[Lease]) -> None:
         jobs = [lease.job for lease in leases if not lease.lost]
-        if jobs:
-            with DramatiqErrors():
-                self._core.release(jobs)
-        self._line.freed()
-        self._line.gate.changed()
+        try:
+            if jobs and not self._errors.in_vain:
+                with self._errors:
+                    self._core.release(jobs)
+        finally:
+            self._line.freed()
+            self._line.gate.changed()

@@ -85,14 +85,17 @@ class Line:
     def flush(self) -> None:
         """Send the acks that wait, unless another thread is doing it."""
         while True:
-            with self._lock:
-                if self._flushing:
-                    return
-                acks = self._take()
-                self._flushing = bool(acks)
-            if not acks:
-                return
+            acks: list[Job] = []
+            mine = False
+            # all of it: wherever Dramatiq interrupts this thread, neither the flag nor the acks may be left behind
             try:
+                with self._lock:
+                    if self._flushing:
+                        return
+                    acks = self._take()
+                    mine = self._flushing = bool(acks)
+                if not acks:
+                    return
                 self._report(acks, self.core.ack_many(acks))
             except BaseException:
                 self._put_back(acks)
@@ -100,7 +103,7 @@ class Line:
             else:
                 self._sent(acks)
             finally:
-                with self._lock:
+                if mine:
                     self._flushing = False
 
     def attend(self) -> None:
