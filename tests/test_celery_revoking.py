@@ -90,6 +90,17 @@ def test_who_asked_for_its_result_by_rpc_is_answered(site: Site) -> None:
     app.close()
 
 
+def test_a_task_that_is_not_there_costs_no_search_of_a_long_queue(
+    broker: Broker, server: Server, tmp_path: Path
+) -> None:
+    app = client_of(server.url, tmp_path)
+    app.send_task("waits")
+    server.cli("CONFIG", "RESETSTAT")
+    Revoker(app, broker, ["celery"], None, "me").by_ids(["nobody"])
+    assert not {"cmdstat_lpos", "cmdstat_lrem", "cmdstat_lrange"} & set(server.info("commandstats"))
+    app.close()
+
+
 def test_a_backend_that_fails_keeps_no_other_from_being_revoked(
     broker: Broker, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from relay_adapters.celery.envelope import head_of, unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.unstarted import context_of, stores_errors
-from relay_core import Broker, commands, inspector
+from relay_core import Broker
 from relay_core.errors import RelayError
-from relay_core.job import State, StoredJob
+from relay_core.job import Record, State
 
 logger = logging.getLogger("relay.celery")
 
@@ -42,7 +43,7 @@ class Revoker:
         try:
             for task_id in task_ids:
                 for queue in self._queues:
-                    self._take_out(queue, self._stored(queue, ids_of(task_id)))
+                    self._take_out(queue, self._payloads(queue, ids_of(task_id)))
         except RelayError as error:
             logger.warning("tasks that wait in the store could not be revoked there: %s", error)
 
@@ -59,31 +60,38 @@ class Revoker:
 
         threading.Thread(target=search, name="relay-celery-revoke", daemon=True).start()
 
-    def _stored(self, queue: str, ids: Sequence[str]) -> list[StoredJob]:
-        """The jobs of these ids that are there, which most are not."""
-        command = commands.show(self._broker.settings.keys(queue), ids)
-        found = [job for job in self._broker.store.run(command) if job is not None]
-        return [inspector.readable(self._broker.operations, job) for job in found]
+    def _payloads(self, queue: str, ids: Sequence[str]) -> dict[str, bytes]:
+        """Of the jobs of these ids that are there. Most are not, so that no list of a queue is searched for them."""
+        records = self._broker.store.raw("HMGET", self._broker.settings.keys(queue).jobs, *ids)
+        plugins, found = self._broker.plugins, {}
+        for id, record in zip(ids, records, strict=True):
+            if record is None:
+                continue
+            payload = record
+            with suppress(Exception):  # of one that cannot be read, it is only known that it is revoked
+                payload = plugins.decode(Record.unpack(record).payload, queue)
+            found[id] = payload
+        return found
 
     def _search(self, queue: str, state: State, stamps: Stamps) -> None:
         skip = 0
         while page := self._broker.jobs(queue, state, limit=_PAGE, skip=skip):
-            gone = self._take_out(queue, [job for job in page if _bears(job.payload, stamps)])
+            gone = self._take_out(queue, {job.id: job.payload for job in page if _bears(job.payload, stamps)})
             if len(page) < _PAGE:
                 return
             skip += len(page) - gone
 
-    def _take_out(self, queue: str, jobs: Sequence[StoredJob]) -> int:
-        """Cancel these jobs where they wait: how many did."""
-        if not jobs:
+    def _take_out(self, queue: str, payloads: Mapping[str, bytes]) -> int:
+        """Cancel these jobs (id -> payload) where they wait: how many did."""
+        if not payloads:
             return 0
-        states = self._broker.cancel_many(queue, [job.id for job in jobs])
-        out = [job for job, state in zip(jobs, states, strict=True) if state in _WAITING]
-        for job in out:
+        ids = list(payloads)
+        out = [id for id, state in zip(ids, self._broker.cancel_many(queue, ids), strict=True) if state in _WAITING]
+        for id in out:
             try:
-                self._tell(queue, unpack(job.payload))
+                self._tell(queue, unpack(payloads[id]))
             except Exception:  # a backend may fail in any way, and the others are to be revoked all the same
-                logger.exception("job %s of queue %r was revoked, and not all were told", job.id, queue)
+                logger.exception("job %s of queue %r was revoked, and not all were told", id, queue)
         return len(out)
 
     def _tell(self, queue: str, message: Mapping[str, Any]) -> None:
