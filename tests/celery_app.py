@@ -70,6 +70,15 @@ def hold(self: Any, key: str, until: str) -> str:
     return key
 
 
+@app.task(acks_late=True)
+def spin(key: str, until: str) -> None:
+    """Computes until the test makes a file, and lets no other greenlet run."""
+    note(key, "started")
+    while not os.path.exists(FOLDER / until):
+        pass
+    note(key)
+
+
 @app.task
 def hold_early(key: str, until: str) -> str:
     """The same, acked before it runs."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from relay_adapters.celery import children
+from relay_adapters.celery import children, greenbeat
 from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Job, Verdict
@@ -112,6 +112,7 @@ class Leases:
         self._thread = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
         self._thread.name = "relay-celery-heartbeat"
         self._thread.start()
+        greenbeat.start(self)
 
     def get(self, tag: str) -> Held | None:
         return self._held.get(tag)
@@ -145,6 +146,23 @@ class Leases:
     @property
     def holding(self) -> int:
         return len(self._held)
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """What keeps them."""
+        return self._thread
+
+    def late(self) -> float:
+        """Seconds by which they should have been extended before; 0 while nothing is held."""
+        return max(0.0, time.monotonic() - self._next_beat) if self._held else 0.0
+
+    def snapshot(self) -> list[Held]:
+        """What is held just now, without the lock, which gevent's threads cannot share with others."""
+        return [held for held in list(self._held.values()) if not held.lost]
+
+    def were_extended(self) -> None:
+        """By another thread just now: this one's turn is later."""
+        self._next_beat = time.monotonic() + self.broker.settings.lease / 3
 
     # acks
 
@@ -397,9 +415,8 @@ class Leases:
         if now >= self._next_beat:
             if self._held and now - self._next_beat > self.broker.settings.lease / 2:
                 logger.warning(
-                    "leases are extended %.1f s late, and some may be over: this process was stopped for a while, or "
-                    "with gevent a task did not yield; see 'lease'", now - self._next_beat,
-                )  # fmt: skip
+                    "leases are kept %.1f s late: this process was stopped for a while", now - self._next_beat
+                )
             self._next_beat = now + self.broker.settings.lease / 3
             try:
                 self.extend()

@@ -1,0 +1,62 @@
+"""Under gevent a thread is a greenlet, and a task that computes without yielding keeps it waiting, the one that keeps
+the leases too. So a thread of the system's own extends them while that one is late.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections import defaultdict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from relay_core import Verdict, commands
+from relay_core.commands.moves import MAX_BATCH
+from relay_core.connection import SyncStore
+from relay_core.errors import RelayError
+
+if TYPE_CHECKING:
+    from relay_adapters.celery.leases import Held, Leases
+
+
+def start(leases: Leases) -> None:
+    """Where gevent has replaced Python's threads; else there is nothing to do."""
+    monkey: Any = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return
+    spawn, sleep = monkey.get_original("_thread", "start_new_thread"), monkey.get_original("time", "sleep")
+    spawn(_work, (weakref.ref(leases), leases.thread, sleep))
+
+
+def _work(reference: weakref.ref[Leases], beside: object, sleep: Any) -> None:
+    """For as long as that thread keeps these leases. The sockets of gevent, and so its store, are this thread's own."""
+    store: SyncStore | None = None
+    pid = os.getpid()
+    while (leases := reference()) is not None and leases.thread is beside and os.getpid() == pid:
+        lease = leases.broker.settings.lease
+        if leases.late() > lease / 6:
+            with suppress(RelayError):  # the server is away, which the other thread will say
+                store = store or SyncStore(leases.broker.address(), leases.broker.store.settings)
+                _extend(leases, store)
+                leases.were_extended()
+        del leases
+        sleep(lease / 6)
+    if store is not None:
+        store.close()
+
+
+def _extend(leases: Leases, store: SyncStore) -> None:
+    held: dict[str, list[Held]] = defaultdict(list)
+    for one in leases.snapshot():
+        held[one.job.queue].append(one)
+    settings = leases.broker.settings
+    for queue, mine in held.items():
+        for at in range(0, len(mine), MAX_BATCH):
+            batch, until = mine[at : at + MAX_BATCH], time.monotonic() + settings.lease
+            receipts = [(one.job.id, one.job.token) for one in batch]
+            verdicts = store.run(commands.extend(settings.keys(queue), receipts, settings.lease_ms))
+            for one, verdict in zip(batch, verdicts, strict=True):
+                if verdict is not Verdict.LOST:
+                    one.until = max(one.until, until)

@@ -1,0 +1,42 @@
+"""A gevent worker whose task does not yield: nothing that it holds runs elsewhere, for however long that takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relay_core import Broker
+from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.servers import Server, eventually
+
+LEASE = 0.6
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_the_leases_of_a_gevent_worker_are_kept_while_a_task_does_not_yield(tcp_server: Server, tmp_path: Path) -> None:
+    client = client_of(tcp_server.url, tmp_path)
+    flags = ("-P", "gevent", "-c", "1", "--prefetch-multiplier", "2")
+    with (
+        Broker(tcp_server.url, lease=60.0) as other,
+        CeleryWorker(tcp_server.url, tmp_path, *flags, options={"lease": LEASE}) as worker,
+    ):
+        leases = other.settings.keys("celery").leases
+        ids = [client.send_task("tests.celery_app.spin", ["spins", "go"]).id]
+        eventually(lambda: lines(tmp_path, "started"), "the task to compute")
+        extended: set[float] = set()
+
+        def kept() -> bool:
+            assert other.claim("celery") == [], "another worker has got it"
+            extended.add(float(tcp_server.cli("ZSCORE", leases, ids[0])))
+            return len(extended) > 8
+
+        eventually(kept, "its lease to be extended again and again")
+        (tmp_path / "go").touch()
+        eventually(lambda: other.stats("celery").pending == 0, "it to be done")
+        assert lines(tmp_path, "started") == ["spins"]
+        # the greenlet that keeps the leases has them again
+        client.send_task("tests.celery_app.late", ["after"])
+        eventually(lambda: lines(tmp_path, start="after"), "the next task")
+        assert not worker.logged("s late")
+    client.close()
