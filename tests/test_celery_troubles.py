@@ -106,6 +106,28 @@ def test_a_reject_while_the_server_is_away_is_made_up_for(tmp_path: Path) -> Non
         assert inbox.channel.leases.holding == 0
 
 
+class Unshowable(Exception):
+    """As of an object that is detached from its database session."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_a_message_whose_failure_cannot_be_told_ends_all_the_same(tcp_server: Server, requeue: bool) -> None:
+    with link(tcp_server.url) as here, Broker(tcp_server.url) as broker:
+        name = fresh("q")
+        inbox = Inbox(here, kombu.Queue(name))
+        send(here, 1, key=name)
+        inbox.wait(1)
+        held = inbox.channel.leases.get(inbox.messages[0].delivery_tag)
+        held.cause = Unshowable()
+        inbox.messages[0].reject(requeue=requeue)
+        assert broker.stats(name).inflight == 0
+        found = [*broker.jobs(name, "ready"), *broker.jobs(name, "delayed"), *broker.dead(name)]
+        assert [job.error for job in found] == ["Unshowable (its repr raises RuntimeError)"]
+
+
 def test_a_worker_outlives_a_password_that_is_wrong_for_a_while(acl_server: AclServer, tmp_path: Path) -> None:
     name, right = acl_server.user, acl_server.password
     with (

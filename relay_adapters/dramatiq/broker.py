@@ -18,7 +18,7 @@ from dramatiq.middleware import Middleware, SkipMessage
 import relay_core
 from relay_adapters.dramatiq.burial import Burial
 from relay_adapters.dramatiq.consumer import MAX_RETRIES, RelayConsumer
-from relay_adapters.dramatiq.errors import DramatiqErrors, WorkerErrors, text_of
+from relay_adapters.dramatiq.errors import DramatiqErrors, WorkerErrors
 from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
@@ -28,6 +28,7 @@ from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
 from relay_core.errors import RelayError, StoreError, Unavailable
 from relay_core.job import new_id
 from relay_core.keys import LEVELS
+from relay_core.operations.ending import safe_repr
 
 PRIORITY = "broker_priority"
 """Actor and message option: 0 to 9, 9 is claimed first. Default 0. What is over 9 counts as 9."""
@@ -208,12 +209,12 @@ class RelayBroker(Broker):
 
     def _retry(self, message: RelayMessage, changed: Message[Any], delay: float) -> None:
         job, nack_of = message.lease.job, self.core.operations.nack_of
-        error = changed.options.get("traceback") or text_of(message.exception)
+        error = changed.options.get("traceback") or safe_repr(message.exception)
         try:
             item = nack_of(job, error, max(0, delay) / 1000, payload=encoded(changed))
         except Exception as cause:
             # It cannot be retried as it is now, and Dramatiq would log that and ack it: keep it among the dead.
-            told = f"cannot be retried: {text_of(cause)}\n{error}"
+            told = f"cannot be retried: {safe_repr(cause)}\n{error}"
             message.pending = nack_of(job, told, dead=True, reason="failed")
             raise
         message.pending = item = item._replace(max_retries=MAX_RETRIES)

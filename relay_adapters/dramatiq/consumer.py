@@ -15,13 +15,14 @@ from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.middleware import SkipMessage
 
-from relay_adapters.dramatiq.errors import WorkerErrors, text_of
+from relay_adapters.dramatiq.errors import WorkerErrors
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered
 from relay_core import Broker, Job
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.operations import Flow, Wait
+from relay_core.operations.ending import safe_repr
 
 logger = logging.getLogger("relay.dramatiq")
 
@@ -89,7 +90,7 @@ class RelayConsumer(Consumer):
         try:
             return RelayMessage(delivered(lease.job), lease, self._holding)
         except Exception as error:  # an encoder may fail in any way, and only this message is spoiled
-            cause = text_of(error.error if isinstance(error, DecodeError) else error)
+            cause = safe_repr(error.error if isinstance(error, DecodeError) else error)
             logger.error(
                 "job %s of queue %r does not decode, and goes to dead: %s", lease.job.id, self.queue_name, cause
             )
@@ -248,7 +249,7 @@ class RelayConsumer(Consumer):
         trace = message.options.get("traceback")
         # before 2.0 Dramatiq rejects the message of an unknown actor while it handles that error, and does not tell it
         cause = sys.exc_info()[1] if message.exception is None else message.exception
-        error = "" if cause is None else text_of(cause)
+        error = "" if cause is None else safe_repr(cause)
         if isinstance(trace, str):
             error = f"{error}\n{trace[-3000:]}"
         ran = message.exception is not None and not isinstance(message.exception, SkipMessage)
@@ -258,7 +259,7 @@ class RelayConsumer(Consumer):
         except Exception as refused:
             # options that the encoder cannot take, a traceback that makes it too large, a plugin that fails
             logger.warning(
-                "job %s of queue %r goes to dead with the body it came with: %s", job.id, job.queue, text_of(refused)
+                "job %s of queue %r goes to dead with the body it came with: %s", job.id, job.queue, safe_repr(refused)
             )
             return nack_of(job, error, dead=True, reason=reason)
 

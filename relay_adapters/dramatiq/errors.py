@@ -1,4 +1,4 @@
-"""Which of relay's errors Dramatiq gets to see as its own, and what to print of any."""
+"""Which of relay's errors Dramatiq gets to see as its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from dramatiq.errors import ConnectionClosed
 from relay_core.errors import RelayError, StoreError, Unavailable
 
 logger = logging.getLogger("relay.dramatiq")
-
-
-def text_of(error: object) -> str:
-    """The repr of an exception. It is the user's code, and may raise in turn."""
-    try:
-        return repr(error)
-    except Exception as failure:
-        return f"{type(error).__name__} (its repr raises {type(failure).__name__})"
 
 
 class DramatiqErrors:

@@ -18,9 +18,17 @@ MAX_ERROR = 4096
 """Bytes of an error text that are kept."""
 
 
+def safe_repr(error: object) -> str:
+    """The repr of an exception. It is the user's code, and may raise in turn."""
+    try:
+        return repr(error)
+    except Exception as failure:
+        return f"{type(error).__name__} (its repr raises {type(failure).__name__})"
+
+
 def error_text(error: BaseException | str | None) -> str:
     """What is kept of an error: its repr or text, at most 4 KiB."""
-    text = "" if error is None else error if isinstance(error, str) else repr(error)
+    text = "" if error is None else error if isinstance(error, str) else safe_repr(error)
     return text.encode(errors="replace")[:MAX_ERROR].decode(errors="ignore")
 
 

@@ -253,7 +253,7 @@ class Worker:
                 return build(job, error, error.delay)
             logger.error("job %s of queue %r failed", job.id, job.queue, exc_info=error)
             return build(job, error)
-        except Exception as problem:  # a delay of -1, an error whose repr raises: this job's trouble, not the worker's
+        except Exception as problem:  # such as a delay of -1: this job's trouble, not the worker's
             logger.error("job %s of queue %r failed, and how cannot be told: %r", job.id, job.queue, problem)
             return build(
                 job, f"{type(error).__name__}, of which cannot be told: {problem!r}", dead=isinstance(error, Reject)
