@@ -1,6 +1,7 @@
 """Celery with its stock Redis transport and with relay: the same app, task, server and flags, in turn.
 
-`send` is `noop.delay()` in a loop. `run` is a backlog being worked off: from the first task's start to the last one's.
+`send` is `noop.delay()` in a loop, or groups of 100 in one. `run` is a backlog being worked off: from the first task's
+start to the last one's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,21 +43,27 @@ def noop(i):
 
 if __name__ == "__main__":
     import time
-    jobs = int(os.environ["JOBS"])
+    from celery import group
+    jobs, size = int(os.environ["JOBS"]), int(os.environ["GROUP"])
     noop.delay(0)
     began = time.perf_counter()
-    for i in range(jobs - 1):
-        noop.delay(i)
+    for at in range(1, jobs, size):
+        if size == 1:
+            noop.delay(at)
+        else:
+            group(noop.s(i) for i in range(at, min(at + size, jobs))).apply_async()
     print((time.perf_counter() - began) / (jobs - 1))
 """
 
-POOLS: Mapping[str, tuple[list[str], float]] = {
-    "solo": (["-P", "solo"], 5.0),
-    "prefork 1": (["-P", "prefork", "-c", "1"], 2.4),
-    "prefork 2": (["-P", "prefork", "-c", "2"], 1.0),
-    "prefork 8": (["-P", "prefork", "-c", "8"], 1.0),
+POOLS: Mapping[str, tuple[int, list[str], float]] = {
+    "solo": (1, ["-P", "solo"], 5.0),
+    "prefork 1": (1, ["-P", "prefork", "-c", "1"], 2.4),
+    "prefork 2": (1, ["-P", "prefork", "-c", "2"], 1.0),
+    "prefork 8": (1, ["-P", "prefork", "-c", "8"], 1.0),
+    "groups, prefork 2": (100, ["-P", "prefork", "-c", "2"], 1.0),
 }
-"""Pool -> flags of the worker, and how many times faster than stock it is meant to be."""
+"""Pool -> how many tasks are sent at a time, flags of the worker, and how many times faster than stock it is meant to
+be."""
 
 _SENDING, _CPU_SHARE, _IDLE = 1.8, 0.40, 2.0
 
@@ -64,9 +72,9 @@ def _url(server: Server, kind: str) -> str:
     return server.url if kind == "relay" else f"redis://127.0.0.1:{server.port}/0"
 
 
-def _environment(folder: Path, server: Server, kind: str) -> dict[str, str]:
-    own = {"BROKER": _url(server, kind), "JOBS": str(JOBS), "DONE": str(folder / "done"), "PYTHONPATH": str(folder)}
-    return {**os.environ, **own}
+def _environment(folder: Path, server: Server, kind: str, jobs: int = JOBS, size: int = 1) -> dict[str, str]:
+    own = {"BROKER": _url(server, kind), "JOBS": str(jobs), "GROUP": str(size), "DONE": str(folder / "done")}
+    return {**os.environ, **own, "PYTHONPATH": str(folder)}
 
 
 @contextmanager
@@ -85,12 +93,12 @@ def _worker(folder: Path, environment: dict[str, str], flags: list[str]) -> Iter
             raise
 
 
-def _round(folder: Path, server: Server, kind: str, flags: list[str]) -> tuple[float, float, float]:
-    """Per task, in µs: to send, to run, and processor time of the server for both."""
+def _round(folder: Path, server: Server, kind: str, size: int, flags: list[str]) -> tuple[float, float, float]:
+    """Per task, in µs: to send so many at a time, to run, and processor time of the server for both."""
     server.cli("FLUSHALL")
     done = folder / "done"
     done.unlink(missing_ok=True)
-    environment = _environment(folder, server, kind)
+    environment = _environment(folder, server, kind, size=size)
     client = server.client()
     before = cpu_seconds(client)
     sent = subprocess.run(
@@ -118,22 +126,24 @@ def celery(folder: Path) -> Table:
     table = Table(title=f"Celery, a no-op task ({JOBS} tasks, medians of {ROUNDS} rounds in turn, one Redis server)")
     for column in ("measure", "stock", "relay", "stock / relay", "target"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    sending: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    sending: dict[int, dict[str, list[float]]] = defaultdict(lambda: {kind: [] for kind in KINDS})
     with Server("redis", tcp=True) as server:
-        for name, (flags, target) in POOLS.items():
+        for name, (size, flags, target) in POOLS.items():
             found: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS}
             for _ in range(ROUNDS):
                 for kind in KINDS:
-                    found[kind].append(_round(folder, server, kind, flags))
-                    sending[kind].append(found[kind][-1][0])
+                    found[kind].append(_round(folder, server, kind, size, flags))
+                    sending[size][kind].append(found[kind][-1][0])
             (_, stock, stock_cpu), (_, relay, relay_cpu) = medians(found["stock"]), medians(found["relay"])
             table.add_row(f"{name}: run, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {target:g}")
             table.add_row(
                 f"{name}: server CPU, µs", f"{stock_cpu:.0f}", f"{relay_cpu:.0f}", f"{stock_cpu / relay_cpu:.2f}",
                 f"≥ {1 / _CPU_SHARE:g}",
             )  # fmt: skip
-    stock, relay = (statistics.median(sending[kind]) for kind in KINDS)
-    table.add_row("send, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {_SENDING:g}")
+    for size, sent in sending.items():
+        name = "send" if size == 1 else f"send in groups of {size}"
+        stock, relay = (statistics.median(sent[kind]) for kind in KINDS)
+        table.add_row(f"{name}, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {_SENDING:g}")
     return table
 
 
@@ -147,13 +157,12 @@ def celery_idle(folder: Path, seconds: float = 20.0) -> Table:
     with Server("redis", tcp=True) as server:
         for kind in KINDS:
             server.cli("FLUSHALL")
-            environment = _environment(folder, server, kind)
+            environment = _environment(folder, server, kind, jobs=2)
             (folder / "done").unlink(missing_ok=True)
             with _worker(folder, environment, ["-c", "1"]):
                 subprocess.run(
-                    [sys.executable, "bench_app.py"], env={**environment, "JOBS": "2"}, cwd=folder, check=True,
-                    capture_output=True,
-                )  # fmt: skip
+                    [sys.executable, "bench_app.py"], env=environment, cwd=folder, check=True, capture_output=True
+                )
                 while (folder / "done").stat().st_size < 2:
                     time.sleep(0.05)
                 time.sleep(3.0)  # what the first task left to do is not idling

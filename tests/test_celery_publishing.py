@@ -7,7 +7,6 @@ import multiprocessing
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from kombu.exceptions import OperationalError
 
 from relay_adapters.celery import envelope
 from relay_core import Broker
-from relay_core.commands import LongWay
 from relay_core.errors import InvalidArgument, Unavailable
+from tests.celery_cuts import cut, store_of
 from tests.celery_workers import client_of
 from tests.servers import Server
 
@@ -123,33 +122,9 @@ def test_a_task_id_that_is_used_again_while_its_task_waits_is_another_task(app: 
     assert {job.id for job in stored(broker)} == {"nightly", "nightly~1", "nightly~2"}
 
 
-@contextmanager
-def cut(broker_store: Any, times: int) -> Iterator[list[int]]:
-    """The next enqueues are stored, and their answers lost for longer than relay tries."""
-    run, lost = broker_store.run, [times]
-
-    def losing(command: Any) -> Any:
-        answer = run(command)
-        if command.resent_at is not None and command.durable and lost[0] and not isinstance(answer, LongWay):
-            lost[0] -= 1
-            raise Unavailable("cut", maybe_executed=True)
-        return answer
-
-    broker_store.run = losing
-    try:
-        yield lost
-    finally:
-        broker_store.run = run
-
-
-def _store_of(app: Celery) -> Any:
-    with app.producer_or_acquire() as producer:
-        return producer.channel.broker.store
-
-
 def test_a_publish_that_kombu_repeats_stores_one_task(app: Celery, broker: Broker) -> None:
     app.send_task("warm-up", queue="other")
-    with cut(_store_of(app), 2) as lost:
+    with cut(store_of(app), 2) as lost:
         result = app.send_task("pay", [1])
     assert lost == [0]
     assert [job.id for job in stored(broker)] == [result.id]
@@ -157,7 +132,7 @@ def test_a_publish_that_kombu_repeats_stores_one_task(app: Celery, broker: Broke
 
 def test_a_repeated_publish_of_a_task_that_ran_in_between_stores_none(app: Celery, broker: Broker) -> None:
     app.send_task("warm-up", queue="other")
-    store = _store_of(app)
+    store = store_of(app)
     with cut(store, 1):
         losing = store.run
 
@@ -175,7 +150,7 @@ def test_a_repeated_publish_of_a_task_that_ran_in_between_stores_none(app: Celer
 
 def test_a_publish_that_fails_for_good_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:
     app.send_task("warm-up", queue="other")
-    with cut(_store_of(app), 99), pytest.raises(OperationalError, match="cut"):
+    with cut(store_of(app), 99), pytest.raises(OperationalError, match="cut"):
         app.send_task("pay", [1])
 
 

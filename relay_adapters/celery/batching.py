@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from relay_core import JobSpec
@@ -16,16 +17,21 @@ class Batch:
 
     A flush that is cut off keeps what it held: another flush stores what the first one did not, and nothing twice.
 
+    :param channel: gives the channel by which it is stored
     :param max_size: messages after which it is flushed without being asked
     """
 
-    def __init__(self, channel: Publishing, max_size: int) -> None:
-        self.channel = channel
+    def __init__(self, channel: Callable[[], Publishing], max_size: int) -> None:
+        self._channel = channel
         self._max_size = max_size
         self._jobs: list[tuple[str, JobSpec, Any]] = []
         self._again = False
         self._taken: list[tuple[str, Any]] = []
         """Messages whose ids were taken, each with its queue: they are stored under others, one by one."""
+
+    @property
+    def channel(self) -> Publishing:
+        return self._channel()
 
     def publish(self, message: Any, **options: Any) -> None:
         """Route a message now, and store it with the others. Mailboxes, which are in memory, are written at once."""
@@ -35,6 +41,8 @@ class Batch:
             self.flush()
 
     def add(self, queue: str, spec: JobSpec, message: Any) -> None:
+        # one whose publish was cut off on its way to several queues may be here already, or stored
+        self._again = self._again or bool(message.get(AGAIN))
         self._jobs.append((queue, spec, message))
 
     def flush(self) -> None:

@@ -10,6 +10,7 @@ from relay_adapters.celery.batching import AGAIN, BATCH, Batch
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import DELIVERED, pack
+from relay_adapters.celery.groups import gathered_for
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.routing import Routing
@@ -31,7 +32,7 @@ class Publishing(Routing):
 
     def create_publish_batch(self, max_size: int) -> Batch:
         """What kombu's `Producer.batch` collects messages in."""
-        return Batch(self, max_size)
+        return Batch(lambda: self, max_size)
 
     def basic_publish(self, message: MutableMapping[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message, confirmed. kombu repeats this call, with the same properties, when it was cut off: the id
@@ -50,6 +51,10 @@ class Publishing(Routing):
                 headers[inhand.LEASE] = lease
                 raise
         try:
+            gathered = gathered_for(self)
+            if gathered is not None and BATCH not in message:
+                gathered.make_room()
+                message[BATCH] = gathered
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable:
             properties[AGAIN] = message[_ID]
@@ -68,7 +73,8 @@ class Publishing(Routing):
         message[_ID] = id
         terms = self.topology.terms(queue)
         payload, options = pack(message), self._options(message, id, terms, level)
-        if (batch := message.get(BATCH)) is not None:
+        # what is more than x-max-length is dropped after each publish
+        if (batch := message.get(BATCH)) is not None and (terms is None or terms.length is None):
             batch.add(queue, JobSpec(payload, **options), message)
             return
         if message.get(AGAIN):

@@ -12,7 +12,7 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import declared, flower_queues, monitoring, worker
+from relay_adapters.celery import declared, flower_queues, groups, monitoring, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
@@ -67,6 +67,7 @@ class Transport(virtual.Transport):
         worker.install()
         flower_queues.install()
         declared.install(channels.Channel)
+        groups.install(Transport)
         Pace.give(client)
         self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
         self._loop: Any = None

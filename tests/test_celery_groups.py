@@ -1,0 +1,273 @@
+"""The tasks of a group are stored together, and none of them later than `apply_async` returns."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chord, group
+from kombu import Exchange, Queue
+from kombu.exceptions import EncodeError, OperationalError
+
+from relay_adapters.celery import groups
+from relay_adapters.celery.publishing import Publishing
+from relay_core import Broker
+from relay_core.errors import Unavailable
+from tests.celery_cuts import cut, store_of
+from tests.celery_workers import CeleryWorker, client_of, lines, results_of
+from tests.servers import Server, eventually
+
+
+@pytest.fixture
+def server(tcp_server: Server) -> Server:
+    """Every test here is about what the client does: one flavour is enough."""
+    return tcp_server
+
+
+@pytest.fixture
+def flavour() -> str:
+    return "valkey"
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+@pytest.fixture
+def app(server: Server, tmp_path: Path) -> Iterator[Celery]:
+    app = app_of(server.url, tmp_path, results=results_of(server), task_publish_retry_policy={"max_retries": 3})
+    app.send_task("warm-up", queue="other")
+    yield app
+    app.close()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> float:
+    """However slow the machine is, no group here takes so long that it is not stored together."""
+    before = groups.SECONDS
+    monkeypatch.setattr(groups, "SECONDS", 60.0)
+    return before
+
+
+def app_of(url: str, folder: Path, **conf: Any) -> Celery:
+    """With connections of its own."""
+    return client_of(url, folder, broker_transport_options={"client_name": f"test-{uuid.uuid4().hex}"}, **conf)
+
+
+def keys(broker: Broker, queue: str = "celery") -> list[Any]:
+    """The arguments of the tasks that wait, in the order in which they will be run."""
+    found = [broker.plugins.describe(job) for job in broker.jobs(queue, "ready")]
+    return [summary.args.strip("[](),") for summary in found if summary is not None and summary.args]
+
+
+def pay(app: Celery, n: Any, **options: Any) -> Any:
+    return app.signature("pay", [n], **options)
+
+
+def calls(server: Server, sending: Callable[[], Any]) -> int:
+    """How many scripts were run for that."""
+    server.cli("CONFIG", "RESETSTAT")
+    sending()
+    return int(server.info("commandstats")["cmdstat_evalsha"].split(",")[0].removeprefix("calls="))
+
+
+def test_a_group_is_stored_in_few_round_trips_and_in_its_order(app: Celery, server: Server, broker: Broker) -> None:
+    results: list[Any] = []
+    few = calls(server, lambda: results.append(group(pay(app, n) for n in range(100)).apply_async()))
+    assert few <= 100 // 10
+    assert [job.id for job in broker.jobs("celery", "ready")] == [result.id for result in results[0]]
+    assert keys(broker) == [str(n) for n in range(100)]
+
+
+def test_so_are_chunks_and_the_header_of_a_chord(app: Celery, server: Server, broker: Broker) -> None:
+    @app.task(name="pay")
+    def paid(n: int) -> None: ...
+
+    assert calls(server, lambda: paid.chunks(((n,) for n in range(200)), 2).apply_async()) <= 100 // 10
+    assert broker.stats("celery").ready == 100
+    assert calls(server, lambda: chord([paid.s(n) for n in range(100)], paid.si(-1)).apply_async()) <= 100 // 10
+    assert broker.stats("celery").ready == 200
+
+
+def test_tasks_of_several_queues_and_those_that_wait_are_part_of_it(app: Celery, broker: Broker) -> None:
+    group(
+        [pay(app, 1), pay(app, 2, queue="other"), pay(app, 3, countdown=60), pay(app, 4, priority=5)]
+    ).apply_async()  # fmt: skip
+    assert keys(broker) == ["4", "1"]
+    assert [job.state for job in broker.jobs("celery", "delayed")] == ["delayed"]
+    assert broker.stats("other").ready == 2
+
+
+def test_a_queue_of_bounded_length_stays_within_it(app: Celery, broker: Broker) -> None:
+    with app.connection_for_write() as connection:
+        Queue("short", queue_arguments={"x-max-length": 5})(connection.default_channel).declare()
+    app.amqp.queues.add(Queue("short", queue_arguments={"x-max-length": 5}))
+    group(pay(app, n, queue="short") for n in range(20)).apply_async()
+    assert keys(broker, "short") == [str(n) for n in range(15, 20)]
+
+
+def test_what_else_is_sent_meanwhile_is_stored_at_once(app: Celery, broker: Broker) -> None:
+    def members() -> Iterator[Any]:
+        for n in range(3):
+            yield pay(app, n)
+            app.send_task("another", queue="another")
+            assert broker.stats("another").ready == n + 1
+
+    group(members()).apply_async()
+    assert broker.stats("celery").ready == 3
+
+
+def test_a_group_of_many_starts_to_run_while_it_is_being_sent(app: Celery, broker: Broker) -> None:
+    seen: list[int] = []
+
+    def members(many: int, text: str = "") -> Iterator[Any]:
+        for n in range(many):
+            yield pay(app, f"{n}{text}")
+            seen.append(broker.stats("celery").ready)
+
+    group(members(2 * groups.MESSAGES + 10)).apply_async()
+    assert set(seen) == {0, groups.MESSAGES, 2 * groups.MESSAGES}
+    assert broker.purge("celery") == 2 * groups.MESSAGES + 10
+    seen.clear()
+    group(members(12, "x" * (groups.BYTES // 4))).apply_async()
+    assert set(seen) == {0, 4, 8}
+
+
+def test_a_group_that_takes_its_time_keeps_none_back(
+    app: Celery, broker: Broker, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "SECONDS", patience)
+    seen: list[int] = []
+
+    def members() -> Iterator[Any]:
+        for n in range(6):
+            yield pay(app, n)
+            seen.append(broker.stats("celery").ready)
+            time.sleep(patience)
+
+    group(members()).apply_async()
+    assert seen[-1] >= 3
+    assert broker.stats("celery").ready == 6
+
+
+def test_a_group_whose_answers_are_lost_is_stored_once(app: Celery, broker: Broker) -> None:
+    with cut(store_of(app), 2) as lost:
+        group(pay(app, n) for n in range(20)).apply_async()
+    assert lost == [0]
+    assert keys(broker) == [str(n) for n in range(20)]
+
+
+def test_so_is_one_of_which_a_task_is_cut_off_between_its_queues(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = Exchange("both", "fanout")
+    with app.connection_for_write() as connection:
+        for name in ("one", "two"):
+            Queue(name, exchange)(connection.default_channel).declare()
+    app.amqp.queues.add(Queue("one", exchange))
+    put, cuts = Publishing._put, ["two", "two"]
+
+    def cutting(channel: Any, queue: str, *args: Any, **options: Any) -> None:
+        if cuts and queue == cuts[-1]:
+            cuts.pop()
+            raise Unavailable("cut", maybe_executed=True)
+        put(channel, queue, *args, **options)
+
+    monkeypatch.setattr(Publishing, "_put", cutting)
+    group(pay(app, n, queue="one") for n in range(3)).apply_async()
+    assert cuts == []
+    assert [keys(broker, name) for name in ("one", "two")] == [["0", "1", "2"]] * 2
+
+
+def test_so_is_one_that_is_cut_off_on_its_way(app: Celery, broker: Broker) -> None:
+    def members() -> Iterator[Any]:
+        for n in range(groups.MESSAGES + 20):
+            yield pay(app, n)
+
+    with cut(store_of(app), 1) as lost:
+        group(members()).apply_async()
+    assert lost == [0]
+    assert broker.stats("celery").ready == groups.MESSAGES + 20
+    assert not broker.audit("celery").findings
+
+
+def test_a_group_that_cannot_be_stored_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:
+    with cut(store_of(app), 99), pytest.raises(OperationalError, match="cut"):
+        group(pay(app, n) for n in range(20)).apply_async()
+    with cut(store_of(app), 1) as lost, pytest.raises(OperationalError, match="cut"):
+        group(pay(app, n) for n in range(20)).apply_async(retry=False)
+    assert lost == [0]
+    # and the next is another one
+    broker.purge("celery")
+    group(pay(app, n) for n in range(3)).apply_async()
+    assert broker.stats("celery").ready == 3
+
+
+def test_a_group_of_which_one_cannot_be_sent_leaves_no_other_behind(app: Celery, broker: Broker) -> None:
+    with pytest.raises(EncodeError):
+        group([pay(app, 1), pay(app, object()), pay(app, 3)]).apply_async()
+    assert broker.stats("celery").ready == 0
+    app.send_task("pay", [4])
+    assert keys(broker) == ["4"]
+
+
+def test_ids_that_are_taken_are_other_tasks(app: Celery, broker: Broker) -> None:
+    for _ in range(2):
+        group([pay(app, n, task_id=f"t{n}") for n in range(2)]).apply_async()
+    assert {job.id for job in broker.jobs("celery", "ready")} == {"t0", "t1", "t0~1", "t1~1"}
+
+
+@pytest.mark.since("kombu", "5.7")
+def test_a_batch_of_the_user_takes_a_group_in(app: Celery, broker: Broker) -> None:
+    with app.producer_or_acquire() as producer, producer.batch():
+        group(pay(app, n) for n in range(3)).apply_async(producer=producer)
+        assert broker.stats("celery").ready == 0
+    assert broker.stats("celery").ready == 3
+
+
+def test_a_group_whose_broker_dies_on_the_way_goes_on_with_the_next(tmp_path: Path) -> None:
+    with Server("valkey", tcp=True) as first, Server("valkey", tcp=True) as second:
+        app = app_of(f"{first.url};{second.url}", tmp_path)
+        app.send_task("warm-up", queue="other")
+
+        def members() -> Iterator[Any]:
+            for n in range(groups.MESSAGES + 100):
+                if n == groups.MESSAGES + 50:
+                    with Broker(first.url) as broker:
+                        assert broker.stats("celery").ready == groups.MESSAGES
+                    first.kill()
+                yield pay(app, n)
+
+        group(members()).apply_async()
+        with Broker(second.url) as broker:
+            assert keys(broker) == [str(n) for n in range(groups.MESSAGES, groups.MESSAGES + 100)]
+        app.close()
+
+
+def test_groups_over_other_transports_are_left_alone(app: Celery, tmp_path: Path) -> None:
+    other = client_of(f"memory://{uuid.uuid4().hex}", tmp_path)
+    seen: list[int] = []
+
+    def members() -> Iterator[Any]:
+        for n in range(3):
+            yield pay(other, n)
+            with other.connection_for_read() as connection:
+                seen.append(connection.default_channel._size("celery"))
+
+    group(members()).apply_async()
+    assert seen[-1] >= 1
+
+
+def test_a_task_that_sends_a_chord_has_it_run(server: Server, app: Celery, tmp_path: Path) -> None:
+    with CeleryWorker(server.url, tmp_path, "-P", "prefork", "-c", "2", results=results_of(server)):
+        add = app.signature("tests.celery_app.add", [1, 1])
+        tally = app.signature("tests.celery_app.run")
+        chord([add] * 250, tally).apply_async()
+        eventually(lambda: lines(tmp_path), "the body to run")
+        assert lines(tmp_path)[0].startswith(str([2] * 250))
