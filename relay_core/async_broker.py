@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -103,10 +104,11 @@ class AsyncBroker(BrokerBase):
         command = self.operations.straight(queue, payload, **options)
         if command is None:
             return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+        started = time.monotonic()
         answer = await self.store.run(command)
         if isinstance(answer, LongWay):
             options["id"] = answer.id
-            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer))
+            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer, started))
         return self.operations.told(queue, answer, options.get("headers"))
 
     async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:

@@ -140,10 +140,11 @@ class Broker(BrokerBase):
         command = self.operations.straight(queue, payload, **options)
         if command is None:
             return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+        started = time.monotonic()
         answer = self.store.run(command)
         if isinstance(answer, LongWay):
             options["id"] = answer.id
-            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer))
+            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer, started))
         return self.operations.told(queue, answer, options.get("headers"))
 
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:

@@ -13,18 +13,22 @@ from relay_core.errors import Unavailable
 
 
 @contextmanager
-def cut(broker_store: Any, times: int) -> Iterator[list[int]]:
-    """The next enqueues are stored, and their answers lost for longer than relay tries."""
+def cut(broker_store: Any, times: int, stored: bool = True) -> Iterator[list[int]]:
+    """The next enqueues are stored, and their answers lost for longer than relay tries.
+
+    :param stored: False: they are lost on their way to the server
+    """
     run, lost = broker_store.run, [times]
 
-    def losing(command: Any) -> Any:
-        answer = run(command)
-        if command.resent_at is not None and command.durable and lost[0] and not isinstance(answer, LongWay):
+    def cutting(command: Any) -> Any:
+        losing = command.resent_at is not None and command.durable and lost[0]
+        answer = run(command) if stored or not losing else None
+        if losing and not isinstance(answer, LongWay):
             lost[0] -= 1
             raise Unavailable("cut", maybe_executed=True)
         return answer
 
-    broker_store.run = losing
+    broker_store.run = cutting
     try:
         yield lost
     finally:

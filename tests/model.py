@@ -35,7 +35,7 @@ class ModelJob:
 
     @property
     def nonce(self) -> str:
-        return self.fence_and_nonce.rpartition(":")[2].removesuffix("g")
+        return self.fence_and_nonce.rpartition(":")[2].partition("t")[0].removesuffix("g")
 
 
 @dataclass

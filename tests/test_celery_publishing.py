@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 from relay_adapters.celery import envelope
 from relay_core import Broker
 from relay_core.errors import InvalidArgument, Unavailable
+from tests.aging import age_by
 from tests.celery_cuts import cut, store_of
 from tests.celery_workers import client_of
 from tests.servers import Server
@@ -146,6 +147,23 @@ def test_a_repeated_publish_of_a_task_that_ran_in_between_stores_none(app: Celer
         store.run = ran_meanwhile
         app.send_task("pay", [1])
     assert stored(broker) == []
+
+
+@pytest.mark.parametrize("there", ["waits", "was done"])
+@pytest.mark.parametrize("stored_at_first", [True, False])
+def test_a_repeated_publish_of_an_id_that_was_used_long_before_is_stored_once(
+    app: Celery, broker: Broker, there: str, stored_at_first: bool
+) -> None:
+    app.send_task("nightly", [1], task_id="nightly", queue="q")
+    age_by(broker, "q", 3600)
+    if there == "was done":
+        broker.ack(*broker.claim("q"))
+        age_by(broker, "q", 3600)
+    with cut(store_of(app), 1, stored=stored_at_first) as lost:
+        app.send_task("nightly", [2], task_id="nightly", queue="q")
+    assert lost == [0]
+    waiting = [job.id for job in stored(broker, "q")]
+    assert waiting == (["nightly", "nightly~1"] if there == "waits" else ["nightly"])
 
 
 def test_a_publish_that_fails_for_good_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:

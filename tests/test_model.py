@@ -10,6 +10,7 @@ as short as it can be.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ UNIT = 3_600_000
 """Milliseconds of one unit of the model's time."""
 
 FOREVER = 100_000
+LONG_AGO = time.monotonic() - 1e6
 EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "150"))
 
 # Everything in the store that is a time, moved into the past by ARGV[1] ms.
@@ -81,7 +83,7 @@ class Queue(RuleBasedStateMachine):
         while time.time_ns() // 1_000_000 == self.at:  # no two steps share a millisecond
             time.sleep(0.0001)
         self.model.step += 1
-        reply = self.server.cli("EVALSHA", *command.wire(resent))
+        reply = self.server.cli("EVALSHA", *command.wire(LONG_AGO if resent else None))
         self.at = time.time_ns() // 1_000_000  # the server looked at its clock in this one or before
         return command.parse(reply, resent)
 
@@ -170,7 +172,7 @@ class Queue(RuleBasedStateMachine):
         short = commands.enqueue_one(self.q, new)
 
         def long(answer: LongWay) -> Command[list[Enqueued]]:
-            return commands.enqueue(self.q, [new], again=answer.resent)
+            return commands.enqueue(self.q, [new], since=LONG_AGO if answer.resent else None)
 
         def model(resent: bool) -> int | str:
             return self.model.enqueue(ModelJob(job.id, level, own_max, "", 0), 0, resent)
@@ -247,6 +249,13 @@ class Queue(RuleBasedStateMachine):
         return self.marker_taken
 
     def check_claim(self, got: ClaimReply, want: ModelClaim, woken: bool, ordered: bool) -> None:
+        for grant in got.grants:
+            job = self.model.jobs[grant.id]
+            expected = re.fullmatch(r"(\d+:\d+:\w+?)(g?)", job.token)
+            # the server's time is between the nonce and the mark of a limit
+            if expected and re.fullmatch(f"{expected[1]}t[0-9a-f]{{8}}{expected[2]}", grant.token):
+                job.fence_and_nonce = f":{grant.token.partition(':')[2]}"
+        want.grants = [(id, self.model.jobs[id].token, retries) for id, _token, retries in want.grants]
         grants = [(grant.id, grant.token, grant.retries) for grant in got.grants]
         assert (grants if ordered else sorted(grants)) == (want.grants if ordered else sorted(want.grants))
         assert (got.limited, got.promoted, got.reaped) == (want.limited, want.promoted, want.reaped)

@@ -26,6 +26,7 @@ from relay_core.errors import LeaseLost, Unavailable, UnsafeStore
 from relay_core.job import Enqueued, Job
 from relay_core.validation import JobSpec
 from relay_core.worker.held import Held
+from tests.aging import age_by
 from tests.proxy import Proxy, to_socket
 from tests.servers import Flavour, Server, eventually
 
@@ -383,6 +384,31 @@ def test_an_enqueue_that_is_sent_again_after_its_job_is_done_stores_nothing(
     assert answers == [Enqueued("it")]
     assert depths(broker) == (0, 0, 0, 0)
     assert broker.stats("q").counters["enqueued"] == 2  # with the one of before
+
+
+@pytest.mark.usefixtures("in_use")
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("options", WAYS)
+def test_an_enqueue_that_is_sent_again_is_not_taken_for_one_of_long_before(
+    proxy: Proxy, unlucky: Broker, broker: Broker, options: dict[str, str], many: bool
+) -> None:
+    """Its id was used before, and its first send never came to the server."""
+
+    def enqueue() -> Enqueued:
+        if many:
+            return unlucky.enqueue_many("q", [JobSpec(b"x", id="daily", **options)])[0]
+        return unlucky.enqueue("q", b"x", id="daily", **options)
+
+    assert enqueue() == Enqueued("daily")
+    age_by(broker, "q", 120)
+    proxy.cut_request(b"EVALSHA")
+    assert enqueue() == Enqueued("daily", duplicate=True)  # that one still waits
+    broker.ack(one(broker))
+    age_by(broker, "q", 120)
+    proxy.cut_request(b"EVALSHA")
+    assert enqueue() == Enqueued("daily")
+    assert proxy.pending == 0
+    assert depths(broker) == (1, 0, 0, 0)
 
 
 def test_a_claim_whose_reply_is_lost_gives_the_same_jobs_once(proxy: Proxy, unlucky: Broker) -> None:

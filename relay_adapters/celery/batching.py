@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ class Batch:
         self._channel = channel
         self._max_size = max_size
         self._jobs: list[tuple[str, JobSpec, Any]] = []
-        self._again = False
+        self._tried_at: float | None = None
+        """When the first try was sent of what may have been stored by one."""
         self._taken: list[tuple[str, Any]] = []
         """Messages whose ids were taken, each with its queue: they are stored under others, one by one."""
 
@@ -42,38 +44,44 @@ class Batch:
 
     def add(self, queue: str, spec: JobSpec, message: Any) -> None:
         # one whose publish was cut off on its way to several queues may be here already, or stored
-        self._again = self._again or bool(message.get(AGAIN))
+        self._first_try(message.get(AGAIN))
         self._jobs.append((queue, spec, message))
 
     def flush(self) -> None:
         """Store what was collected, confirmed. Raises Unavailable and the like."""
         self._store_taken()
-        jobs, again = self._jobs, self._again
+        jobs = self._jobs
         queues = dict.fromkeys(queue for queue, _spec, _message in jobs)
         broker = self.channel.broker
         for queue in queues:
-            mine = [(spec, message) for to, spec, message in jobs if to == queue]
+            started, mine = time.monotonic(), [(spec, message) for to, spec, message in jobs if to == queue]
             try:
                 specs = [spec for spec, _message in mine]
-                answers = broker.drive(broker.operations.enqueue_many(queue, specs, again))
+                answers = broker.drive(broker.operations.enqueue_many(queue, specs, self._tried_at))
             except Unavailable:
-                self._again = True
+                self._first_try(started)
                 raise
             self._jobs = [job for job in self._jobs if job[0] != queue]
             for (spec, message), answer in zip(mine, answers, strict=True):
                 if answer.duplicate and answer.id == spec.id:
                     self._taken.append((queue, message))
             self._store_taken()
-        self._again = False
+        self._tried_at = None
+
+    def _first_try(self, when: float | None) -> None:
+        if when is not None and (self._tried_at is None or when < self._tried_at):
+            self._tried_at = when
 
     def _store_taken(self) -> None:
         while self._taken:
             queue, message = self._taken[0]
             fresh = message.pop(BATCH, None) is not None
+            started = time.monotonic()
             try:
                 self.channel._put(queue, message, taken=int(fresh))
             except Unavailable:
-                message[AGAIN] = True
+                if message.get(AGAIN) is None:
+                    message[AGAIN] = started
                 raise
             del self._taken[0]
 
@@ -86,5 +94,5 @@ class Batch:
 
 
 BATCH, AGAIN = "relay_batch", "relay_again"
-"""Under these names a message on its way knows its batch, and whether it may have been stored before; neither is ever
-stored."""
+"""Under these names a message on its way knows its batch, and `time.monotonic()` of its first try where that may have
+stored it; neither is ever stored."""

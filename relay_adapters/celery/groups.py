@@ -32,19 +32,19 @@ class Gathered(Batch):
     def __init__(self, producer: Any) -> None:
         # a producer gets another channel where its connection is made anew, to another broker maybe
         super().__init__(lambda: producer.channel, MESSAGES)
-        self._bytes, self._since = 0, 0.0
+        self._bytes, self._oldest = 0, 0.0
 
     def make_room(self) -> None:
         """Store what there is, where it is enough or has waited long enough. Raises Unavailable and the like: then it
         is all still there, for another try."""
         if self._jobs and (
-            len(self._jobs) >= MESSAGES or self._bytes >= BYTES or time.monotonic() - self._since >= SECONDS
+            len(self._jobs) >= MESSAGES or self._bytes >= BYTES or time.monotonic() - self._oldest >= SECONDS
         ):
             self.flush()
 
     def add(self, queue: str, spec: JobSpec, message: Any) -> None:
         if not self._jobs:
-            self._bytes, self._since = 0, time.monotonic()
+            self._bytes, self._oldest = 0, time.monotonic()
         self._bytes += len(spec.payload)
         super().add(queue, spec, message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
-from relay_core.commands import LongWay
 from relay_core.errors import InvalidArgument, Unavailable
 
 _ID = "relay_id"
@@ -39,9 +39,9 @@ class Publishing(Routing):
         stays, and what was stored by then is not stored twice."""
         headers, properties = message["headers"], message["properties"]
         lease = headers.pop(inhand.LEASE, None)
-        again = properties.pop(AGAIN, None)
-        message[_ID], message[AGAIN] = again or job_id_of(headers), again is not None
-        if lease is not None and again is None:
+        id, since = properties.pop(AGAIN, None) or (job_id_of(headers), None)
+        message[_ID], message[AGAIN], started = id, since, time.monotonic()
+        if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
             self._inplace_augment_message(message, exchange, routing_key)
             try:
@@ -57,7 +57,7 @@ class Publishing(Routing):
                 message[BATCH] = gathered
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable:
-            properties[AGAIN] = message[_ID]
+            properties[AGAIN] = message[_ID], started if since is None else since
             raise
 
     def _put(
@@ -77,9 +77,9 @@ class Publishing(Routing):
         if (batch := message.get(BATCH)) is not None and (terms is None or terms.length is None):
             batch.add(queue, JobSpec(payload, **options), message)
             return
-        if message.get(AGAIN):
+        if (since := message.get(AGAIN)) is not None:
             spec = JobSpec(payload, **options)
-            answer = self.broker.drive(self.broker.operations.enqueue(queue, spec, LongWay(True)))
+            answer = self.broker.drive(self.broker.operations.enqueue(queue, spec, since=since))
         else:
             answer = self.broker.enqueue(queue, payload, **options)
         while answer.duplicate and answer.id == options["id"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -18,7 +20,9 @@ class Command(Generic[T]):
 
     :ivar parse: `(reply, resent) -> T`; `resent` is True when an earlier send of this same command may
         have run without its reply arriving, so "already done" means success
-    :ivar resent_at: index in `args` of the flag that tells the script of a re-send, or None
+    :ivar resent_at: index in `args` of what tells the script of a re-send: 0, or milliseconds since the first send; or
+        None
+    :ivar since: `time.monotonic()` at which an earlier command was sent that may have done the same, or None
     :ivar durable: True when the shells must confirm it as the broker's `durability` asks
     """
 
@@ -28,10 +32,17 @@ class Command(Generic[T]):
     parse: Callable[[Any, bool], T]
     resent_at: Final[int | None] = None
     durable: Final[bool] = False
+    since: Final[float | None] = None
 
-    def wire(self, resent: bool = False) -> tuple[Arg, ...]:
-        """`sha numkeys keys... args...`, what follows EVALSHA on the wire."""
+    def wire(self, since: float | None = None) -> tuple[Arg, ...]:
+        """`sha numkeys keys... args...`, what follows EVALSHA on the wire.
+
+        :param since: `time.monotonic()` of its first send, where that may have run
+        """
         args = self.args
-        if resent and self.resent_at is not None:
-            args = (*args[: self.resent_at], 1, *args[self.resent_at + 1 :])
+        if self.since is not None:
+            since = self.since
+        if since is not None and self.resent_at is not None:
+            age = max(1, math.ceil((time.monotonic() - since) * 1000))
+            args = (*args[: self.resent_at], age, *args[self.resent_at + 1 :])
         return (self.script.sha, len(self.keys), *self.keys, *args)

@@ -167,22 +167,22 @@ class Stored(list[Enqueued]):
         self.founded = founded
 
 
-def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Command[Stored]:
+def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None) -> Command[Stored]:
     """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate.
 
-    :param again: an earlier command may have stored them, as a first send would have
+    :param since: `time.monotonic()` at which an earlier command was sent that may have stored them
     """
     levels = {job.record[:1] for job in jobs}
-    args: list[Arg] = [LAYOUT, int(again), b"".join(levels)]
+    args: list[Arg] = [LAYOUT, 0, b"".join(levels)]
     for job in jobs:
         args += job
 
-    def parse(reply: Sequence[Any], resent: bool) -> Stored:
+    def parse(reply: Sequence[Any], _resent: bool) -> Stored:
         founded, *answers = reply
         return Stored(
             (
                 Enqueued(job.id)
-                if answer == 1 or (answer == 0 and (resent or again))
+                if answer == 1
                 else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
                 for job, answer in zip(jobs, answers, strict=True)
             ),
@@ -191,7 +191,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, again: bool = False) -> Com
 
     lists = [q.ready[int(level)] for level in levels]
     keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, *lists)
-    return Command(scripts.load("enqueue"), keys, tuple(args), parse, resent_at=1, durable=True)
+    return Command(scripts.load("enqueue"), keys, tuple(args), parse, resent_at=1, durable=True, since=since)
 
 
 def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:

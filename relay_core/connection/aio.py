@@ -50,7 +50,7 @@ class AsyncStore:
                 if not isinstance(reply, Exception):
                     return command.parse(reply, False)
             first = (address, outcome)
-        call = attempts.call_for(command)
+        call = attempts.call_for(command, started)
         await self._drive(attempts.settle([call], self._router, self._policy, started, first))
         result: T = call.outcome()
         return result

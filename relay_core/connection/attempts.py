@@ -84,6 +84,7 @@ class Call:
     :ivar load: True when its script goes along with the next send
     :ivar trouble: why the last send came to nothing; empty if it may be repeated at once
     :ivar resent: True once an earlier send may have run
+    :ivar started: `time.monotonic()` of the first send
     :ivar result: what `parse` made of the reply, once `done`
     :ivar error: what to raise instead, once `done`
     """
@@ -100,6 +101,7 @@ class Call:
         "resent",
         "result",
         "script",
+        "started",
         "target",
         "trouble",
         "wire",
@@ -107,16 +109,18 @@ class Call:
 
     def __init__(
         self,
-        wire: Callable[[bool], tuple[Arg, ...]],
+        wire: Callable[[float | None], tuple[Arg, ...]],
         parse: Callable[[Any, bool], Any],
         *,
         key: bytes | None = None,
         script: Script | None = None,
         durable: bool = False,
         target: Address | None = None,
+        started: float | None = None,
     ) -> None:
         self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
         self.target = target
+        self.started = time.monotonic() if started is None else started
         self.resent = self.done = self.load = False
         self.ask_at: Address | None = None
         self.result: Any = None
@@ -152,13 +156,15 @@ class Call:
             self.blocked(judged, at)
 
 
-def call_for(command: Command[Any]) -> Call:
+def call_for(command: Command[Any], started: float | None = None) -> Call:
+    """:param started: `time.monotonic()` of its first send. Default: now"""
     return Call(
-        lambda resent: ("EVALSHA", *command.wire(resent)),
+        lambda since: ("EVALSHA", *command.wire(since)),
         command.parse,
         key=command.keys[0] if command.keys else None,
         script=command.script,
         durable=command.durable,
+        started=started,
     )
 
 
@@ -166,7 +172,7 @@ def raw_call(args: tuple[Arg, ...], target: Address | None = None) -> Call:
     """A plain command; it is routed by its second word, as most commands name their key there."""
     key = args[1] if len(args) > 1 else None
     return Call(
-        lambda resent: args,
+        lambda since: args,
         lambda reply, resent: reply,
         key=key.encode() if isinstance(key, str) else key if isinstance(key, bytes) else None,
         target=target,
@@ -311,7 +317,7 @@ def _send(address: Address, group: Sequence[Call], router: Router, policy: Polic
         if call.ask_at is not None:
             wires.append(("ASKING",))
             owners.append(None)
-        wires.append(call.wire(call.resent))
+        wires.append(call.wire(call.started if call.resent else None))
         owners.append(call)
     confirm = policy.confirm if any(call.durable for call in group) else None
     if confirm is not None:

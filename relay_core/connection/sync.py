@@ -63,7 +63,7 @@ class SyncStore:
         :param started: `time.monotonic()` from which `retry_for` counts
         :param outcome: how a first send to that `address` already ended
         """
-        call = attempts.call_for(command)
+        call = attempts.call_for(command, started)
         first = None if address is None or outcome is None else (address, outcome)
         self._drive(attempts.settle([call], self._router, self._policy, started, first))
         result: T = call.outcome()

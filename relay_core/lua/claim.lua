@@ -10,7 +10,7 @@
 -- KEYS[7] f LIST ids finished lately
 -- KEYS[8..17] LIST id, the ready lists of the levels that are named below, in their order
 -- ARGV[1] layout version | ARGV[2] the levels that the caller knows to be in use, highest first, a digit each
--- ARGV[3] 1 when an earlier send may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
+-- ARGV[3] 0, or ms since an earlier send that may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
 -- ARGV[7] 1 when the caller took the wake marker
 -- ARGV[8..] two per ack, at most 200 jobs, each named once: id | token
 -- returns {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does; or
@@ -25,7 +25,7 @@ local woken, args = ARGV[7] == '1', ARGV
 local set = redis.call('HMGET', config, 'v', 'levels', 'due', 'gate')
 local found, levels, due = set[1], set[2] or '', tonumber(set[3] or nil)
 --@include layout
-if levels ~= named or set[4] or (due and due <= now) or resent == '1' then return levels end
+if levels ~= named or set[4] or (due and due <= now) or resent ~= '0' then return levels end
 
 local done, past
 if #args > 7 then
@@ -79,7 +79,7 @@ if ids then
   local deadline = now + lease_ms
   -- as text once: a number is formatted anew for each job; %.0f is exact
   local deadline_text = string.format('%.0f', deadline)
-  local tail, held, until_then, at, n = ':' .. nonce, {}, {}, #reply, 0
+  local tail, held, until_then, at, n = string.format(':%st%x', nonce, now / 1000), {}, {}, #reply, 0
   for i, id in ipairs(ids) do
     local token = '1:' .. fence + i .. tail
     held[n + 1], held[n + 2] = id, token .. ' 0 h'

@@ -8,7 +8,7 @@
 -- KEYS[5] o HASH id -> delivery state
 -- KEYS[6..15] LIST id, the ready lists of the levels that are named below, in their order
 -- ARGV[1] layout version | ARGV[2] the levels that the caller knows to be in use, highest first, a digit each
--- ARGV[3] 1 when an earlier send may have run | ARGV[4] lease, ms | ARGV[5] nonce
+-- ARGV[3] 0, or ms since an earlier send that may have run | ARGV[4] lease, ms | ARGV[5] nonce
 -- returns {hint ms, now, id, token, record} | {hint ms, now}: none is ready; -1: only a wake-up tells | levels, a text:
 --   nothing was done, take the long way, which is finish
 -- moves: ready -> inflight | cost O(log inflight)
@@ -19,13 +19,13 @@ local layout, named, resent, lease_ms, nonce = ARGV[1], ARGV[2], ARGV[3], ARGV[4
 local set = redis.call('HMGET', config, 'v', 'levels', 'due', 'gate')
 local found, levels, due = set[1], set[2] or '', tonumber(set[3] or nil)
 --@include layout
-if levels ~= named or set[4] or (due and due <= now) or resent == '1' then return levels end
+if levels ~= named or set[4] or (due and due <= now) or resent ~= '0' then return levels end
 
 for n = 1, #named do
   local id = redis.call('LPOP', KEYS[FIRST_LIST + n])
   if id then
     local record = redis.call('HGET', jobs, id)
-    local token = string.format('1:%d:%s', redis.call('HINCRBY', counters, 'claimed', 1), nonce)
+    local token = string.format('1:%d:%st%x', redis.call('HINCRBY', counters, 'claimed', 1), nonce, now / 1000)
     if not record or redis.call('HSETNX', owners, id, token .. ' 0 h') == 0 then
       -- claimed before, perhaps one delivery over its bound: it goes back, the long way looks closer
       redis.call('HINCRBY', counters, 'claimed', -1)

@@ -9,16 +9,18 @@
 -- KEYS[7] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[8] f LIST ids finished lately
 -- KEYS[9..18] LIST id, the ready lists of the levels that the third argument names, in its order
--- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run
+-- ARGV[1] layout version | ARGV[2] 0, or ms since an earlier send that may have run
 -- ARGV[3] the levels of these jobs, a digit each
 -- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
 --   dedup: '' or '<ms, 0 until done>:<key>' | record without its creation time; its first byte is the level
--- returns {1 where the queue had no settings, answer per job}: 1 stored, 0 that id is stored (re-sent: or finished), else id that holds the dedup key
+-- returns {1 where the queue had no settings, answer per job}: 1 stored, now or by the earlier send, 0 that id is another
+--   job's, else id that holds the dedup key
 -- moves: none -> ready | none -> delayed | cost O(jobs log delayed), re-sent: and O(ids finished lately)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, dedup, dedup_expiry, finished = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local FIRST_LIST = 8 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
-local layout, resent, named, args = ARGV[1], ARGV[2] == '1', ARGV[3], ARGV
+local layout, age, named, args = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV
+local LATE = 60000 -- ms for which this send may have been on its way; what is older by more is not the earlier send's
 --@include clock
 
 local set = redis.call('HMGET', config, 'v', 'levels')
@@ -28,13 +30,15 @@ local found, levels = set[1], set[2] or ''
 local ids, known = {}, {}
 for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 -- a lone job without a dedup key is checked by its own write below
-if #ids > 1 or resent or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
+if #ids > 1 or age > 0 or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
 
+local resent, since = age > 0, now - age - LATE
 local answers, puts, pushes, stored, duplicates = {found and 0 or 1}, {}, {}, {}, 0
 local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
   local taken, holder, keep = known[i] or stored[id], nil, nil
+  local own = resent and not (known[i] and tonumber(string.match(known[i], '^%d+')) < since)
   if key ~= '' and not taken then
     keep, key = string.match(key, '^(%d+):(.*)$')
     holder = redis.call('HGET', dedup, key)
@@ -46,9 +50,12 @@ for i, id in ipairs(ids) do
     -- a re-send may come after a worker has already finished the job of the first send
     if not past then
       past = {}
-      for _, receipt in ipairs(redis.call('LRANGE', finished, 0, -1)) do past[string.match(receipt, '^%S+')] = true end
+      for _, receipt in ipairs(redis.call('LRANGE', finished, 0, -1)) do
+        local one, claimed = string.match(receipt, '^(%S+)[^t]*t?(%x*)')
+        past[one] = (tonumber(claimed, 16) or now) * 1000
+      end
     end
-    taken = past[id]
+    taken = past[id] and past[id] >= since
   end
   if not taken and not holder then
     if #ids == 1 then
@@ -59,7 +66,7 @@ for i, id in ipairs(ids) do
     end
   end
   if taken then
-    answers[i + 1] = 0
+    answers[i + 1] = own and 1 or 0
   elseif holder then
     answers[i + 1] = holder
     duplicates = duplicates + 1

@@ -4,12 +4,12 @@
 -- KEYS[2] j HASH id -> record
 -- KEYS[3] m ZSET wake marker
 -- KEYS[4] LIST id, the ready list of the job's level
--- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run
+-- ARGV[1] layout version | ARGV[2] 0, or ms since an earlier send that may have run
 -- ARGV[3] id | ARGV[4] record without its creation time; its first byte is the level
 -- returns 1 stored | 0 nothing was done, take the long way, which is enqueue
 -- moves: none -> ready | cost O(1)
 local config, jobs, marker, ready = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local layout, resent, id, record = ARGV[1], ARGV[2] == '1', ARGV[3], ARGV[4]
+local layout, resent, id, record = ARGV[1], ARGV[2] ~= '0', ARGV[3], ARGV[4]
 --@include clock
 local set = redis.call('HMGET', config, 'v', 'levels')
 local found, levels = set[1], set[2]

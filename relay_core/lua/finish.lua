@@ -13,7 +13,7 @@
 -- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[12..21] r0..r9 LIST id, one per priority level
 -- KEYS[22] f LIST ids finished lately
--- ARGV[1] layout version | ARGV[2] 1 when an earlier send may have run | ARGV[3] count to claim, 0..200
+-- ARGV[1] layout version | ARGV[2] 0, or ms since an earlier send that may have run | ARGV[3] count to claim, 0..200
 -- ARGV[4] lease, ms | ARGV[5] nonce | ARGV[6] max deliveries of jobs that name none
 -- ARGV[7] how long dead jobs are kept, ms | ARGV[8] 1 when the caller took the wake marker
 -- ARGV[9] number of acks, 0..200 | ARGV[10] number of nacks, 0..200
@@ -27,7 +27,7 @@ local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local dedup, dedup_expiry = KEYS[10], KEYS[11]
 local READY = 12 -- the ready list of level n is KEYS[READY + n]
 local finished = KEYS[22]
-local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] ~= '0', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local max_deliveries, keep_ms, woken = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
 local acks, nacks, items_from = tonumber(ARGV[9]), tonumber(ARGV[10]), 11
 --@include clock

@@ -28,10 +28,13 @@ class Enqueueing(Base):
         super().__init__(settings, plugins)
         self._registered: set[str] = set()
 
-    def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes], again: bool = False) -> Flow[list[Enqueued]]:
+    def enqueue_many(
+        self, queue: str, specs: Iterable[JobSpec | bytes], since: float | None = None
+    ) -> Flow[list[Enqueued]]:
         """All are checked before the first is sent.
 
-        :param again: an earlier call may have stored jobs of these ids: such a job is no duplicate, done or not
+        :param since: `time.monotonic()` of an earlier call that may have stored them: what it stored is no
+            duplicate, done or not
         """
         checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
         if self.plugins.wants("relay_add_headers"):
@@ -42,7 +45,7 @@ class Enqueueing(Base):
         for name in {placed[batch[0]][0] for batch in batches} - self._registered:
             yield from self.register(name)
         built = [
-            commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch], again=again)
+            commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch], since=since)
             for batch in batches
         ]
         failed: RelayError | None = None
@@ -85,27 +88,35 @@ class Enqueueing(Base):
             self._tell_enqueued(queue, JobSpec(b"", headers=headers), answer)
         return answer
 
-    def enqueue(self, queue: str, spec: JobSpec, answer: LongWay | None = None) -> Flow[Enqueued]:
+    def enqueue(
+        self, queue: str, spec: JobSpec, answer: LongWay | None = None, since: float | None = None
+    ) -> Flow[Enqueued]:
         """`enqueue_many` of one, without the lists that many need.
 
-        :param answer: of the short way, where that was taken; LongWay(True) when an earlier call may have stored it
+        :param answer: of the short way, where that was taken
+        :param since: `time.monotonic()` of the short way's send, or of an earlier call that may have stored it
         """
         if self.plugins.wants("relay_add_headers"):
             spec = self.with_headers(queue, spec)
         queue, job = self.place(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
-        enqueued = yield from self._enqueue_one(queue, job, answer)
+        enqueued = yield from self._enqueue_one(queue, job, answer, since)
         self._tell_enqueued(queue, spec, enqueued)
         return enqueued
 
-    def _enqueue_one(self, queue: str, job: NewJob, answer: Enqueued | LongWay | None) -> Flow[Enqueued]:
+    def _enqueue_one(
+        self, queue: str, job: NewJob, answer: Enqueued | LongWay | None, since: float | None
+    ) -> Flow[Enqueued]:
         q = self.settings.keys(queue)
-        if answer is None and not (job.due or job.dedup):
+        if answer is None and since is None and not (job.due or job.dedup):
+            since = time.monotonic()
             answer = yield commands.enqueue_one(q, job)
         if isinstance(answer, Enqueued):
             return answer
-        stored: Stored = yield commands.enqueue(q, (job,), again=answer is not None and answer.resent)
+        if answer is not None and not answer.resent:
+            since = None
+        stored: Stored = yield commands.enqueue(q, (job,), since=since)
         if stored.founded:
             yield from self.register(queue, anew=True)
         return stored[0]

@@ -47,7 +47,7 @@ if ids then
   -- as text once: a number is formatted anew for each job; %.0f is exact
   local deadline_text = string.format('%.0f', deadline)
   -- a token that ends in g tells the ack that max_inflight may hold workers back
-  local tail = ':' .. nonce .. (set[4] and 'g' or '')
+  local tail = string.format(':%st%x', nonce, now / 1000) .. (set[4] and 'g' or '')
   local held, until_then, at = {}, {}, 7
   for i, id in ipairs(ids) do
     local record, token, retries = records[i], nil, '0'

@@ -1,4 +1,5 @@
--- owner: a job's delivery state, `<deliveries>:<fence>:<nonce> <retries> <flag>`
+-- owner: a job's delivery state, `<deliveries>:<fence>:<nonce> <retries> <flag>`; the nonce is the caller's, a t, the time
+--   of the claim in unix seconds, hexadecimal, and a g under limits
 -- flag h: held by a lease; n: its holder nacked it; r: taken from its holder, or handed back
 -- parse_owner(text): token, deliveries, nonce, retries, flag; zeros for a job that was never claimed
 local function parse_owner(text)
