@@ -90,10 +90,16 @@ class Loop:
         self.queue, self.got = fresh("loop"), list[Any]()
         kombu.Queue(self.queue)(self.channel).declare()
         self.channel.basic_qos(0, prefetch, False)
-        self.channel.basic_consume(self.queue, False, self.got.append, fresh("tag"))
+        self.received: Callable[[Any], object] = lambda message: None
+        """Called with each message as it is delivered, before it is among those that were got."""
+        self.channel.basic_consume(self.queue, False, self._receive, fresh("tag"))
         connection.transport.register_with_event_loop(connection.connection, self.hub)
         self.watch: Any = connection.transport._watches[self.channel, "jobs"]
         self._turns = self.hub.create_loop()
+
+    def _receive(self, message: Any) -> None:
+        self.received(message)
+        self.got.append(message)
 
     def all_done(self, engine: Broker) -> list[int]:
         """Ack what comes until the queue is empty: the bodies, in turn."""
@@ -103,7 +109,8 @@ class Loop:
             while self.got:
                 message = self.got.pop(0)
                 done.append(message.payload)
-                message.ack()
+                if not message.acknowledged:
+                    message.ack()
             stats = engine.stats(self.queue)
             assert stats.inflight <= self.prefetch
             return not stats.ready + stats.inflight

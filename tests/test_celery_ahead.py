@@ -268,6 +268,19 @@ def test_under_an_event_loop_all_messages_come_once_while_their_acks_go_with_the
     assert all(claim is not None for claim in claims)
 
 
+def test_while_the_pool_has_tasks_waiting_few_are_not_asked_for(loop: Loop, engine: Broker) -> None:
+    rooms: list[int] = []
+    stock = loop.channel.claim_ahead
+    loop.channel.claim_ahead = lambda room, sender: rooms.append(room) or stock(room, sender)
+    for n in range(20):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    # the first of them starts, and is acked, while the rest is still handed over
+    loop.received = lambda message: None if len(loop.got) % 3 else message.ack()
+    assert sorted(loop.all_done(engine)) == list(range(20))
+    assert len(rooms) >= 5
+    assert min(rooms) >= 3
+
+
 def test_a_loop_hears_a_connection_that_took_the_number_of_one_before(
     loop: Loop, engine: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,8 +106,12 @@ class Watch:
         saves two of three round trips.
         """
         if self.hungry:
-            return room * 4 >= self.channel.qos.prefetch_count * 3 or not waiting_in_pool()
+            return self._enough(room)
         return now >= self.look_at or self.channel.leases.pending(self.channel.consumed)
+
+    def _enough(self, room: int) -> bool:
+        """Whether a claim of so many is worth its round trip."""
+        return room * 4 >= self.channel.qos.prefetch_count * 3 or not waiting_in_pool()
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
         found, retry_after = self.channel.claim(room, True, ahead)
@@ -153,9 +157,11 @@ class Watch:
                 break
             if not channel.qos.can_consume() or self._held_back():
                 break
-            if len(self.waiting) == 1 and self.hungry and self.ahead is None and (room := channel.qos.room(1)):
+            if len(self.waiting) == 1 and self.hungry and self.ahead is None:
                 # a pool that runs a task in the loop's own thread runs the last one meanwhile
-                self._claim_ahead(room)
+                room = channel.qos.room(1)
+                if room and self._enough(room):
+                    self._claim_ahead(room)
             raw, queue = self.waiting.popleft()
             if queue not in channel.consumed:
                 channel.take_back([(raw, queue)])
