@@ -86,7 +86,7 @@ def test_it_is_sent_at_once_with_the_acks_that_wait_and_its_reply_is_taken_later
         assert here.counts() == (1, 3)
         assert here.take(ahead) == [1, 2, 3]
         assert here.leases.holding == 3
-        assert not here.leases.pending([here.queue])
+        assert not here.leases.owed.pending([here.queue])
 
 
 def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Server, engine: Broker) -> None:
@@ -130,7 +130,7 @@ def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> N
         own.kill()
         with pytest.raises(Unavailable):
             here.take(ahead)
-        assert here.leases.pending([here.queue])
+        assert here.leases.owed.pending([here.queue])
         own.start()
         eventually(lambda: here.counts() == (2, 0), "the ack to arrive")
 

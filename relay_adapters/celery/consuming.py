@@ -117,13 +117,13 @@ class Consuming(Settling):
         return kept
 
     def _claim_one(self, queue: str, room: int, woken: bool) -> Any:
-        flows, acks = self.broker.operations, self.leases.take_acks(queue)
+        flows, acks = self.broker.operations, self.leases.owed.take_acks(queue)
         if not acks:
             return self.broker.drive(flows.claim((queue,), room, 0.0, woken))
         try:
             acked, _, jobs = self.broker.drive(flows.finish(queue, [held.job for held in acks], (), room, woken))
         except BaseException:
-            self.leases.unsent(acks)
+            self.leases.owed.unsent(acks)
             raise
         self.leases.sent(acks, acked)
         return jobs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from relay_adapters.celery import burial
-from relay_adapters.celery.leases import Held
+from relay_adapters.celery.held import Held
 from relay_core import Broker, Verdict
 
 _SOONEST = 0.1

@@ -18,7 +18,8 @@ from relay_core.connection import SyncStore
 from relay_core.errors import RelayError
 
 if TYPE_CHECKING:
-    from relay_adapters.celery.leases import Held, Leases
+    from relay_adapters.celery.held import Held
+    from relay_adapters.celery.leases import Leases
 
 
 def start(leases: Leases) -> None:

@@ -1,6 +1,6 @@
 """The leases of a process's Celery messages: kept by a thread, so that no pool and no task can hold them up.
 
-Acks that an event loop left pending, and releases that a lost connection left undone, are made up for by that thread.
+What is owed to the server, see `owed.py`, is told it by that thread where no claim takes it along.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay_adapters.celery import children, greenbeat
 from relay_adapters.celery.apart import Apart
+from relay_adapters.celery.held import Held
+from relay_adapters.celery.owed import LINGER, Owed
 from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("relay.celery")
 
-LINGER = 0.01
-"""Seconds for which an ack may be pending, so that many go in one round trip."""
-
 _AGAIN = 0.25
 """Seconds until what an unreachable server left undone is tried again."""
 
@@ -39,29 +37,6 @@ _DECISION = 0.05
 
 _NOTICE, _SELDOM = 1.0, 3600.0
 """Seconds between looks at whether the worker was told to stop, while it holds messages, and while it holds none."""
-
-_MOST = 200
-
-
-@dataclass(slots=True)
-class Held:
-    """One delivery that this process holds."""
-
-    tag: str
-    job: Job
-    until: float
-    """Monotonic time at which the lease ends, as far as this process knows."""
-    started: bool = False
-    task: bool = False
-    """True once a Celery worker made a task's request of it."""
-    untold: bool = False
-    """True where nobody tells when this task starts, for it has a strategy of its own, as celery-batches has."""
-    acked: bool = False
-    lost: bool = False
-    expected: bool = False
-    """True when the task that ran ended the delivery by itself: that its ack finds it gone is no surprise."""
-    cause: BaseException | None = None
-    """Why the task failed, where Celery said so."""
 
 
 class Leases:
@@ -76,10 +51,7 @@ class Leases:
         """A child of a fork holds nothing: its parent does."""
         self._lock = threading.Lock()
         self._held: dict[str, Held] = {}
-        self._acks: dict[str, list[Held]] = {}
-        self._acks_since = 0.0
-        self._releases: list[Job] = []
-        self._refusals: list[tuple[Held, Callable[[], object]]] = []
+        self.owed = Owed()
         self._ahead: list[Ahead] = []
         self._leave_at = 0.0
         self._event = threading.Event()
@@ -173,34 +145,14 @@ class Leases:
             if held is None or held.acked:
                 return False
             held.acked = True
-            if not self._acks:
-                self._acks_since = time.monotonic()
-            self._acks.setdefault(held.job.queue, []).append(held)
+            self.owed.ack(held)
             watching, self._watching = self._watching, True
         if not watching:
             self._event.set()
         return True
 
-    def pending(self, queues: Iterable[str]) -> bool:
-        """True while acks of one of these queues wait to be sent."""
-        acks = self._acks
-        return bool(acks) and any(queue in acks for queue in queues)
-
-    def take_acks(self, queue: str, most: int = _MOST) -> list[Held]:
-        """Acks to send now, of one queue. Report back by `sent` or `unsent`."""
-        with self._lock:
-            waiting = self._acks.get(queue)
-            if not waiting:
-                return []
-            taken, left = waiting[:most], waiting[most:]
-            if left:
-                self._acks[queue] = left
-            else:
-                del self._acks[queue]
-            return taken
-
     def sent(self, taken: Sequence[Held], verdicts: Iterable[Verdict]) -> None:
-        """What became of acks that were taken."""
+        """What became of acks that were taken from what is owed."""
         with self._lock:
             for held, verdict in zip(taken, verdicts, strict=True):
                 self._held.pop(held.tag, None)
@@ -211,12 +163,6 @@ class Leases:
                     _warn_lost(held, "its ack came too late, and it may run again")
         self.apart.changed()
 
-    def unsent(self, taken: Sequence[Held]) -> None:
-        """They could not be sent, and stay pending. Their leases are kept."""
-        with self._lock:
-            for held in taken:
-                self._acks.setdefault(held.job.queue, []).append(held)
-
     def refuse_later(self, held: Held, refuse: Callable[[], object]) -> None:
         """The server is not there: refuse a message once it is. Its lease is kept until then.
 
@@ -225,39 +171,13 @@ class Leases:
         with self._lock:
             held.acked = True  # whatever becomes of it, its delivery is over
             self._held[held.tag] = held
-            self._refusals.append((held, refuse))
+            self.owed.refuse(held, refuse)
         self._event.set()
 
     def flush(self) -> None:
         """Send what is pending: acks, and releases and refusals that could not be sent before. Raises Unavailable and
         the like."""
-        for queue in list(self._acks):
-            while taken := self.take_acks(queue):
-                try:
-                    verdicts = self.broker.ack_many([held.job for held in taken])
-                except BaseException:
-                    self.unsent(taken)
-                    raise
-                self.sent(taken, verdicts)
-        if self._releases:
-            with self._lock:
-                jobs, self._releases = self._releases, []
-            try:
-                self.broker.release(jobs)
-            except BaseException:
-                with self._lock:
-                    self._releases += jobs
-                raise
-        while self._refusals:
-            with self._lock:
-                held, refuse = self._refusals.pop(0)
-            try:
-                refuse()
-            except BaseException:
-                with self._lock:
-                    self._refusals.insert(0, (held, refuse))
-                raise
-            self.pop(held.tag)
+        self.owed.pay(self.broker, self.sent, self.pop)
 
     def hand_back(self, tags: Iterable[str], *, started: bool = False, wait: bool = True) -> None:
         """Release what was not started; what runs keeps its lease, also where only a pool's child knows that it does.
@@ -317,7 +237,7 @@ class Leases:
     def _let_go(self, held: Held) -> None:
         del self._held[held.tag]
         self._row.lost(held.tag)
-        self._releases.append(held.job)
+        self.owed.release(held.job)
 
     def leave(self, now: float) -> float:
         """Hand back what was not started when the worker stops: its channels close only when the last task has ended,
@@ -400,13 +320,9 @@ class Leases:
             if time.monotonic() <= self._sure:
                 return
             for held in [held for held in self._held.values() if self._row.does(held.tag) == children.WAITS]:
-                acks = self._acks.get(held.job.queue, [])
-                if held in acks:
-                    acks.remove(held)
-                elif held.acked:
-                    continue
+                if held.acked and not self.owed.withdraw(held):
+                    continue  # what becomes of that ack is not known
                 self._let_go(held)
-            self._acks = {queue: acks for queue, acks in self._acks.items() if acks}
 
     def work(self) -> float:
         """What the thread has to do now: seconds until it has to look again."""
@@ -425,17 +341,17 @@ class Leases:
                 logger.warning("leases could not be extended, next try in 1 s: %s", error)
                 self.give_up()
         stopping = self.leave(now)
-        if self._releases or self._refusals or (self._acks and now - self._acks_since >= LINGER):
+        if self.owed.due(now):
             try:
                 self.flush()
             except RelayError as error:
                 logger.debug("acks are pending, the server is not there: %s", error)
                 return _AGAIN
-        if self._acks or abandoned:
+        if self.owed.acks or abandoned:
             return LINGER
         self._watching = False
         # an ack may have become pending between these lines, unseen by the thread that left it
-        return LINGER if self._acks else max(0.0, min(self._next_beat - time.monotonic(), stopping))
+        return LINGER if self.owed.acks else max(0.0, min(self._next_beat - time.monotonic(), stopping))
 
 
 def _warn_lost(held: Held, what: str) -> None:

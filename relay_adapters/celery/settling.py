@@ -8,7 +8,8 @@ from typing import Any
 
 from relay_adapters.celery import failing
 from relay_adapters.celery.deadletters import DeadLetters
-from relay_adapters.celery.leases import Held, Leases
+from relay_adapters.celery.held import Held
+from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker
 from relay_core.errors import LeaseLost, Unavailable

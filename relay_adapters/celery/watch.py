@@ -68,7 +68,7 @@ class Watch:
         if self.hungry:  # acks that are pending go along with the claim that comes
             room = self.channel.qos.room()
             return not room or not self._wants(room, now)
-        if self.channel.leases.pending(self.queues):
+        if self.channel.leases.owed.pending(self.queues):
             return False
         return bell.armed or not self.channel.qos.can_consume()
 
@@ -107,7 +107,7 @@ class Watch:
         """
         if self.hungry:
             return self._enough(room)
-        return now >= self.look_at or self.channel.leases.pending(self.channel.consumed)
+        return now >= self.look_at or self.channel.leases.owed.pending(self.channel.consumed)
 
     def _enough(self, room: int) -> bool:
         """Whether a claim of so many is worth its round trip."""

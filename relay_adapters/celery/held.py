@@ -1,0 +1,28 @@
+"""One delivery that this process holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from relay_core import Job
+
+
+@dataclass(slots=True)
+class Held:
+    """One delivery that this process holds."""
+
+    tag: str
+    job: Job
+    until: float
+    """Monotonic time at which the lease ends, as far as this process knows."""
+    started: bool = False
+    task: bool = False
+    """True once a Celery worker made a task's request of it."""
+    untold: bool = False
+    """True where nobody tells when this task starts, for it has a strategy of its own, as celery-batches has."""
+    acked: bool = False
+    lost: bool = False
+    expected: bool = False
+    """True when the task that ran ended the delivery by itself: that its ack finds it gone is no surprise."""
+    cause: BaseException | None = None
+    """Why the task failed, where Celery said so."""

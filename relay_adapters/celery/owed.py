@@ -1,0 +1,125 @@
+"""What this process has still to tell the server of its messages: acks that wait for company, and what it could not
+tell while that was away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from relay_adapters.celery.held import Held
+from relay_core import Broker, Job, Verdict
+
+LINGER = 0.01
+"""Seconds for which an ack may be pending, so that many go in one round trip."""
+
+_MOST = 200
+
+
+class Owed:
+    """Acks by queue, releases and refusals. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._acks: dict[str, list[Held]] = {}
+        self._acks_since = 0.0
+        self._releases: list[Job] = []
+        self._refusals: list[tuple[Held, Callable[[], object]]] = []
+
+    @property
+    def acks(self) -> bool:
+        """Whether acks are pending."""
+        return bool(self._acks)
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to pay."""
+        return bool(self._releases or self._refusals or (self._acks and now - self._acks_since >= LINGER))
+
+    def ack(self, held: Held) -> None:
+        with self._lock:
+            if not self._acks:
+                self._acks_since = time.monotonic()
+            self._acks.setdefault(held.job.queue, []).append(held)
+
+    def pending(self, queues: Iterable[str]) -> bool:
+        """True while acks of one of these queues wait to be sent."""
+        acks = self._acks
+        return bool(acks) and any(queue in acks for queue in queues)
+
+    def take_acks(self, queue: str, most: int = _MOST) -> list[Held]:
+        """Acks to send now, of one queue. Those that could not be sent come back by `unsent`."""
+        with self._lock:
+            waiting = self._acks.get(queue)
+            if not waiting:
+                return []
+            taken, left = waiting[:most], waiting[most:]
+            if left:
+                self._acks[queue] = left
+            else:
+                del self._acks[queue]
+            return taken
+
+    def unsent(self, taken: Sequence[Held]) -> None:
+        """They could not be sent, and stay pending. Their leases are kept."""
+        with self._lock:
+            for held in taken:
+                self._acks.setdefault(held.job.queue, []).append(held)
+
+    def withdraw(self, held: Held) -> bool:
+        """Forget an ack. False where none is pending: it is under way, or there was none."""
+        with self._lock:
+            acks = self._acks.get(held.job.queue, [])
+            if held not in acks:
+                return False
+            acks.remove(held)
+            if not acks:
+                del self._acks[held.job.queue]
+            return True
+
+    def release(self, job: Job) -> None:
+        with self._lock:
+            self._releases.append(job)
+
+    def refuse(self, held: Held, refuse: Callable[[], object]) -> None:
+        """:param refuse: raises RelayError where that did not work either"""
+        with self._lock:
+            self._refusals.append((held, refuse))
+
+    def pay(
+        self,
+        broker: Broker,
+        acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
+        refused: Callable[[str], object],
+    ) -> None:
+        """Tell the server. What cannot be told stays. Raises Unavailable and the like.
+
+        :param acked: called with what became of acks
+        :param refused: called with the delivery tag of what was refused
+        """
+        for queue in list(self._acks):
+            while taken := self.take_acks(queue):
+                try:
+                    verdicts = broker.ack_many([held.job for held in taken])
+                except BaseException:
+                    self.unsent(taken)
+                    raise
+                acked(taken, verdicts)
+        if self._releases:
+            with self._lock:
+                jobs, self._releases = self._releases, []
+            try:
+                broker.release(jobs)
+            except BaseException:
+                with self._lock:
+                    self._releases += jobs
+                raise
+        while self._refusals:
+            with self._lock:
+                held, refuse = self._refusals.pop(0)
+            try:
+                refuse()
+            except BaseException:
+                with self._lock:
+                    self._refusals.insert(0, (held, refuse))
+                raise
+            refused(held.tag)
