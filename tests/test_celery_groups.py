@@ -1,5 +1,7 @@
 """The tasks of a group are stored together, and none of them later than `apply_async` returns."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 from __future__ import annotations
 
 import time
@@ -17,31 +19,14 @@ from relay_adapters.celery import groups
 from relay_adapters.celery.publishing import Publishing
 from relay_core import Broker
 from relay_core.errors import Unavailable
-from tests.celery_cuts import cut, store_of
+from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
 from tests.celery_workers import CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
 
 
 @pytest.fixture
-def server(tcp_server: Server) -> Server:
-    """Every test here is about what the client does: one flavour is enough."""
-    return tcp_server
-
-
-@pytest.fixture
-def flavour() -> str:
-    return "valkey"
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url) as broker:
-        yield broker
-
-
-@pytest.fixture
 def app(server: Server, tmp_path: Path) -> Iterator[Celery]:
-    app = app_of(server.url, tmp_path, results=results_of(server), task_publish_retry_policy={"max_retries": 3})
+    app = app_of(server.url, tmp_path, results=results_of(server))
     app.send_task("warm-up", queue="other")
     yield app
     app.close()
@@ -53,11 +38,6 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> float:
     before = groups.SECONDS
     monkeypatch.setattr(groups, "SECONDS", 60.0)
     return before
-
-
-def app_of(url: str, folder: Path, **conf: Any) -> Celery:
-    """With connections of its own."""
-    return client_of(url, folder, broker_transport_options={"client_name": f"test-{uuid.uuid4().hex}"}, **conf)
 
 
 def keys(broker: Broker, queue: str = "celery") -> list[Any]:

@@ -1,5 +1,7 @@
 """What a publish stores, and how often: ids, re-sends, dedup, due times, batches, threads, forks."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 from __future__ import annotations
 
 import json
@@ -20,35 +22,14 @@ from relay_adapters.celery import envelope
 from relay_core import Broker
 from relay_core.errors import InvalidArgument, Unavailable
 from tests.aging import age_by
-from tests.celery_cuts import cut, store_of
+from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
 from tests.celery_workers import client_of
 from tests.servers import Server
 
 
 @pytest.fixture
-def server(tcp_server: Server) -> Server:
-    """Every test here is about what the client does: one flavour is enough."""
-    return tcp_server
-
-
-@pytest.fixture
-def flavour() -> str:
-    return "valkey"
-
-
-@pytest.fixture
-def broker(server: Server) -> Iterator[Broker]:
-    with Broker(server.url) as broker:
-        yield broker
-
-
-@pytest.fixture
 def app(server: Server, tmp_path: Path) -> Iterator[Celery]:
-    # an app whose settings are like those of another test's would be given its connections
-    options = {"client_name": f"test-{uuid.uuid4().hex}"}
-    app = client_of(
-        server.url, tmp_path, broker_transport_options=options, task_publish_retry_policy={"max_retries": 3}
-    )
+    app = app_of(server.url, tmp_path)
     yield app
     app.close()
 

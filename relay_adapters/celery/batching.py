@@ -51,9 +51,8 @@ class Batch:
         """Store what was collected, confirmed. Raises Unavailable and the like."""
         self._store_taken()
         jobs = self._jobs
-        queues = dict.fromkeys(queue for queue, _spec, _message in jobs)
-        broker = self.channel.broker
-        for queue in queues:
+        for queue in dict.fromkeys(queue for queue, _spec, _message in jobs):
+            broker = self.channel.broker
             started, mine = time.monotonic(), [(spec, message) for to, spec, message in jobs if to == queue]
             try:
                 specs = [spec for spec, _message in mine]

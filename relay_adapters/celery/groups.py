@@ -32,7 +32,12 @@ class Gathered(Batch):
     def __init__(self, producer: Any) -> None:
         # a producer gets another channel where its connection is made anew, to another broker maybe
         super().__init__(lambda: producer.channel, MESSAGES)
+        self._producer = producer
         self._bytes, self._oldest = 0, 0.0
+
+    def takes(self, channel: Publishing) -> bool:
+        """Whether the producer sends by this channel, as far as it has one: to ask it for one would connect it."""
+        return self._producer._channel is channel
 
     def make_room(self) -> None:
         """Store what there is, where it is enough or has waited long enough. Raises Unavailable and the like: then it
@@ -52,7 +57,7 @@ class Gathered(Batch):
 def gathered_for(channel: Publishing) -> Gathered | None:
     """Where this thread is sending a group through this channel, what is gathered of it."""
     gathered: Gathered | None = getattr(_here, "gathered", None)
-    return gathered if gathered is not None and gathered.channel is channel else None
+    return gathered if gathered is not None and gathered.takes(channel) else None
 
 
 def install(transport: type) -> None:

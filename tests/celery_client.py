@@ -1,15 +1,48 @@
-"""Publishes whose answers are lost on their way."""
+"""A Celery client in the test's own process, and publishes of it whose answers are lost on their way.
+
+The fixtures are for tests of what a client does, for which one flavour of server is enough.
+"""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 from celery import Celery
 
+from relay_core import Broker
 from relay_core.commands import LongWay
 from relay_core.errors import Unavailable
+from tests.celery_workers import client_of
+from tests.servers import Server
+
+
+@pytest.fixture
+def flavour() -> str:
+    return "valkey"
+
+
+@pytest.fixture
+def server(tcp_server: Server) -> Server:
+    return tcp_server
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+def app_of(url: str, folder: Path, **conf: Any) -> Celery:
+    """With connections of its own: an app whose settings are like those of another test's would be given those."""
+    options = {"client_name": f"test-{uuid.uuid4().hex}"}
+    return client_of(
+        url, folder, broker_transport_options=options, task_publish_retry_policy={"max_retries": 3}, **conf
+    )
 
 
 @contextmanager
