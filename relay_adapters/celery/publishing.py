@@ -50,11 +50,11 @@ class Publishing(Routing):
             except Unavailable:
                 headers[inhand.LEASE] = lease
                 raise
-        gathered = gathered_for(self)
-        if gathered is not None and BATCH not in message:
-            gathered.make_room()
-            message[BATCH] = gathered
         try:
+            gathered = gathered_for(self)
+            if gathered is not None and BATCH not in message:
+                gathered.make_room()
+                message[BATCH] = gathered
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable:
             properties[AGAIN] = message[_ID], started if since is None else since
