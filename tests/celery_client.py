@@ -46,10 +46,11 @@ def app_of(url: str, folder: Path, **conf: Any) -> Celery:
 
 
 @contextmanager
-def cut(broker_store: Any, times: int, stored: bool = True) -> Iterator[list[int]]:
+def cut(broker_store: Any, times: int, stored: bool = True, known: bool = False) -> Iterator[list[int]]:
     """The next enqueues are stored, and their answers lost for longer than relay tries.
 
     :param stored: False: they are lost on their way to the server
+    :param known: True: the client knows that the server has not had them
     """
     run, lost = broker_store.run, [times]
 
@@ -58,7 +59,7 @@ def cut(broker_store: Any, times: int, stored: bool = True) -> Iterator[list[int
         answer = run(command) if stored or not losing else None
         if losing and not isinstance(answer, LongWay):
             lost[0] -= 1
-            raise Unavailable("cut", maybe_executed=True)
+            raise Unavailable("cut", maybe_executed=not known)
         return answer
 
     broker_store.run = cutting

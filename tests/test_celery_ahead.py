@@ -3,6 +3,7 @@ and nothing is lost when nobody does."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from relay_adapters.celery.ahead import Ahead
 from relay_core import Broker
-from relay_core.connection import Sender
+from relay_core.connection import Sender, readable
 from relay_core.errors import Unavailable
 from relay_core.operations import Settings
 from tests.celery_links import Loop, fresh, link, send
@@ -279,6 +280,59 @@ def test_while_the_pool_has_tasks_waiting_few_are_not_asked_for(loop: Loop, engi
     assert sorted(loop.all_done(engine)) == list(range(20))
     assert len(rooms) >= 5
     assert min(rooms) >= 3
+
+
+def test_a_claim_that_was_put_off_is_thought_of_again_soon(
+    loop: Loop, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool of threads tells nobody that it has started what it had."""
+    monkeypatch.setattr(Settings, "max_block", 3600.0)
+    for n in range(8):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the first messages")
+    loop.got[0].ack()
+    loop.until(lambda: not loop.channel.leases.owed.acks, "the ack to be sent")
+    assert len(loop.got) == 4
+    for _ in range(3):
+        assert loop.watch.look_at < time.monotonic() + 1.5
+        assert loop.watch._wants(1, time.monotonic()) is False
+    monkeypatch.setattr("relay_adapters.celery.watch.waiting_in_pool", lambda: 0)
+    loop.until(lambda: len(loop.got) == 5, "one more")
+
+
+def test_where_nobody_tells_when_tasks_start_none_is_put_off(loop: Loop, engine: Broker) -> None:
+    loop.channel.leases.untold = True
+    for n in range(8):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the first messages")
+    loop.got[0].ack()
+    loop.until(lambda: len(loop.got) == 5, "one more")
+
+
+def test_a_prefetch_of_more_than_one_claim_can_bring_is_claimed_ahead_too(
+    tcp: Server, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_adapters.celery.watch.waiting_in_pool", lambda: 1)
+    with link(tcp.url, lease=60) as connection:
+        loop = Loop(connection, 100)
+        for n in range(120):
+            send(connection, n, key=loop.queue)
+        loop.until(lambda: len(loop.got) >= 99, "two claims")
+
+
+def test_an_ack_on_another_thread_wakes_the_loop(loop: Loop) -> None:
+    """Also that of an older kombu, whose `call_soon` does not."""
+    loop.until(lambda: loop.watch.bell is not None and loop.watch.bell.armed, "the loop to wait")
+    waker = loop.channel.connection._waker[0].fileno()
+    assert waker in loop.hub.readers
+    loop.channel.credit_freed()
+    assert not readable([waker], 0), "nobody has to wake the thread that runs"
+    for _ in range(3):
+        thread = Thread(target=loop.channel.credit_freed)
+        thread.start()
+        thread.join(30)
+    assert readable([waker], 0)
+    loop.until(lambda: not readable([waker], 0), "the loop to turn")
 
 
 def test_a_loop_hears_a_connection_that_took_the_number_of_one_before(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from kombu import Exchange, Queue
 from kombu.exceptions import EncodeError, OperationalError
 
 from relay_adapters.celery import groups
+from relay_adapters.celery.batching import _Entry
 from relay_adapters.celery.publishing import Publishing
-from relay_core import Broker
+from relay_core import Broker, JobSpec
 from relay_core.errors import Unavailable
 from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
 from tests.celery_workers import CeleryWorker, client_of, lines, results_of
@@ -189,12 +191,43 @@ def test_a_group_that_cannot_be_stored_says_so_in_kombus_words(app: Celery, brok
     assert broker.stats("celery").ready == 3
 
 
-def test_a_group_of_which_one_cannot_be_sent_leaves_no_other_behind(app: Celery, broker: Broker) -> None:
+def test_of_a_group_of_which_one_cannot_be_sent_those_before_it_were(app: Celery, broker: Broker) -> None:
     with pytest.raises(EncodeError):
         group([pay(app, 1), pay(app, object()), pay(app, 3)]).apply_async()
-    assert broker.stats("celery").ready == 0
+    assert keys(broker) == ["1"]
     app.send_task("pay", [4])
-    assert keys(broker) == ["4"]
+    assert keys(broker) == ["1", "4"]
+    with cut(store_of(app), 99, stored=False), pytest.raises(EncodeError):
+        group([pay(app, 5), pay(app, object())]).apply_async()
+    assert keys(broker) == ["1", "4"]
+
+
+def test_a_queue_that_was_not_reached_is_not_taken_for_one_that_may_have_been(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [0], task_id="z", queue="second")
+    with cut(store_of(app), 1) as lost:
+        group([pay(app, 1, queue="first"), pay(app, 2, queue="second", task_id="z")]).apply_async()
+    assert lost == [0]
+    assert {job.id for job in broker.jobs("second", "ready")} == {"z", "z~1"}
+    assert keys(broker, "first") == ["1"]
+
+
+@pytest.mark.parametrize(("stored", "known"), [(True, False), (False, False), (False, True)])
+def test_tasks_of_one_id_in_a_group_are_as_many_after_a_cut(
+    app: Celery, broker: Broker, stored: bool, known: bool
+) -> None:
+    with cut(store_of(app), 1, stored=stored, known=known) as lost:
+        group([pay(app, n, task_id="same") for n in range(3)]).apply_async()
+    assert lost == [0]
+    assert sorted(job.id for job in broker.jobs("celery", "ready")) == ["same", "same~1", "same~2"]
+    assert sorted(keys(broker)) == ["0", "1", "2"]
+
+
+def test_what_a_group_waits_for_is_counted_from_when_it_is_sent() -> None:
+    eta = datetime.now(timezone.utc) + timedelta(seconds=30)
+    for late, wait in ((eta, 30.0), (datetime.now(timezone.utc), None)):
+        message = {"headers": {"task": "pay", "eta": late.isoformat()}, "properties": {}}
+        now = _Entry("q", JobSpec(b"x", delay=60.0), message, None).now()
+        assert now.delay == (None if wait is None else pytest.approx(wait, abs=5.0))
 
 
 def test_ids_that_are_taken_are_other_tasks(app: Celery, broker: Broker) -> None:
@@ -227,6 +260,22 @@ def test_a_group_whose_broker_dies_on_the_way_goes_on_with_the_next(tmp_path: Pa
         group(members()).apply_async()
         with Broker(second.url) as broker:
             assert keys(broker) == [str(n) for n in range(groups.MESSAGES, groups.MESSAGES + 100)]
+        app.close()
+
+
+def test_a_group_may_have_to_go_to_a_broker_of_another_kind(tmp_path: Path, redis_server: Server) -> None:
+    with Server("valkey", tcp=True) as first:
+        app = app_of(f"{first.url};redis://127.0.0.1:{redis_server.port}/0", tmp_path)
+        app.send_task("warm-up", queue="other")
+
+        def members() -> Iterator[Any]:
+            for n in range(6):
+                yield pay(app, n)
+                if n == 4:
+                    first.kill()
+
+        group(members()).apply_async()
+        assert redis_server.cli("LLEN", "celery") >= 1
         app.close()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from threading import get_ident
+from threading import Event, Thread, get_ident
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -52,6 +53,34 @@ def test_what_was_claimed_and_not_delivered(loop: Loop, broker: Broker, tellers:
     handed_back(broker, loop, 6)
     assert tellers
     assert get_ident() not in tellers
+
+
+def test_before_its_process_ends_acks_that_are_under_way_are_waited_for(
+    loop: Loop, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that sends them would die with the process."""
+    leases: Leases = loop.channel.leases
+    under_way, go = Event(), Event()
+    stock = leases.broker.ack_many
+
+    def slow(jobs: Any) -> Any:
+        under_way.set()
+        assert go.wait(30)
+        return stock(jobs)
+
+    monkeypatch.setattr(leases.broker, "ack_many", slow)
+    send(loop.channel.connection.client, 1, key=loop.queue)
+    loop.until(lambda: loop.got, "the message")
+    leases.ack_later(loop.got[0].delivery_tag)
+    assert under_way.wait(30)
+    ended = Thread(target=leases.end)
+    ended.start()
+    ended.join(0.3)
+    assert ended.is_alive()
+    go.set()
+    ended.join(30)
+    assert not ended.is_alive()
+    assert broker.stats(loop.queue).pending == 0
 
 
 def test_what_a_lost_connection_had_delivered(

@@ -147,6 +147,42 @@ def test_a_repeated_publish_of_an_id_that_was_used_long_before_is_stored_once(
     assert waiting == (["nightly", "nightly~1"] if there == "waits" else ["nightly"])
 
 
+def test_a_publish_that_was_surely_not_stored_is_another_task_of_its_id(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [1], task_id="x")
+    with cut(store_of(app), 1, stored=False, known=True) as lost:
+        app.send_task("pay", [2], task_id="x")
+    assert lost == [0]
+    assert [job.id for job in stored(broker)] == ["x", "x~1"]
+
+
+@pytest.mark.since("celery", "5.7")
+def test_a_publish_that_celery_repeats_by_itself_stores_one_task(app: Celery, broker: Broker) -> None:
+    """As it does with what a worker sends after a task has ended, its links for one."""
+    from celery.app.amqp import _callback_publish_retry
+
+    app.send_task("warm-up", queue="other")
+    token = _callback_publish_retry.set(True)
+    try:
+        with cut(store_of(app), 2) as lost:
+            result = app.send_task("pay", [1])
+    finally:
+        _callback_publish_retry.reset(token)
+    assert lost == [0]
+    assert [job.id for job in stored(broker)] == [result.id]
+
+
+def test_headers_that_several_messages_share_make_none_the_other(server: Server, broker: Broker) -> None:
+    shared = {"tenant": "t"}
+    options = {"client_name": f"test-{uuid.uuid4().hex}"}
+    with Connection(server.url, transport_options=options) as connection:
+        producer = connection.Producer()
+        producer.publish("warm-up", routing_key="other")
+        with cut(producer.channel.broker.store, 1), pytest.raises(Unavailable):
+            producer.publish("one", routing_key="celery", headers=shared)
+        producer.publish("two", routing_key="celery", headers=shared)
+    assert len(stored(broker)) == 2
+
+
 def test_a_publish_that_fails_for_good_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:
     app.send_task("warm-up", queue="other")
     with cut(store_of(app), 99), pytest.raises(OperationalError, match="cut"):

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from relay_adapters.celery.due import wait_of
 from relay_core import JobSpec
 from relay_core.errors import Unavailable
 
 if TYPE_CHECKING:
     from relay_adapters.celery.publishing import Publishing
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    queue: str
+    spec: JobSpec
+    message: Any
+    tried_at: float | None
+    """`time.monotonic()` of the first try that may have stored it."""
+
+    def now(self) -> JobSpec:
+        """What it waits for is counted from when it is sent."""
+        return self.spec if self.spec.delay is None else replace(self.spec, delay=wait_of(self.message) or None)
 
 
 class Batch:
@@ -25,9 +40,7 @@ class Batch:
     def __init__(self, channel: Callable[[], Publishing], max_size: int) -> None:
         self._channel = channel
         self._max_size = max_size
-        self._jobs: list[tuple[str, JobSpec, Any]] = []
-        self._tried_at: float | None = None
-        """When the first try was sent of what may have been stored by one."""
+        self._entries: list[_Entry] = []
         self._taken: list[tuple[str, Any]] = []
         """Messages whose ids were taken, each with its queue: they are stored under others, one by one."""
 
@@ -39,37 +52,39 @@ class Batch:
         """Route a message now, and store it with the others. Mailboxes, which are in memory, are written at once."""
         message[BATCH] = self
         self.channel.basic_publish(message, **options)
-        if len(self._jobs) >= self._max_size:
+        if len(self._entries) >= self._max_size:
             self.flush()
 
     def add(self, queue: str, spec: JobSpec, message: Any) -> None:
-        # one whose publish was cut off on its way to several queues may be here already, or stored
-        self._first_try(message.get(AGAIN))
-        self._jobs.append((queue, spec, message))
+        again: float | None = message.get(AGAIN)
+        # one whose publish was cut off on its way to several queues may be here already
+        if again is None or not any(entry.queue == queue and entry.spec.id == spec.id for entry in self._entries):
+            self._entries.append(_Entry(queue, spec, message, again))
 
     def flush(self) -> None:
         """Store what was collected, confirmed. Raises Unavailable and the like."""
         self._store_taken()
-        jobs = self._jobs
-        for queue in dict.fromkeys(queue for queue, _spec, _message in jobs):
-            broker = self.channel.broker
-            started, mine = time.monotonic(), [(spec, message) for to, spec, message in jobs if to == queue]
-            try:
-                specs = [spec for spec, _message in mine]
-                answers = broker.drive(broker.operations.enqueue_many(queue, specs, self._tried_at))
-            except Unavailable:
-                self._first_try(started)
-                raise
-            self._jobs = [job for job in self._jobs if job[0] != queue]
-            for (spec, message), answer in zip(mine, answers, strict=True):
-                if answer.duplicate and answer.id == spec.id:
-                    self._taken.append((queue, message))
+        while self._entries:
+            queue, tried = self._entries[0].queue, self._entries[0].tried_at is not None
+            alike = [entry for entry in self._entries if entry.queue == queue and (entry.tried_at is not None) == tried]
+            self._store(queue, alike)
+            stored = set(alike)
+            self._entries = [entry for entry in self._entries if entry not in stored]
             self._store_taken()
-        self._tried_at = None
 
-    def _first_try(self, when: float | None) -> None:
-        if when is not None and (self._tried_at is None or when < self._tried_at):
-            self._tried_at = when
+    def _store(self, queue: str, entries: list[_Entry]) -> None:
+        broker, started = self.channel.broker, time.monotonic()
+        since = min((entry.tried_at for entry in entries if entry.tried_at is not None), default=None)
+        try:
+            specs = [entry.now() for entry in entries]
+            answers = broker.drive(broker.operations.enqueue_many(queue, specs, since))
+        except Unavailable as error:
+            for entry in entries if error.maybe_executed else ():
+                entry.tried_at = started if entry.tried_at is None else entry.tried_at
+            raise
+        for entry, answer in zip(entries, answers, strict=True):
+            if answer.duplicate and answer.id == entry.spec.id:
+                self._taken.append((queue, entry.message))
 
     def _store_taken(self) -> None:
         while self._taken:
@@ -78,15 +93,15 @@ class Batch:
             started = time.monotonic()
             try:
                 self.channel._put(queue, message, taken=int(fresh))
-            except Unavailable:
-                if message.get(AGAIN) is None:
+            except Unavailable as error:
+                if error.maybe_executed and message.get(AGAIN) is None:
                     message[AGAIN] = started
                 raise
             del self._taken[0]
 
     def discard(self) -> None:
         """Forget what was not flushed."""
-        self._jobs, self._taken = [], []
+        self._entries, self._taken = [], []
 
     def close(self) -> None:
         self.discard()

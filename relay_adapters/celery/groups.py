@@ -6,6 +6,7 @@ the next. Here those of one group are gathered, and stored in few round trips.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -14,14 +15,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery.batching import Batch
+from relay_adapters.celery.options import is_relay
 from relay_core import JobSpec
 
 if TYPE_CHECKING:
     from relay_adapters.celery.publishing import Publishing
 
+logger = logging.getLogger("relay.celery")
+
 MESSAGES, BYTES, SECONDS = 200, 1 << 20, 0.05
 """Most that is gathered before it is stored: a group of many tasks starts to run while it is still being sent, and one
-that takes its time to make its tasks keeps none back."""
+that takes its time to make its tasks keeps none back for longer than the next one takes."""
 
 _here = threading.local()
 
@@ -34,6 +38,7 @@ class Gathered(Batch):
         super().__init__(lambda: producer.channel, MESSAGES)
         self._producer = producer
         self._bytes, self._oldest = 0, 0.0
+        self.failed = False
 
     def takes(self, channel: Publishing) -> bool:
         """Whether the producer sends by this channel, as far as it has one: to ask it for one would connect it."""
@@ -42,16 +47,21 @@ class Gathered(Batch):
     def make_room(self) -> None:
         """Store what there is, where it is enough or has waited long enough. Raises Unavailable and the like: then it
         is all still there, for another try."""
-        if self._jobs and (
-            len(self._jobs) >= MESSAGES or self._bytes >= BYTES or time.monotonic() - self._oldest >= SECONDS
+        if self._entries and (
+            len(self._entries) >= MESSAGES or self._bytes >= BYTES or time.monotonic() - self._oldest >= SECONDS
         ):
             self.flush()
 
     def add(self, queue: str, spec: JobSpec, message: Any) -> None:
-        if not self._jobs:
+        if not self._entries:
             self._bytes, self._oldest = 0, time.monotonic()
         self._bytes += len(spec.payload)
         super().add(queue, spec, message)
+
+    def flush(self) -> None:
+        self.failed = True
+        super().flush()
+        self.failed = False
 
 
 def gathered_for(channel: Publishing) -> Gathered | None:
@@ -73,7 +83,7 @@ def _together(stock: Callable[..., Iterator[Any]], transport: type) -> Callable[
     ) -> Iterator[Any]:
         app = app or group.app
         with app.producer_or_acquire(producer) as producer:
-            if isinstance(getattr(producer.connection, "transport", None), transport):
+            if _is_ours(producer, transport):
                 with _gathering(producer, app.conf, options):
                     yield from stock(group, tasks, producer, app, *args, **options)
             else:
@@ -83,14 +93,29 @@ def _together(stock: Callable[..., Iterator[Any]], transport: type) -> Callable[
     return _apply_tasks
 
 
+def _is_ours(producer: Any, transport: type) -> bool:
+    """Whether it sends over that transport, whichever broker of its list it may have to turn to."""
+    connection = producer.connection
+    return isinstance(getattr(connection, "transport", None), transport) and all(
+        is_relay(str(url)) for url in connection.alt or ()
+    )
+
+
 @contextmanager
 def _gathering(producer: Any, conf: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """What this thread sends by this producer is stored when this ends, and nothing of it where it raises, but for what
-    was enough by then."""
+    """What this thread sends by this producer is stored when this ends, also where it raises: Celery would have sent it
+    before."""
     outer = getattr(_here, "gathered", None)
     gathered = _here.gathered = Gathered(producer)
     try:
         yield
+    except BaseException:
+        if not gathered.failed:
+            try:
+                gathered.flush()
+            except Exception as error:
+                logger.error("a group was not sent to its end, nor can be stored what was: %s", error)
+        raise
     finally:
         _here.gathered = outer
     flush, retry = gathered.flush, options.get("retry")

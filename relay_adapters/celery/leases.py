@@ -60,6 +60,8 @@ class Leases:
         self.cut_off = False
         """True from when an event loop loses its connection until it has another: it is about to say farewell to a
         server that is most likely away, and has better things to do than to wait for it."""
+        self.untold = False
+        """True once a task came of which nobody tells when it starts: that the pool has some waiting may be wrong."""
         self._next_beat = 0.0
         self._sure = 0.0
         self._row = children.Row()
@@ -214,6 +216,9 @@ class Leases:
             for held in self._held.values():
                 held.untold = False  # its pool has ended
         self.hand_back(set(self._held) - running_tags())
+        self.flush()
+        # the thread that keeps the leases dies with the process, also where it is just sending acks
+        self.owed.wait_for_others(self.broker.store.settings.retry_for)
         self.flush()
 
     def _ended(self, held: Held) -> bool:

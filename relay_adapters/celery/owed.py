@@ -21,6 +21,8 @@ class Owed:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._paying = 0
         self._acks: dict[str, list[Held]] = {}
         self._acks_since = 0.0
         self._releases: list[Job] = []
@@ -96,6 +98,26 @@ class Owed:
         :param acked: called with what became of acks
         :param refused: called with the delivery tag of what was refused
         """
+        with self._lock:
+            self._paying += 1
+        try:
+            self._pay(broker, acked, refused)
+        finally:
+            with self._lock:
+                self._paying -= 1
+                self._changed.notify_all()
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Until no other thread is telling the server of what it has taken, at most for so long."""
+        with self._lock:
+            self._changed.wait_for(lambda: not self._paying, seconds)
+
+    def _pay(
+        self,
+        broker: Broker,
+        acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
+        refused: Callable[[str], object],
+    ) -> None:
         for queue in list(self._acks):
             while taken := self.take_acks(queue):
                 try:
@@ -113,8 +135,10 @@ class Owed:
                 with self._lock:
                     self._releases += jobs
                 raise
-        while self._refusals:
+        while True:
             with self._lock:
+                if not self._refusals:
+                    return
                 held, refuse = self._refusals.pop(0)
             try:
                 refuse()

@@ -14,7 +14,7 @@ from relay_adapters.celery.envelope import DELIVERED, pack
 from relay_adapters.celery.groups import gathered_for
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
-from relay_adapters.celery.routing import Routing
+from relay_adapters.celery.routing import STORED, Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
 from relay_core.errors import InvalidArgument, Unavailable
@@ -39,7 +39,10 @@ class Publishing(Routing):
         stays, and what was stored by then is not stored twice."""
         headers, properties = message["headers"], message["properties"]
         lease = headers.pop(inhand.LEASE, None)
-        id, since = properties.pop(AGAIN, None) or (job_id_of(headers), None)
+        # a task's headers stay the same through all that Celery and kombu do to repeat its publish; those of other
+        # messages may be the next one's, too
+        kept = headers if "task" in headers else properties
+        id, since = kept.pop(AGAIN, None) or (job_id_of(headers), None)
         message[_ID], message[AGAIN], started = id, since, time.monotonic()
         if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
@@ -56,8 +59,9 @@ class Publishing(Routing):
                 gathered.make_room()
                 message[BATCH] = gathered
             super().basic_publish(message, exchange, routing_key, **options)
-        except Unavailable:
-            properties[AGAIN] = message[_ID], started if since is None else since
+        except Unavailable as error:
+            if since is not None or error.maybe_executed or message.get(STORED):
+                kept[AGAIN] = message[_ID], started if since is None else since
             raise
 
     def _put(
@@ -76,6 +80,7 @@ class Publishing(Routing):
         # what is more than x-max-length is dropped after each publish
         if (batch := message.get(BATCH)) is not None and (terms is None or terms.length is None):
             batch.add(queue, JobSpec(payload, **options), message)
+            message[STORED] = True
             return
         if (since := message.get(AGAIN)) is not None:
             spec = JobSpec(payload, **options)
@@ -89,6 +94,7 @@ class Publishing(Routing):
                 raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {own!r}; give each its own")
             options["id"] = message[_ID] = f"{own}~{taken}"
             answer = self.broker.enqueue(queue, payload, **options)
+        message[STORED] = True
 
     def _options(
         self, message: MutableMapping[str, Any], id: str, terms: Terms | None, level: int | None

@@ -42,6 +42,7 @@ class Request(Stock):
         if (held := self._leases.get(message.delivery_tag)) is not None:
             self._job, held.task = held.job, True
             held.untold = self.task.Strategy != Task.Strategy
+            self._leases.untold |= held.untold
             if self._leases.broker.plugins.wants("relay_run_ended"):
                 # Celery derives a class from this one, and overrides the method there
                 self.__dict__["on_success"] = self._succeeded

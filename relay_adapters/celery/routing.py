@@ -21,6 +21,9 @@ from relay_core.job import new_id
 
 logger = logging.getLogger("relay.celery")
 
+STORED = "relay_stored"
+"""Under this name a message on its way knows that a queue has it, or a batch."""
+
 
 class Routing(Declaring):
     """The part of a channel that routes what is published."""
@@ -98,6 +101,7 @@ class Routing(Declaring):
                     self.topology.places, "", "", _id(message), pack(message), [_box(queue, terms)], _again(message)
                 )
             )  # fmt: skip
+            message[STORED] = True
             return sum(stored)
         if terms is None and _is_reply(message):
             logger.debug("queue %r is gone, and with it who waited for a reply, which is dropped", queue)
@@ -143,6 +147,7 @@ class Routing(Declaring):
             )  # fmt: skip
             if not stored:
                 return False
+            message[STORED] = True
             for (queue, _keep, _most), there in zip(batch, stored, strict=True):
                 if not there:
                     self.topology.delete_queue(queue, "vanished")

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Any
 
 from kombu.transport import virtual
@@ -79,6 +80,8 @@ class Transport(virtual.Transport):
         self._spoke: set[Watch | MailWatch] = set()
         """Watches whose descriptors had something to read since the last turn."""
         self._busy: tuple[socket.socket, socket.socket] | None = None
+        self._waker: tuple[socket.socket, socket.socket] | None = None
+        self._awake = False
         self._hurried = False
 
     def driver_version(self) -> str:
@@ -147,7 +150,7 @@ class Transport(virtual.Transport):
         """An ack made room. On the loop's own thread its next tick sees that; another thread has to wake it."""
         if self._loop is not None:
             if threading.get_ident() != self._loop_thread:
-                self._loop.call_soon(_nothing)
+                self._wake_loop()
         elif watch := self._watches.get((channel, "jobs")):
             watch.wake()
 
@@ -175,6 +178,9 @@ class Transport(virtual.Transport):
         """Called on each connect. The loop's own reset does not clear `on_tick`, so `close_connection` does."""
         self._leave_loop()
         self._loop, self._loop_thread = loop, threading.get_ident()
+        self._waker, self._awake = socket.socketpair(), False
+        self._waker[0].setblocking(False)
+        loop.add_reader(self._waker[0].fileno(), self._woken)
         loop.on_tick.add(self._tick)
         if _forgotten:
             loop.call_later(_SETTLE, _hand_back_forgotten)
@@ -186,6 +192,11 @@ class Transport(virtual.Transport):
             for watch in list(self._watches.values()):
                 self._forget_readers(watch)
             self._rest()
+            waker, self._waker = self._waker, None
+            if waker is not None:
+                loop.remove_reader(waker[0].fileno())
+                for end in waker:
+                    end.close()
             if self._busy is not None:
                 for end in self._busy:
                     end.close()
@@ -196,7 +207,7 @@ class Transport(virtual.Transport):
 
     def _tick(self) -> None:
         """Before each wait of the loop: look, arm what has credit, and see to the next due time."""
-        self._loop_thread = threading.get_ident()
+        self._loop_thread, self._awake = threading.get_ident(), False
         busy, first, now = False, None, time.monotonic()
         spoke, self._spoke = self._spoke, set()
         for watch in list(self._watches.values()):
@@ -229,6 +240,19 @@ class Transport(virtual.Transport):
         self._timer = self._loop.call_later(self._timer_at - now, _nothing)
         # the loop reckoned how long to sleep before this tick: let it turn once more
         self._hurry()
+
+    def _wake_loop(self) -> None:
+        """From another thread. The loops of older kombus sleep on through what they are given by `call_soon`."""
+        waker = self._waker
+        if waker is not None and not self._awake:
+            self._awake = True
+            with suppress(OSError):  # it is being closed
+                waker[1].send(b"w")
+
+    def _woken(self) -> None:
+        if self._waker is not None:
+            with suppress(BlockingIOError):
+                self._waker[0].recv(16)
 
     def _hurry(self) -> None:
         """Make the loop turn again at once: a descriptor that always has something to read."""

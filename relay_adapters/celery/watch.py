@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery.ahead import Ahead
 from relay_adapters.celery.consuming import Delivery
+from relay_adapters.celery.qos import BATCH
 from relay_adapters.celery.workerstate import shutting_down, waiting_in_pool
 from relay_core.connection import Bell, Sender
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 SLICE = 0.002
 """Seconds for which messages are handed over in one go. A pool that runs a task in the loop's own thread takes its
 time there, and what Celery put off until the loop's next turn waits for that: rejects and control commands."""
+
+
+_SOON, _LONGEST = 0.02, 1.0
+"""Seconds for which a claim of few messages is put off before the pool is looked at again."""
 
 
 class Watch:
@@ -37,6 +42,7 @@ class Watch:
         """The claim that is on its way, if one is."""
         self._sender: Sender | None = None
         self._rang = False
+        self._patience, self._put_off_until = _SOON / 2, 0.0
 
     def arm(self) -> Bell | None:
         """Wait for wake-ups where the channel consumes and has credit. Raises Unavailable."""
@@ -110,12 +116,22 @@ class Watch:
         return now >= self.look_at or self.channel.leases.owed.pending(self.channel.consumed)
 
     def _enough(self, room: int) -> bool:
-        """Whether a claim of so many is worth its round trip."""
-        return room * 4 >= self.channel.qos.prefetch_count * 3 or not waiting_in_pool()
+        """Whether a claim of so many is worth its round trip. Where it is put off, the next look comes soon, and later
+        each time: nobody may tell when the pool has started what it has."""
+        most = min(BATCH, self.channel.qos.prefetch_count)
+        if room * 4 >= most * 3 or not waiting_in_pool() or self.channel.leases.untold:
+            return True
+        now = time.monotonic()
+        if now >= self._put_off_until:
+            self._patience = min(2 * self._patience, _LONGEST)
+            self._put_off_until = now + self._patience
+        self.look_at = self._put_off_until if now >= self.look_at else min(self.look_at, self._put_off_until)
+        return False
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
         found, retry_after = self.channel.claim(room, True, ahead)
         self.waiting.extend(found)
+        self._patience = _SOON / 2
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
         longest = self.channel.broker.settings.max_block

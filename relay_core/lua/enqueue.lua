@@ -33,12 +33,14 @@ for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 if #ids > 1 or age > 0 or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
 
 local resent, since = age > 0, now - age - LATE
-local answers, puts, pushes, stored, duplicates = {found and 0 or 1}, {}, {}, {}, 0
+local answers, puts, pushes, stored, seen, duplicates = {found and 0 or 1}, {}, {}, {}, {}, 0
 local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
   local taken, holder, keep = known[i] or stored[id], nil, nil
-  local own = resent and not (known[i] and tonumber(string.match(known[i], '^%d+')) < since)
+  -- of several jobs of one id the first is the one that was stored
+  local own = resent and not seen[id] and not (known[i] and tonumber(string.match(known[i], '^%d+')) < since)
+  seen[id] = true
   if key ~= '' and not taken then
     keep, key = string.match(key, '^(%d+):(.*)$')
     holder = redis.call('HGET', dedup, key)

@@ -10,7 +10,7 @@ from typing import Any
 from relay_core import commands, keys
 from relay_core.commands import Command, LongWay, NewJob, Stored
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import RelayError
+from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Enqueued
 from relay_core.operations.base import Base
 from relay_core.operations.settings import Settings
@@ -59,6 +59,8 @@ class Enqueueing(Base):
             for i, answer in zip(batch, result, strict=True):
                 answers[i] = answer
                 self._tell_enqueued(placed[i][0], checked[i], answer)
+        if isinstance(failed, Unavailable):
+            failed.maybe_executed = len(built) > 1 or failed.maybe_executed  # what it says is true of one command
         if failed:
             raise failed
         return [answer for answer in answers if answer is not None]
