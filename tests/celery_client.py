@@ -46,17 +46,21 @@ def app_of(url: str, folder: Path, **conf: Any) -> Celery:
 
 
 @contextmanager
-def cut(broker_store: Any, times: int, stored: bool = True, known: bool = False) -> Iterator[list[int]]:
+def cut(broker_store: Any, times: int, stored: bool = True, known: bool = False, after: int = 0) -> Iterator[list[int]]:
     """The next enqueues are stored, and their answers lost for longer than relay tries.
 
     :param stored: False: they are lost on their way to the server
     :param known: True: the client knows that the server has not had them
+    :param after: how many are let through before
     """
-    run, lost = broker_store.run, [times]
+    run, lost, through = broker_store.run, [times], [after]
 
     def cutting(command: Any) -> Any:
-        losing = command.resent_at is not None and command.durable and lost[0]
+        stores = command.resent_at is not None and command.durable
+        losing = stores and lost[0] and not through[0]
         answer = run(command) if stored or not losing else None
+        if stores and through[0] and not isinstance(answer, LongWay):
+            through[0] -= 1
         if losing and not isinstance(answer, LongWay):
             lost[0] -= 1
             raise Unavailable("cut", maybe_executed=not known)

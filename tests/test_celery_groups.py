@@ -52,6 +52,12 @@ def pay(app: Celery, n: Any, **options: Any) -> Any:
     return app.signature("pay", [n], **options)
 
 
+def first(app: Celery) -> list[Any]:
+    """Tasks of another queue: those that a group begins with are sent at once, before it is known how quickly the
+    others are made."""
+    return [app.signature("lead", [n], queue="lead") for n in range(2)]
+
+
 def calls(server: Server, sending: Callable[[], Any]) -> int:
     """How many scripts were run for that."""
     server.cli("CONFIG", "RESETSTAT")
@@ -114,17 +120,18 @@ def test_a_group_of_many_starts_to_run_while_it_is_being_sent(app: Celery, broke
             seen.append(broker.stats("celery").ready)
 
     group(members(2 * groups.MESSAGES + 10)).apply_async()
-    assert set(seen) == {0, groups.MESSAGES, 2 * groups.MESSAGES}
+    assert set(seen) == {0, 1, 1 + groups.MESSAGES, 1 + 2 * groups.MESSAGES}
     assert broker.purge("celery") == 2 * groups.MESSAGES + 10
     seen.clear()
     group(members(12, "x" * (groups.BYTES // 4))).apply_async()
-    assert set(seen) == {0, 4, 8}
+    assert set(seen) == {0, 1, 5, 9}
 
 
-def test_a_group_that_takes_its_time_keeps_none_back(
+def test_of_a_group_that_takes_long_in_all_none_is_kept_back(
     app: Celery, broker: Broker, patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(groups, "SECONDS", patience)
+    monkeypatch.setattr(groups, "SLOW", 60.0)
     seen: list[int] = []
 
     def members() -> Iterator[Any]:
@@ -138,8 +145,39 @@ def test_a_group_that_takes_its_time_keeps_none_back(
     assert broker.stats("celery").ready == 6
 
 
+def test_what_makes_a_group_slowly_may_wait_for_what_it_has_made(app: Celery, broker: Broker) -> None:
+    """As in Celery, which takes the tasks of a group from a generator, one ahead of what it sends."""
+    seen: list[int] = []
+
+    def members() -> Iterator[Any]:
+        for n in range(6):
+            seen.append(broker.stats("celery").ready)
+            time.sleep(2 * groups.SLOW)
+            yield pay(app, n)
+
+    chord(members(), app.signature("pay", [-1])).apply_async()
+    assert seen == [0, 0, 1, 1, 1, 2], "which is what it sees with kombu's Redis transport"
+    assert keys(broker) == [str(n) for n in range(6)]
+
+
+def test_one_that_becomes_slow_keeps_none_back_from_then_on(app: Celery, broker: Broker) -> None:
+    seen: list[int] = []
+
+    def members() -> Iterator[Any]:
+        for n in range(12):
+            seen.append(broker.stats("celery").ready)
+            if n == 6:
+                time.sleep(2 * groups.SLOW)
+            yield pay(app, n)
+
+    group(members()).apply_async()
+    assert seen[6] == 1, "the first one was sent by itself, and the others together"
+    assert seen[9] >= 6
+    assert keys(broker) == [str(n) for n in range(12)]
+
+
 def test_a_group_whose_answers_are_lost_is_stored_once(app: Celery, broker: Broker) -> None:
-    with cut(store_of(app), 2) as lost:
+    with cut(store_of(app), 2, after=1) as lost:
         group(pay(app, n) for n in range(20)).apply_async()
     assert lost == [0]
     assert keys(broker) == [str(n) for n in range(20)]
@@ -162,7 +200,7 @@ def test_so_is_one_of_which_a_task_is_cut_off_between_its_queues(
         put(channel, queue, *args, **options)
 
     monkeypatch.setattr(Publishing, "_put", cutting)
-    group(pay(app, n, queue="one") for n in range(3)).apply_async()
+    group([*first(app), *(pay(app, n, queue="one") for n in range(3))]).apply_async()
     assert cuts == []
     assert [keys(broker, name) for name in ("one", "two")] == [["0", "1", "2"]] * 2
 
@@ -172,7 +210,7 @@ def test_so_is_one_that_is_cut_off_on_its_way(app: Celery, broker: Broker) -> No
         for n in range(groups.MESSAGES + 20):
             yield pay(app, n)
 
-    with cut(store_of(app), 1) as lost:
+    with cut(store_of(app), 1, after=1) as lost:
         group(members()).apply_async()
     assert lost == [0]
     assert broker.stats("celery").ready == groups.MESSAGES + 20
@@ -180,9 +218,9 @@ def test_so_is_one_that_is_cut_off_on_its_way(app: Celery, broker: Broker) -> No
 
 
 def test_a_group_that_cannot_be_stored_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:
-    with cut(store_of(app), 99), pytest.raises(OperationalError, match="cut"):
+    with cut(store_of(app), 99, after=1), pytest.raises(OperationalError, match="cut"):
         group(pay(app, n) for n in range(20)).apply_async()
-    with cut(store_of(app), 1) as lost, pytest.raises(OperationalError, match="cut"):
+    with cut(store_of(app), 1, after=1) as lost, pytest.raises(OperationalError, match="cut"):
         group(pay(app, n) for n in range(20)).apply_async(retry=False)
     assert lost == [0]
     # and the next is another one
@@ -193,19 +231,28 @@ def test_a_group_that_cannot_be_stored_says_so_in_kombus_words(app: Celery, brok
 
 def test_of_a_group_of_which_one_cannot_be_sent_those_before_it_were(app: Celery, broker: Broker) -> None:
     with pytest.raises(EncodeError):
-        group([pay(app, 1), pay(app, object()), pay(app, 3)]).apply_async()
+        group([*first(app), pay(app, 1), pay(app, object()), pay(app, 3)]).apply_async()
     assert keys(broker) == ["1"]
     app.send_task("pay", [4])
     assert keys(broker) == ["1", "4"]
-    with cut(store_of(app), 99, stored=False), pytest.raises(EncodeError):
-        group([pay(app, 5), pay(app, object())]).apply_async()
-    assert keys(broker) == ["1", "4"]
+    leave = EncodeError("left")
+
+    def members() -> Iterator[Any]:
+        yield from first(app)
+        for n in (5, 6, 7):
+            yield pay(app, n)
+        raise leave
+
+    with pytest.raises(EncodeError, match="left"):
+        group(members()).apply_async()
+    assert keys(broker)[:3] == ["1", "4", "5"]
 
 
 def test_a_queue_that_was_not_reached_is_not_taken_for_one_that_may_have_been(app: Celery, broker: Broker) -> None:
     app.send_task("pay", [0], task_id="z", queue="second")
-    with cut(store_of(app), 1) as lost:
-        group([pay(app, 1, queue="first"), pay(app, 2, queue="second", task_id="z")]).apply_async()
+    with cut(store_of(app), 1, after=2) as lost:
+        many = [*first(app), pay(app, 1, queue="first"), pay(app, 2, queue="second", task_id="z")]
+        group(many).apply_async()
     assert lost == [0]
     assert {job.id for job in broker.jobs("second", "ready")} == {"z", "z~1"}
     assert keys(broker, "first") == ["1"]
@@ -215,8 +262,8 @@ def test_a_queue_that_was_not_reached_is_not_taken_for_one_that_may_have_been(ap
 def test_tasks_of_one_id_in_a_group_are_as_many_after_a_cut(
     app: Celery, broker: Broker, stored: bool, known: bool
 ) -> None:
-    with cut(store_of(app), 1, stored=stored, known=known) as lost:
-        group([pay(app, n, task_id="same") for n in range(3)]).apply_async()
+    with cut(store_of(app), 1, stored=stored, known=known, after=2) as lost:
+        group([*first(app), *(pay(app, n, task_id="same") for n in range(3))]).apply_async()
     assert lost == [0]
     assert sorted(job.id for job in broker.jobs("celery", "ready")) == ["same", "same~1", "same~2"]
     assert sorted(keys(broker)) == ["0", "1", "2"]
@@ -253,13 +300,13 @@ def test_a_group_whose_broker_dies_on_the_way_goes_on_with_the_next(tmp_path: Pa
             for n in range(groups.MESSAGES + 100):
                 if n == groups.MESSAGES + 50:
                     with Broker(first.url) as broker:
-                        assert broker.stats("celery").ready == groups.MESSAGES
+                        assert broker.stats("celery").ready == 1 + groups.MESSAGES
                     first.kill()
                 yield pay(app, n)
 
         group(members()).apply_async()
         with Broker(second.url) as broker:
-            assert keys(broker) == [str(n) for n in range(groups.MESSAGES, groups.MESSAGES + 100)]
+            assert keys(broker) == [str(n) for n in range(1 + groups.MESSAGES, 100 + groups.MESSAGES)]
         app.close()
 
 

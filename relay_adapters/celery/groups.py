@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("relay.celery")
 
 MESSAGES, BYTES, SECONDS = 200, 1 << 20, 0.05
-"""Most that is gathered before it is stored: a group of many tasks starts to run while it is still being sent, and one
-that takes its time to make its tasks keeps none back for longer than the next one takes."""
+"""Most that is gathered before it is stored: a group of many tasks starts to run while it is still being sent."""
+
+SLOW = 0.02
+"""Seconds: where a generator took longer to make one of the tasks, they are sent one by one, for it may wait for what
+they do."""
+
+_MADE_BEFORE = 2
+"""Tasks that Celery has made before it sends the first one: they tell nothing of how quickly others are made."""
 
 _here = threading.local()
 
@@ -33,16 +39,32 @@ _here = threading.local()
 class Gathered(Batch):
     """What of a group was sent and is not stored yet."""
 
-    def __init__(self, producer: Any) -> None:
+    def __init__(self, producer: Any, conf: Any, options: Mapping[str, Any]) -> None:
         # a producer gets another channel where its connection is made anew, to another broker maybe
         super().__init__(lambda: producer.channel, MESSAGES)
-        self._producer = producer
+        self._producer, self._conf, self._options = producer, conf, options
         self._bytes, self._oldest = 0, 0.0
+        self._made, self._slow = 0, False
         self.failed = False
 
     def takes(self, channel: Publishing) -> bool:
         """Whether the producer sends by this channel, as far as it has one: to ask it for one would connect it."""
-        return self._producer._channel is channel
+        return self._made > _MADE_BEFORE and not self._slow and self._producer._channel is channel
+
+    def paced(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """The tasks, as they are made. Once that is slow, none is gathered any more."""
+        made = iter(tasks)
+        while True:
+            began = time.monotonic()
+            try:
+                task = next(made)
+            except StopIteration:
+                return
+            self._made += 1
+            self._slow = self._slow or time.monotonic() - began > SLOW
+            if self._slow:
+                self.store()
+            yield task
 
     def make_room(self) -> None:
         """Store what there is, where it is enough or has waited long enough. Raises Unavailable and the like: then it
@@ -62,6 +84,17 @@ class Gathered(Batch):
         self.failed = True
         super().flush()
         self.failed = False
+
+    def store(self) -> None:
+        """Flush, and try again as Celery's settings and the group's options say. Raises kombu's OperationalError."""
+        if not (self._entries or self._taken):
+            return
+        flush, retry, connection = self.flush, self._options.get("retry"), self._producer.connection
+        if self._conf.task_publish_retry if retry is None else retry:
+            policy = {**(self._conf.task_publish_retry_policy or {}), **(self._options.get("retry_policy") or {})}
+            flush = connection.ensure(self._producer, flush, **policy)
+        with connection._reraise_as_library_errors():
+            flush()
 
 
 def gathered_for(channel: Publishing) -> Gathered | None:
@@ -84,8 +117,8 @@ def _together(stock: Callable[..., Iterator[Any]], transport: type) -> Callable[
         app = app or group.app
         with app.producer_or_acquire(producer) as producer:
             if _is_ours(producer, transport):
-                with _gathering(producer, app.conf, options):
-                    yield from stock(group, tasks, producer, app, *args, **options)
+                with _gathering(Gathered(producer, app.conf, options)) as gathered:
+                    yield from stock(group, gathered.paced(tasks), producer, app, *args, **options)
             else:
                 yield from stock(group, tasks, producer, app, *args, **options)
 
@@ -102,13 +135,13 @@ def _is_ours(producer: Any, transport: type) -> bool:
 
 
 @contextmanager
-def _gathering(producer: Any, conf: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """What this thread sends by this producer is stored when this ends, also where it raises: Celery would have sent it
+def _gathering(gathered: Gathered) -> Iterator[Gathered]:
+    """What this thread sends by its producer is stored when this ends, also where it raises: Celery would have sent it
     before."""
     outer = getattr(_here, "gathered", None)
-    gathered = _here.gathered = Gathered(producer)
+    _here.gathered = gathered
     try:
-        yield
+        yield gathered
     except BaseException:
         if not gathered.failed:
             try:
@@ -118,9 +151,4 @@ def _gathering(producer: Any, conf: Any, options: Mapping[str, Any]) -> Iterator
         raise
     finally:
         _here.gathered = outer
-    flush, retry = gathered.flush, options.get("retry")
-    if conf.task_publish_retry if retry is None else retry:
-        policy = {**(conf.task_publish_retry_policy or {}), **(options.get("retry_policy") or {})}
-        flush = producer.connection.ensure(producer, flush, **policy)
-    with producer.connection._reraise_as_library_errors():
-        flush()
+    gathered.store()
