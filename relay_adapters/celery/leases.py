@@ -35,6 +35,9 @@ _AGAIN = 0.25
 _DECISION = 0.05
 """Seconds that a child may take to decide whether it starts a task. It takes less, unless it is frozen just then."""
 
+_UNDER_WAY = 1.0
+"""Seconds that a process which ends waits for acks that are on their way. A server that is there takes less."""
+
 _NOTICE, _SELDOM = 1.0, 3600.0
 """Seconds between looks at whether the worker was told to stop, while it holds messages, and while it holds none."""
 
@@ -218,7 +221,7 @@ class Leases:
         self.hand_back(set(self._held) - running_tags())
         self.flush()
         # the thread that keeps the leases dies with the process, also where it is just sending acks
-        self.owed.wait_for_others(self.broker.store.settings.retry_for)
+        self.owed.wait_for_others(_UNDER_WAY)
         self.flush()
 
     def _ended(self, held: Held) -> bool:
