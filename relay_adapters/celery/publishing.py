@@ -35,8 +35,8 @@ class Publishing(Routing):
         return Batch(lambda: self, max_size)
 
     def basic_publish(self, message: MutableMapping[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
-        """Store a message, confirmed. kombu repeats this call, with the same properties, when it was cut off: the id
-        stays, and what was stored by then is not stored twice."""
+        """Store a message, confirmed. Where it was cut off, kombu or Celery repeats this call: the id stays, and what
+        was stored by then is not stored twice."""
         headers, properties = message["headers"], message["properties"]
         lease = headers.pop(inhand.LEASE, None)
         # a task's headers stay the same through all that Celery and kombu do to repeat its publish; those of other
