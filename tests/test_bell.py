@@ -190,6 +190,7 @@ def test_a_cut_connection_is_unavailable_and_the_next_arming_connects_anew(serve
         with pytest.raises(Unavailable):
             bell.wait(5)
         assert not bell.armed
+        eventually(lambda: blocked(server) == 0, "the server has seen the end, and gives no marker to who is gone")
         ring(server)
         assert bell.wait(5)
         bell.close()
