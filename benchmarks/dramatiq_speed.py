@@ -21,6 +21,7 @@ from tests.servers import Server
 
 JOBS = 10_000
 ROUNDS = 5
+GROUP = 100
 IDLE = 20.0
 PICKUPS = 150
 KINDS = ("stock", "relay")
@@ -57,9 +58,13 @@ def stamp(due):
 
 if __name__ == "__main__":
     noop.send(0)
+    size = int(os.environ["GROUP"])
     began = time.perf_counter()
-    for i in range(jobs - 1):
-        noop.send(i)
+    for at in range(1, jobs, size):
+        if size == 1:
+            noop.send(at)
+        else:
+            dramatiq.group(noop.message(i) for i in range(at, min(at + size, jobs))).run()
     print(time.perf_counter() - began)
 """
 
@@ -86,6 +91,9 @@ def dramatiq(folder: Path) -> Table:
                 ("send, µs", "run, µs", "server CPU, µs"), stock, relay, ("2", target, "2"), strict=True
             ):
                 table.add_row(name, measure, f"{a:.0f}", f"{b:.0f}", f"{a / b:.1f}", aim)
+        stock_each, relay_each = (statistics.median(times) for times in _sent_in_groups(folder, server))
+        ratio = f"{stock_each / relay_each:.1f}"
+        table.add_row("none", f"send in groups of {GROUP}, µs", f"{stock_each:.0f}", f"{relay_each:.0f}", ratio, "2")
         idle = [_idle_scripts(folder, server, kind) for kind in KINDS]
         ratio = f"{idle[0] / idle[1]:.0f}" if idle[1] else "-"
         table.add_row("1 process x 8 threads", "idle EVALSHA per s", f"{idle[0]:.2f}", f"{idle[1]:.2f}", ratio, "5")
@@ -154,20 +162,36 @@ def _round(folder: Path, server: Server, kind: str, threads: int) -> Cost:
     done.unlink(missing_ok=True)
     client = server.client()
     before = cpu_seconds(client)
-    producer = [sys.executable, str(folder / "peer_dramatiq.py")]
-    sent = subprocess.run(
-        producer, env=_environment(folder, server, kind), cwd=folder, capture_output=True, check=True, text=True
-    )
+    sent = _send(folder, server, kind)
     with _worker(folder, server, kind, threads) as worker:
         run = until_done(done, worker, f"dramatiq on {kind}", folder / "worker.log")
         used = cpu_seconds(client) - before
     client.close()
-    return Cost(*(seconds / JOBS * 1e6 for seconds in (float(sent.stdout), run, used)))
+    return Cost(*(seconds / JOBS * 1e6 for seconds in (sent, run, used)))
+
+
+def _send(folder: Path, server: Server, kind: str, size: int = 1) -> float:
+    """Seconds that it took to send all messages, so many at a time."""
+    producer = [sys.executable, str(folder / "peer_dramatiq.py")]
+    environment = _environment(folder, server, kind) | {"GROUP": str(size)}
+    sent = subprocess.run(producer, env=environment, cwd=folder, capture_output=True, check=True, text=True)
+    return float(sent.stdout)
+
+
+def _sent_in_groups(folder: Path, server: Server) -> tuple[list[float], ...]:
+    """Per message, in µs, of both kinds in turn."""
+    found: tuple[list[float], ...] = ([], [])
+    for _ in range(ROUNDS):
+        for kind, times in zip(KINDS, found, strict=True):
+            server.cli("FLUSHALL")
+            times.append(_send(folder, server, kind, GROUP) / JOBS * 1e6)
+    return found
 
 
 def _environment(folder: Path, server: Server, kind: str) -> dict[str, str]:
     broker = server.url if kind == "relay" else f"redis://127.0.0.1:{server.port}/0"
-    own = {"BROKER": broker, "JOBS": str(JOBS), "DONE": str(folder / "done"), "PYTHONPATH": str(folder)}
+    own = {"BROKER": broker, "JOBS": str(JOBS), "DONE": str(folder / "done")}
+    own |= {"GROUP": "1", "PYTHONPATH": str(folder)}
     return {**os.environ, **own}
 
 

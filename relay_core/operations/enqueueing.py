@@ -65,6 +65,12 @@ class Enqueueing(Base):
             raise failed
         return [answer for answer in answers if answer is not None]
 
+    def check(self, spec: JobSpec) -> None:
+        """Raises InvalidArgument as an enqueue of it would, as far as that can be told before."""
+        payload = payload_bytes(spec.payload)
+        payload_size(payload, self.settings.max_payload)
+        spec.stored(payload)
+
     def straight(
         self,
         queue: str,
