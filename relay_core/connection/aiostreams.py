@@ -71,8 +71,7 @@ class FastStream(asyncio.Protocol):
             self._waiter = None
 
     async def closed(self) -> bool:
-        for _ in range(2):  # the loop looks at its sockets between the two
-            await asyncio.sleep(0)
+        await _let_the_loop_read()
         return self._failure is not None
 
     # what the event loop calls
@@ -158,12 +157,18 @@ class PlainStream:
             connection.socket_timeout = timeout
 
     async def closed(self) -> bool:
+        await _let_the_loop_read()
         # Its name before redis-py 8.
         look = getattr(self._connection, "can_read", None) or self._connection.can_read_destructive
         try:
             return bool(await look())
         except (RedisError, OSError):
             return True
+
+
+async def _let_the_loop_read() -> None:
+    for _ in range(2):  # it looks at its sockets between the two
+        await asyncio.sleep(0)
 
 
 def stream_of(connection: Any) -> AsyncStream:
