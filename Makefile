@@ -1,6 +1,7 @@
 # Everything starts from a bare machine: Python 3.10 or later, make, git, and apt or the servers by hand.
 #   make PYTHON=python3.12 test     another Python
 #   make test PYTEST="-k embedded"  some of the tests
+#   make test WORKERS=0             in one process, one after the other
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,6 +18,10 @@ OLDEST ?= $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	dramatiq_consumer dramatiq_middleware dramatiq_processes dramatiq_troubles hooks interrupted metrics_faces streams \
 	worker)))
 TYPED := relay_core relay_adapters benchmarks
+
+# How many processes share the tests: these wait more than they compute. Each has servers of its own.
+WORKERS ?= 4
+SHARED := --numprocesses $(WORKERS) --dist worksteal
 
 PYTEST ?=
 DEMO ?=
@@ -59,10 +64,10 @@ contracts: $(INSTALLED)  ## which module may import which
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED) servers  ## only the tests; PYTEST="-k embedded" picks some
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(SHARED) $(PYTEST)
 
 oldest: $(OLD_INSTALLED) servers  ## tests with the oldest versions of other packages that relay works with
-	$(OLD)/bin/python -m pytest -p no:cacheprovider $(OLDEST) $(PYTEST)
+	$(OLD)/bin/python -m pytest -p no:cacheprovider $(SHARED) $(OLDEST) $(PYTEST)
 
 $(OLD_INSTALLED): pyproject.toml tests/oldest.txt
 	@tools/setup-venv $(PYTHON) $(OLD) test tests/oldest.txt

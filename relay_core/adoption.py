@@ -72,7 +72,7 @@ def _place(ops: Operations, arrival: Arrival) -> tuple[str, Adopted]:
     spec = JobSpec(
         arrival.payload, id=arrival.id, at=arrival.at, priority=arrival.priority, headers=arrival.headers or None
     )
-    queue, job = ops.place(arrival.queue, spec)
+    queue, job, _spec = ops.place(arrival.queue, spec)
     created = "" if arrival.created_at is None else str(max(0, round(arrival.created_at * 1000)))
     reason = "_".join(error_text(arrival.reason).split()) or "failed"
     at_ms = int(job.due.lstrip("@") or 0)

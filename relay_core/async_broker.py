@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, names
+from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import AsyncBell, AsyncStore
 from relay_core.errors import RelayError, Unavailable
@@ -104,11 +104,11 @@ class AsyncBroker(BrokerBase):
         command = self.operations.straight(queue, payload, **options)
         if command is None:
             return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
-        started = time.monotonic()
+        sent_at = sent_now()
         answer = await self.store.run(command)
         if isinstance(answer, LongWay):
             options["id"] = answer.id
-            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer, started))
+            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer, sent_at))
         return self.operations.told(queue, answer, options.get("headers"))
 
     async def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, names
+from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import Bell, Sender, SyncStore
 from relay_core.errors import RelayError, Unavailable
@@ -140,11 +141,11 @@ class Broker(BrokerBase):
         command = self.operations.straight(queue, payload, **options)
         if command is None:
             return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
-        started = time.monotonic()
+        sent_at = sent_now()
         answer = self.store.run(command)
         if isinstance(answer, LongWay):
             options["id"] = answer.id
-            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer, started))
+            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options), answer, sent_at))
         return self.operations.told(queue, answer, options.get("headers"))
 
     def enqueue_many(self, queue: str, jobs: Iterable[JobSpec | bytes]) -> list[Enqueued]:

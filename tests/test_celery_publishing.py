@@ -183,6 +183,24 @@ def test_headers_that_several_messages_share_make_none_the_other(server: Server,
     assert len(stored(broker)) == 2
 
 
+def test_headers_of_a_task_that_are_used_for_the_next_one_make_neither_the_other(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [0], task_id="z")
+    headers = {"lang": "py", "task": "pay", "id": "a", "root_id": "a"}
+    with app.producer_or_acquire() as producer:
+        with cut(store_of(app), 1), pytest.raises(Unavailable):
+            producer.publish([[1], {}, {}], routing_key="celery", exchange="", headers=headers)
+        headers["id"] = headers["root_id"] = "b"
+        producer.publish([[2], {}, {}], routing_key="celery", exchange="", headers=headers)
+    assert [job.id for job in stored(broker)] == ["z", "a", "b"]
+
+
+def test_a_header_of_another_broker_does_not_pass_for_a_repeated_publish(app: Celery, broker: Broker) -> None:
+    """As a task has it that was sent on to Redis when relay was away, and is retried over relay."""
+    app.send_task("pay", [1], task_id="one", headers={"relay_again": ["one", 16.4, "one"]})
+    app.send_task("pay", [2], task_id="one", headers={"relay_again": ["one", 16.4, "one"]})
+    assert [job.id for job in stored(broker)] == ["one", "one~1"]
+
+
 def test_a_publish_that_fails_for_good_says_so_in_kombus_words(app: Celery, broker: Broker) -> None:
     app.send_task("warm-up", queue="other")
     with cut(store_of(app), 99), pytest.raises(OperationalError, match="cut"):
@@ -259,6 +277,46 @@ def test_a_batch_of_a_producer_is_stored_in_few_round_trips(app: Celery, server:
     assert broker.stats("celery").ready == 100
     calls = server.info("commandstats")["cmdstat_evalsha"]
     assert int(calls.split(",")[0].removeprefix("calls=")) < 10
+
+
+@pytest.mark.since("kombu", "5.7")
+def test_what_a_full_batch_could_not_take_is_sent_again_and_stored_once(app: Celery, broker: Broker) -> None:
+    store = store_of(app)
+    with app.producer_or_acquire() as producer, producer.batch(max_size=3), cut(store, 1) as lost:
+        for n in range(5):
+            try:
+                app.send_task("pay", [n], task_id=f"t{n}", producer=producer, retry=False)
+            except OperationalError:
+                app.send_task("pay", [n], task_id=f"t{n}", producer=producer, retry=False)
+    assert lost == [0]
+    assert [job.id for job in stored(broker)] == [f"t{n}" for n in range(5)]
+
+
+@pytest.mark.since("kombu", "5.7")
+def test_a_flush_that_is_interrupted_and_repeated_stores_each_once(app: Celery, broker: Broker) -> None:
+    class Limit(Exception):
+        """A soft time limit."""
+
+    app.send_task("warm-up", queue="celery")
+    store = store_of(app)
+    run, left = store.run, [1]
+
+    def struck(command: Any) -> Any:
+        answer = run(command)
+        if left:
+            left.pop()
+            raise Limit
+        return answer
+
+    with app.producer_or_acquire() as producer, producer.batch() as batch:
+        for n in range(3):
+            app.send_task("pay", [n], task_id=f"t{n}", producer=producer)
+        store.run = struck
+        with pytest.raises(Limit):
+            batch.flush()
+        batch.flush()
+        store.run = run
+    assert [job.id for job in stored(broker)][1:] == ["t0", "t1", "t2"]
 
 
 @pytest.mark.since("kombu", "5.7")

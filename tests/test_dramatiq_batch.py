@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,12 @@ from relay_core.errors import InvalidArgument, StoreError
 from tests.dramatiq_workers import running, signals_of
 from tests.proxy import Proxy, to_socket
 from tests.servers import Server
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is, nothing here takes so long that it is not stored together."""
+    monkeypatch.setattr(batch, "SECONDS", 60.0)
 
 
 @pytest.fixture
@@ -385,3 +392,38 @@ def test_a_retry_in_a_block_is_no_part_of_it(broker: RelayBroker) -> None:
         broker.join("default", timeout=10_000)
     assert len(runs) == 2
     assert broker.core.stats("default").counters["retried"] == 1
+
+
+def test_a_child_that_was_forked_in_a_block_sends_at_once_and_the_parent_stores_its_own(
+    broker: RelayBroker, note: Any
+) -> None:
+    note.send("first")
+    fork = multiprocessing.get_context("fork")
+    with broker.batch():
+        note.send("parent")
+        child = fork.Process(target=lambda: note.send("child"))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert broker.get_queue_message_counts("default")[0] == 2
+    assert waiting(broker) == ["first", "child", "parent"]
+
+
+def test_an_interrupt_in_the_middle_of_the_last_flush_leaves_what_was_sent_stored_once(
+    broker: RelayBroker, note: Any
+) -> None:
+    note.send("first")
+    run, strikes = broker.core.store.run, ["before", "after"]
+
+    def struck(command: Any) -> Any:
+        when = strikes.pop()
+        broker.core.store.run = run  # type: ignore[method-assign]
+        if when == "after":
+            run(command)
+        raise KeyboardInterrupt
+
+    for x in (1, 2):
+        broker.core.store.run = struck  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt), broker.batch():
+            note.send(x)
+    assert waiting(broker) == ["first", 1, 2]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from relay_core import AsyncBroker, Broker, Enqueued, hookimpl
-from relay_core.errors import InvalidArgument
+from relay_core import AsyncBroker, Broker, Enqueued, JobSpec, clock, hookimpl
+from relay_core.commands import LongWay, command
+from relay_core.errors import InvalidArgument, Unavailable
 from tests.proxy import Proxy, to_port
 from tests.servers import Server
 
@@ -159,3 +161,64 @@ def test_it_refuses_what_the_long_way_does(
         send("q", b"x", nonsense=1)
     with Broker(redis_server.url) as broker:
         assert broker.stats("q").ready == 1
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_who_cannot_be_told_of_its_queue_hears_that_a_job_may_be_stored(server: Server, jobs: int) -> None:
+    """The queue was deleted meanwhile, and memory is full just after its first job was stored anew."""
+    with Broker(server.url, retry_for=0.0) as broker:
+        broker.enqueue("q", b"first")
+        server.cli("FLUSHALL")
+        raw = broker.store.raw
+
+        def full(*args: Any) -> Any:
+            server.cli("CONFIG", "SET", "maxmemory", "1")
+            try:
+                return raw(*args)
+            finally:
+                server.cli("CONFIG", "SET", "maxmemory", "0")
+
+        broker.store.raw = full  # type: ignore[method-assign]
+        with pytest.raises(Unavailable) as caught:
+            broker.enqueue_many("q", [JobSpec(b"x", id=f"j{n}") for n in range(jobs)])
+        assert caught.value.maybe_executed
+        assert broker.stats("q").ready == jobs
+        server.cli("FLUSHALL")
+        with pytest.raises(Unavailable) as caught:
+            broker.enqueue("q", b"x", id="one")
+        assert caught.value.maybe_executed
+        assert broker.stats("q").ready == 1
+
+
+def test_a_long_way_that_is_refused_after_a_short_one_that_may_have_been_gone_says_so(server: Server) -> None:
+    with Broker(server.url, retry_for=0.0) as broker:
+        broker.enqueue("q", b"first")
+        run = broker.store.run
+
+        def lossy(command: Any) -> Any:
+            if command.script.name == "enqueue":
+                raise Unavailable("full", maybe_executed=False)
+            run(command)
+            return LongWay(True, id="one")  # as to a re-send
+
+        broker.store.run = lossy  # type: ignore[method-assign]
+        with pytest.raises(Unavailable) as caught:
+            broker.enqueue("q", b"x", id="one")
+        assert caught.value.maybe_executed
+        with pytest.raises(Unavailable) as caught:
+            broker.enqueue("q", b"x", id="two", delay=1.0)  # has no short way
+        assert not caught.value.maybe_executed
+
+
+def test_a_repeated_enqueue_is_as_old_as_it_is_though_this_machine_slept(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sleeps is the client's machine: to the server two minutes go by."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        assert abs(clock.sent_now() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 60
+    monkeypatch.setattr(command, "sent_now", lambda: clock.sent_now() + 120)
+    made = Broker(server.url).operations
+    flow = made.enqueue("q", JobSpec(b"x", id="one", delay=5.0), since=clock.sent_now())
+    next(flow)
+    sent = flow.send(None).wire()
+    assert 120_000 <= int(sent[sent.index(1) + 1]) < 180_000

@@ -10,13 +10,16 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery.batching import Batch
 from relay_adapters.celery.options import is_relay
-from relay_core import JobSpec
+from relay_core.connection import forks
+from relay_core.errors import RelayError
+from relay_core.operations.enqueueing import Placed
 
 if TYPE_CHECKING:
     from relay_adapters.celery.publishing import Publishing
@@ -26,64 +29,81 @@ logger = logging.getLogger("relay.celery")
 MESSAGES, BYTES, SECONDS = 200, 1 << 20, 0.05
 """Most that is gathered before it is stored: a group of many tasks starts to run while it is still being sent."""
 
-SLOW = 0.02
-"""Seconds: where a generator took longer to make one of the tasks, they are sent one by one, for it may wait for what
-they do."""
+_TICK, _PAUSE = 0.02, 0.5
+"""Seconds between looks at what was gathered, and until the next after one that met an error."""
 
-_MADE_BEFORE = 2
-"""Tasks that Celery has made before it sends the first one: they tell nothing of how quickly others are made."""
-
-_here = threading.local()
+_here: ContextVar[Gathered | None] = ContextVar("relay_gathered", default=None)
+"""The group that is being sent here. A greenlet has its own, whether its threads are gevent's or not."""
 
 
 class Gathered(Batch):
-    """What of a group was sent and is not stored yet."""
+    """What of a group was sent and is not stored yet. Its own thread adds to it; another may store what is old.
+
+    :ivar ended: True once the group was sent: what its producer sends from then on is none of its tasks
+    :ivar failed: True when the last flush found the server away, or was refused
+    """
 
     def __init__(self, producer: Any, conf: Any, options: Mapping[str, Any]) -> None:
         # a producer gets another channel where its connection is made anew, to another broker maybe
         super().__init__(lambda: producer.channel, MESSAGES)
         self._producer, self._conf, self._options = producer, conf, options
-        self._bytes, self._oldest = 0, 0.0
-        self._made, self._slow = 0, False
-        self.failed = False
+        self._bytes, self._oldest, self._not_before = 0, 0.0, 0.0
+        self.ended = self.failed = False
+        self._lock = threading.RLock()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """What was gathered is the parent's to store."""
+        self._lock = threading.RLock()
+        self.ended = True
+        self.discard()
 
     def takes(self, channel: Publishing) -> bool:
         """Whether the producer sends by this channel, as far as it has one: to ask it for one would connect it."""
-        return self._made > _MADE_BEFORE and not self._slow and self._producer._channel is channel
-
-    def paced(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """The tasks, as they are made. Once that is slow, none is gathered any more."""
-        made = iter(tasks)
-        while True:
-            began = time.monotonic()
-            try:
-                task = next(made)
-            except StopIteration:
-                return
-            self._made += 1
-            self._slow = self._slow or time.monotonic() - began > SLOW
-            if self._slow:
-                self.store()
-            yield task
+        return not self.ended and self._producer._channel is channel
 
     def make_room(self) -> None:
         """Store what there is, where it is enough or has waited long enough. Raises Unavailable and the like: then it
         is all still there, for another try."""
-        if self._entries and (
-            len(self._entries) >= MESSAGES or self._bytes >= BYTES or time.monotonic() - self._oldest >= SECONDS
-        ):
-            self.flush()
+        with self._lock:
+            if self._entries and (len(self._entries) >= MESSAGES or self._bytes >= BYTES or self._is_old()):
+                self.flush()
 
-    def add(self, queue: str, spec: JobSpec, message: Any) -> None:
-        if not self._entries:
-            self._bytes, self._oldest = 0, time.monotonic()
-        self._bytes += len(spec.payload)
-        super().add(queue, spec, message)
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._oldest >= SECONDS
+
+    def add(self, queue: str, placed: Placed, message: Any) -> None:
+        with self._lock:
+            first = not self._entries
+            if first:
+                self._bytes, self._oldest = 0, time.monotonic()
+            self._bytes += len(placed.job.record)
+            super().add(queue, placed, message)
+        if first:
+            _minder.mind(self)
 
     def flush(self) -> None:
-        self.failed = True
-        super().flush()
-        self.failed = False
+        with self._lock:
+            self.failed = False
+            try:
+                super().flush()
+            except RelayError:
+                self.failed = True
+                raise
+
+    def flush_old(self) -> None:
+        """Store what has waited long enough, from another thread than the group's, which is left to hear of errors."""
+        if not self._lock.acquire(blocking=False):
+            return  # it is being stored
+        try:
+            channel = self._producer._channel
+            if channel is not None and self._entries and self._is_old() and time.monotonic() >= self._not_before:
+                self._store_all(channel)
+        except Exception as error:
+            self._not_before = time.monotonic() + _PAUSE
+            logger.debug("tasks of a group are not stored yet: %s", error)
+        finally:
+            self._lock.release()
 
     def store(self) -> None:
         """Flush, and try again as Celery's settings and the group's options say. Raises kombu's OperationalError."""
@@ -97,9 +117,50 @@ class Gathered(Batch):
             flush()
 
 
+class _Minder:
+    """A thread that stores what was gathered while the next task is being made: that may take as long as it likes, or
+    wait for what the earlier ones do."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._minded: set[Gathered] = set()
+        self._more = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def mind(self, gathered: Gathered) -> None:
+        with self._lock:
+            self._minded.add(gathered)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="relay-celery-groups", daemon=True)
+                self._thread.start()
+        self._more.set()
+
+    def forget(self, gathered: Gathered) -> None:
+        with self._lock:
+            self._minded.discard(gathered)
+
+    def _run(self) -> None:
+        while True:
+            self._more.wait()
+            time.sleep(_TICK)
+            with self._lock:
+                minded = list(self._minded)
+                if not minded:
+                    self._more.clear()
+            for gathered in minded:
+                gathered.flush_old()
+
+
+_minder = _Minder()
+
+
 def gathered_for(channel: Publishing) -> Gathered | None:
-    """Where this thread is sending a group through this channel, what is gathered of it."""
-    gathered: Gathered | None = getattr(_here, "gathered", None)
+    """Where a group is being sent here through this channel, what is gathered of it."""
+    gathered = _here.get()
     return gathered if gathered is not None and gathered.takes(channel) else None
 
 
@@ -117,8 +178,8 @@ def _together(stock: Callable[..., Iterator[Any]], transport: type) -> Callable[
         app = app or group.app
         with app.producer_or_acquire(producer) as producer:
             if _is_ours(producer, transport):
-                with _gathering(Gathered(producer, app.conf, options)) as gathered:
-                    yield from stock(group, gathered.paced(tasks), producer, app, *args, **options)
+                with _gathering(Gathered(producer, app.conf, options)):
+                    yield from stock(group, tasks, producer, app, *args, **options)
             else:
                 yield from stock(group, tasks, producer, app, *args, **options)
 
@@ -135,13 +196,16 @@ def _is_ours(producer: Any, transport: type) -> bool:
 
 
 @contextmanager
-def _gathering(gathered: Gathered) -> Iterator[Gathered]:
-    """What this thread sends by its producer is stored when this ends, also where it raises: Celery would have sent it
+def _gathering(gathered: Gathered) -> Iterator[None]:
+    """What is sent here by its producer is stored when this ends, also where it raises: Celery would have sent it
     before."""
-    outer = getattr(_here, "gathered", None)
-    _here.gathered = gathered
+    outer = _here.get()
+    if outer is not None:
+        outer.store()  # its earlier tasks come first
+    _here.set(gathered)
     try:
-        yield gathered
+        yield
+        gathered.store()
     except BaseException:
         if not gathered.failed:
             try:
@@ -150,5 +214,6 @@ def _gathering(gathered: Gathered) -> Iterator[Gathered]:
                 logger.error("a group was not sent to its end, nor can be stored what was: %s", error)
         raise
     finally:
-        _here.gathered = outer
-    gathered.store()
+        gathered.ended = True
+        _here.set(outer)
+        _minder.forget(gathered)

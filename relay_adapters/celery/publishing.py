@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from relay_adapters.celery import inhand
 from relay_adapters.celery.batching import AGAIN, BATCH, Batch
@@ -17,11 +16,21 @@ from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.routing import STORED, Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
+from relay_core.clock import sent_now
 from relay_core.errors import InvalidArgument, Unavailable
 
 _ID = "relay_id"
 _HEADERS = {HEADER: ADAPTER}
 _PLAIN = Terms()
+
+
+class _Tried(NamedTuple):
+    """What is kept of a publish that may have stored its message, for when it is repeated."""
+
+    job_id: str
+    at: float
+    """`sent_now()` of the first try."""
+    task_id: str | None
 
 
 class Publishing(Routing):
@@ -41,9 +50,12 @@ class Publishing(Routing):
         lease = headers.pop(inhand.LEASE, None)
         # a task's headers stay the same through all that Celery and kombu do to repeat its publish; those of other
         # messages may be the next one's, too
-        kept = headers if "task" in headers else properties
-        id, since = kept.pop(AGAIN, None) or (job_id_of(headers), None)
-        message[_ID], message[AGAIN], started = id, since, time.monotonic()
+        kept, own = (headers, headers.get("id")) if "task" in headers else (properties, None)
+        again = kept.pop(AGAIN, None)
+        if not isinstance(again, _Tried) or again.task_id != own:
+            again = None  # none, or of another message that had the same headers and another id
+        id, since = (job_id_of(headers), None) if again is None else (again.job_id, again.at)
+        message[_ID], message[AGAIN], sent_at = id, since, sent_now()
         if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
             self._inplace_augment_message(message, exchange, routing_key)
@@ -53,15 +65,17 @@ class Publishing(Routing):
             except Unavailable:
                 headers[inhand.LEASE] = lease
                 raise
+        sent = False
         try:
             gathered = gathered_for(self)
             if gathered is not None and BATCH not in message:
                 gathered.make_room()
                 message[BATCH] = gathered
+            sent = True
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable as error:
-            if since is not None or error.maybe_executed or message.get(STORED):
-                kept[AGAIN] = message[_ID], started if since is None else since
+            if since is not None or (sent and error.maybe_executed) or message.get(STORED):
+                kept[AGAIN] = _Tried(message[_ID], sent_at if since is None else since, own)
             raise
 
     def _put(
@@ -79,7 +93,7 @@ class Publishing(Routing):
         payload, options = pack(message), self._options(message, id, terms, level)
         # what is more than x-max-length is dropped after each publish
         if (batch := message.get(BATCH)) is not None and (terms is None or terms.length is None):
-            batch.add(queue, JobSpec(payload, **options), message)
+            batch.add(queue, self.broker.operations.prepare(queue, JobSpec(payload, **options)), message)
             message[STORED] = True
             return
         if (since := message.get(AGAIN)) is not None:

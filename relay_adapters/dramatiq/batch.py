@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dramatiq
@@ -17,7 +16,10 @@ from dramatiq.message import Message
 
 from relay_adapters.dramatiq.errors import DramatiqErrors
 from relay_core import JobSpec
+from relay_core.clock import sent_now
+from relay_core.connection import forks
 from relay_core.errors import RelayError, Unavailable
+from relay_core.operations.enqueueing import Placed
 
 if TYPE_CHECKING:
     from relay_adapters.dramatiq.broker import RelayBroker
@@ -35,14 +37,14 @@ class _Sent(NamedTuple):
     message: Message[Any]
     delay: int | None
     """Milliseconds, as `enqueue` was given them."""
-    spec: JobSpec
+    placed: Placed
     at: float
     """`time.monotonic()`."""
 
-    def now(self) -> JobSpec:
+    def now(self) -> Placed:
         """What it waits for is counted from when it was sent."""
-        delay = self.spec.delay
-        return self.spec if delay is None else replace(self.spec, delay=max(0.0, delay - time.monotonic() + self.at))
+        delay = self.placed.spec.delay
+        return self.placed if delay is None else self.placed.delayed(max(0.0, delay - time.monotonic() + self.at))
 
 
 class Batch:
@@ -58,60 +60,74 @@ class Batch:
         self._sent: list[_Sent] = []
         self._bytes = 0
         self._tried_at: float | None = None
-        """`time.monotonic()` of the first try that may have stored some of it."""
+        """`sent_now()` of the first try that may have stored some of it."""
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """What was gathered is the parent's to store."""
+        self._lock = threading.RLock()
+        self._sent, self.closed = [], True
 
     def add(self, message: Message[Any], delay: int | None, spec: JobSpec) -> bool:
         """Take a message. False where the block has ended.
 
         Raises InvalidArgument, and what a flush raises when it was time for one; then the message was not taken.
         """
-        self.broker.core.operations.check(spec)
         with self._lock:
             if self.closed:
                 return False
-            now = time.monotonic()
+            placed, now = self.broker.core.operations.prepare(message.queue_name, spec), time.monotonic()
             if self._sent and (
                 len(self._sent) >= MESSAGES or self._bytes >= BYTES or now - self._sent[0].at >= SECONDS
             ):
                 self.flush()
-            self._sent.append(_Sent(message, delay, spec, now))
-            self._bytes += len(spec.payload)
+            self._sent.append(_Sent(message, delay, placed, now))
+            self._bytes += len(placed.job.record)
             return True
 
     def flush(self) -> None:
-        """Store what there is, and tell Dramatiq's middleware of it. Raises Unavailable and the like: what may be
-        stored by another flush is kept."""
+        """Store what there is, and tell Dramatiq's middleware of it. Raises Unavailable and the like: another flush
+        may go on then, and stores nothing twice."""
         with self._lock:
-            self._failed = True
-            refused: RelayError | None = None
-            for queue in dict.fromkeys(sent.message.queue_name for sent in self._sent):
-                try:
-                    self._store(queue, [sent for sent in self._sent if sent.message.queue_name == queue])
-                except Unavailable:
-                    raise
-                except RelayError as error:  # of this queue
-                    refused = refused or error
-            if refused:
-                raise refused
             self._failed = False
+            try:
+                self._store_all()
+            except RelayError:
+                self._failed = True
+                raise
 
-    def _store(self, queue: str, alike: list[_Sent]) -> None:
-        core, started = self.broker.core, time.monotonic()
+    def _store_all(self) -> None:
+        refused: RelayError | None = None
+        for queue in dict.fromkeys(sent.message.queue_name for sent in self._sent):
+            try:
+                self._store([sent for sent in self._sent if sent.message.queue_name == queue])
+            except Unavailable:
+                raise
+            except RelayError as error:  # of this queue
+                refused = refused or error
+        if refused:
+            raise refused
+
+    def _store(self, alike: list[_Sent]) -> None:
+        core, since = self.broker.core, self._tried_at
+        if since is None:  # before it is, for an interrupt may come at any time
+            self._tried_at = sent_now()
         try:
-            core.drive(core.operations.enqueue_many(queue, [sent.now() for sent in alike], self._tried_at))
+            core.drive(core.operations.enqueue_placed([sent.now() for sent in alike], since))
         except Unavailable as error:
-            if error.maybe_executed and self._tried_at is None:
-                self._tried_at = started
+            if not error.maybe_executed:
+                self._tried_at = since
             raise
-        stored = {sent.spec.id for sent in alike}
-        self._sent = [sent for sent in self._sent if sent.spec.id not in stored]
-        self._bytes = sum(len(sent.spec.payload) for sent in self._sent)
+        stored = {sent.placed.job.id for sent in alike}
+        self._sent = [sent for sent in self._sent if sent.placed.job.id not in stored]
+        self._bytes = sum(len(sent.placed.job.record) for sent in self._sent)
+        if since is None or not self._sent:
+            self._tried_at = None
         for sent in alike:
             self.broker.emit_after("enqueue", sent.message, sent.delay)
 
     def close(self) -> None:
-        """The block ends. Raises ConnectionClosed, and StoreError where the server refuses: what could not be stored is
-        forgotten then."""
+        """Raises ConnectionClosed, and StoreError where the server refuses."""
         with self._lock, DramatiqErrors():
             try:
                 while self._sent:  # middleware that hears of them may send others
@@ -119,19 +135,15 @@ class Batch:
             except RelayError as error:
                 self.broker.not_stored(error)
                 raise
-            finally:
-                self.closed = True
+            self.closed = True
 
     def abort(self) -> None:
-        """The block ends by an error. What was sent before it is stored, where that was not the error."""
-        with self._lock:
-            try:
-                if not self._failed:
-                    self.close()
-            except Exception as error:
-                logger.error("what was sent before an error cannot be stored: %s", error)
-            finally:
-                self.closed = True
+        """Where the block did not end by what `close` raises, store what was sent before."""
+        try:
+            if not self._failed:
+                self.close()
+        except Exception as error:
+            logger.error("what was sent before an error cannot be stored: %s", error)
 
 
 def batch_of(broker: RelayBroker) -> Batch | None:
@@ -146,12 +158,12 @@ def gathering(broker: RelayBroker) -> Iterator[None]:
     token = _open.set((*_open.get(), batch))
     try:
         yield
+        batch.close()
     except BaseException:
         batch.abort()
         raise
-    else:
-        batch.close()
     finally:
+        batch.closed = True
         _open.reset(token)
 
 

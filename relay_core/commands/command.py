@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from relay_core.clock import sent_now
 from relay_core.scripts import Script
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ class Command(Generic[T]):
         have run without its reply arriving, so "already done" means success
     :ivar resent_at: index in `args` of what tells the script of a re-send: 0, or milliseconds since the first send; or
         None
-    :ivar since: `time.monotonic()` at which an earlier command was sent that may have done the same, or None
+    :ivar since: `sent_now()` at which an earlier command was sent that may have done the same, or None
     :ivar durable: True when the shells must confirm it as the broker's `durability` asks
     """
 
@@ -37,12 +37,12 @@ class Command(Generic[T]):
     def wire(self, since: float | None = None) -> tuple[Arg, ...]:
         """`sha numkeys keys... args...`, what follows EVALSHA on the wire.
 
-        :param since: `time.monotonic()` of its first send, where that may have run
+        :param since: `sent_now()` of its first send, where that may have run
         """
         args = self.args
         if self.since is not None:
             since = self.since
         if since is not None and self.resent_at is not None:
-            age = max(1, math.ceil((time.monotonic() - since) * 1000))
+            age = max(1, math.ceil((sent_now() - since) * 1000))
             args = (*args[: self.resent_at], age, *args[self.resent_at + 1 :])
         return (self.script.sha, len(self.keys), *self.keys, *args)

@@ -170,7 +170,7 @@ class Stored(list[Enqueued]):
 def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None) -> Command[Stored]:
     """Store up to MAX_BATCH jobs. A job that a first send of this command stored is not a duplicate.
 
-    :param since: `time.monotonic()` at which an earlier command was sent that may have stored them
+    :param since: `sent_now()` at which an earlier command was sent that may have stored them
     """
     levels = {job.record[:1] for job in jobs}
     args: list[Arg] = [LAYOUT, 0, b"".join(levels)]

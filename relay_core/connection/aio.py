@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from relay_core.clock import sent_now
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients
 from relay_core.connection.aiobell import AsyncBell
@@ -40,7 +41,7 @@ class AsyncStore:
 
     async def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""
-        started = time.monotonic()
+        started, sent_at = time.monotonic(), sent_now()
         address = self._router.ready(command.keys[0], started)
         first = None
         if address is not None and not (command.durable and self._policy.confirm):
@@ -50,7 +51,7 @@ class AsyncStore:
                 if not isinstance(reply, Exception):
                     return command.parse(reply, False)
             first = (address, outcome)
-        call = attempts.call_for(command, started)
+        call = attempts.call_for(command, sent_at)
         await self._drive(attempts.settle([call], self._router, self._policy, started, first))
         result: T = call.outcome()
         return result

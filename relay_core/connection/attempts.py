@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from relay_core.clock import sent_now
 from relay_core.commands import LongWay
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import fitness
@@ -84,7 +85,7 @@ class Call:
     :ivar load: True when its script goes along with the next send
     :ivar trouble: why the last send came to nothing; empty if it may be repeated at once
     :ivar resent: True once an earlier send may have run
-    :ivar started: `time.monotonic()` of the first send
+    :ivar sent_at: `sent_now()` of the first send
     :ivar result: what `parse` made of the reply, once `done`
     :ivar error: what to raise instead, once `done`
     """
@@ -101,7 +102,7 @@ class Call:
         "resent",
         "result",
         "script",
-        "started",
+        "sent_at",
         "target",
         "trouble",
         "wire",
@@ -116,11 +117,11 @@ class Call:
         script: Script | None = None,
         durable: bool = False,
         target: Address | None = None,
-        started: float | None = None,
+        sent_at: float | None = None,
     ) -> None:
         self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
         self.target = target
-        self.started = time.monotonic() if started is None else started
+        self.sent_at = sent_now() if sent_at is None else sent_at
         self.resent = self.done = self.load = False
         self.ask_at: Address | None = None
         self.result: Any = None
@@ -156,15 +157,15 @@ class Call:
             self.blocked(judged, at)
 
 
-def call_for(command: Command[Any], started: float | None = None) -> Call:
-    """:param started: `time.monotonic()` of its first send. Default: now"""
+def call_for(command: Command[Any], sent_at: float | None = None) -> Call:
+    """:param sent_at: `sent_now()` of its first send. Default: now"""
     return Call(
         lambda since: ("EVALSHA", *command.wire(since)),
         command.parse,
         key=command.keys[0] if command.keys else None,
         script=command.script,
         durable=command.durable,
-        started=started,
+        sent_at=sent_at,
     )
 
 
@@ -317,7 +318,7 @@ def _send(address: Address, group: Sequence[Call], router: Router, policy: Polic
         if call.ask_at is not None:
             wires.append(("ASKING",))
             owners.append(None)
-        wires.append(call.wire(call.started if call.resent else None))
+        wires.append(call.wire(call.sent_at if call.resent else None))
         owners.append(call)
     confirm = policy.confirm if any(call.durable for call in group) else None
     if confirm is not None:

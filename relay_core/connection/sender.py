@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from relay_core.clock import sent_now
 from relay_core.commands.command import Command
 from relay_core.connection import clients
 from relay_core.connection.bell import readable
@@ -27,11 +28,12 @@ class Sender:
         self._store = store
         self._links: dict[Address, Link] = {}
         self._to: Address | None = None
+        self._sent_at = 0.0
         self._failed: Outcome | None = None
 
     def send(self, command: Command[Any]) -> None:
         """Send it where that can be done at once; else `result` sends it."""
-        self._to = self._store.ready(command, time.monotonic())
+        self._to, self._sent_at = self._store.ready(command, time.monotonic()), sent_now()
         if self._to is not None:
             link = self._links.get(self._to)
             if link is None:
@@ -55,7 +57,7 @@ class Sender:
             outcome = self._failed or self._links[self._to].receive(1)
             if outcome.failure is None and not isinstance(reply := outcome.replies[0], Exception):
                 return command.parse(reply, False)
-        return self._store.settle(command, time.monotonic(), self._to, outcome)
+        return self._store.settle(command, time.monotonic(), self._sent_at, self._to, outcome)
 
     def close(self) -> None:
         """Close the connections, which open again when needed. A reply that is under way is lost with them, and the

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from relay_core.clock import sent_now
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
@@ -40,14 +41,14 @@ class SyncStore:
 
     def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""
-        started = time.monotonic()
+        started, sent_at = time.monotonic(), sent_now()
         address = self.ready(command, started)
         outcome = None
         if address is not None:
             outcome = self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
             if outcome.failure is None and not isinstance(reply := outcome.replies[0], Exception):
                 return command.parse(reply, False)
-        return self.settle(command, started, address, outcome)
+        return self.settle(command, started, sent_at, address, outcome)
 
     def ready(self, command: Command[Any], now: float) -> Address | None:
         """The server that a command may be sent to at once, with no other before or after it; None for none."""
@@ -56,14 +57,20 @@ class SyncStore:
         return self._router.ready(command.keys[0], now)
 
     def settle(
-        self, command: Command[T], started: float, address: Address | None = None, outcome: Outcome | None = None
+        self,
+        command: Command[T],
+        started: float,
+        sent_at: float,
+        address: Address | None = None,
+        outcome: Outcome | None = None,
     ) -> T:
         """Bring a command through, sending and repeating it as need be.
 
         :param started: `time.monotonic()` from which `retry_for` counts
+        :param sent_at: `sent_now()` of the first send
         :param outcome: how a first send to that `address` already ended
         """
-        call = attempts.call_for(command, started)
+        call = attempts.call_for(command, sent_at)
         first = None if address is None or outcome is None else (address, outcome)
         self._drive(attempts.settle([call], self._router, self._policy, started, first))
         result: T = call.outcome()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from relay_core import commands, keys
+from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, NewJob, Stored
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError, Unavailable
@@ -21,6 +22,19 @@ from relay_core.validation import JobSpec, payload_bytes, payload_size, plain_jo
 _MAX_BATCH_BYTES = 4 * 2**20
 
 
+class Placed(NamedTuple):
+    """A job that was checked and is as the plugins make it, and the queue that it goes to."""
+
+    queue: str
+    job: NewJob
+    spec: JobSpec
+
+    def delayed(self, seconds: float | None) -> Placed:
+        """The same with another delay."""
+        spec = replace(self.spec, delay=seconds)
+        return self._replace(job=self.job._replace(due=spec.due()), spec=spec)
+
+
 class Enqueueing(Base):
     """Enqueues of one job and of many."""
 
@@ -28,24 +42,23 @@ class Enqueueing(Base):
         super().__init__(settings, plugins)
         self._registered: set[str] = set()
 
-    def enqueue_many(
-        self, queue: str, specs: Iterable[JobSpec | bytes], since: float | None = None
-    ) -> Flow[list[Enqueued]]:
-        """All are checked before the first is sent.
+    def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes]) -> Flow[list[Enqueued]]:
+        """All are checked before the first is sent."""
+        placed = [self.prepare(queue, spec if isinstance(spec, JobSpec) else JobSpec(spec)) for spec in specs]
+        return (yield from self.enqueue_placed(placed))
 
-        :param since: `time.monotonic()` of an earlier call that may have stored them: what it stored is no
-            duplicate, done or not
+    def enqueue_placed(self, placed: Sequence[Placed], since: float | None = None) -> Flow[list[Enqueued]]:
+        """Store jobs that `prepare` has made.
+
+        :param since: `sent_now()` of an earlier call that may have stored them: what it stored is no duplicate,
+            done or not
         """
-        checked = [spec if isinstance(spec, JobSpec) else JobSpec(spec) for spec in specs]
-        if self.plugins.wants("relay_add_headers"):
-            checked = [self.with_headers(queue, spec) for spec in checked]
-        placed = [self.place(queue, spec) for spec in checked]
         answers: list[Enqueued | None] = [None] * len(placed)
         batches = self._batches(placed)
-        for name in {placed[batch[0]][0] for batch in batches} - self._registered:
+        for name in {placed[batch[0]].queue for batch in batches} - self._registered:
             yield from self.register(name)
         built = [
-            commands.enqueue(self.settings.keys(placed[batch[0]][0]), [placed[i][1] for i in batch], since=since)
+            commands.enqueue(self.settings.keys(placed[batch[0]].queue), [placed[i].job for i in batch], since=since)
             for batch in batches
         ]
         failed: RelayError | None = None
@@ -55,21 +68,15 @@ class Enqueueing(Base):
                 failed = failed or result
                 continue
             if result.founded:
-                yield from self.register(placed[batch[0]][0], anew=True)
+                yield from self._register_anew(placed[batch[0]].queue)
             for i, answer in zip(batch, result, strict=True):
                 answers[i] = answer
-                self._tell_enqueued(placed[i][0], checked[i], answer)
+                self._tell_enqueued(placed[i].queue, placed[i].spec, answer)
         if isinstance(failed, Unavailable):
             failed.maybe_executed = len(built) > 1 or failed.maybe_executed  # what it says is true of one command
         if failed:
             raise failed
         return [answer for answer in answers if answer is not None]
-
-    def check(self, spec: JobSpec) -> None:
-        """Raises InvalidArgument as an enqueue of it would, as far as that can be told before."""
-        payload = payload_bytes(spec.payload)
-        payload_size(payload, self.settings.max_payload)
-        spec.stored(payload)
 
     def straight(
         self,
@@ -102,11 +109,9 @@ class Enqueueing(Base):
         """`enqueue_many` of one, without the lists that many need.
 
         :param answer: of the short way, where that was taken
-        :param since: `time.monotonic()` of the short way's send, or of an earlier call that may have stored it
+        :param since: `sent_now()` of the short way's send, or of an earlier call that may have stored it
         """
-        if self.plugins.wants("relay_add_headers"):
-            spec = self.with_headers(queue, spec)
-        queue, job = self.place(queue, spec)
+        queue, job, spec = self.prepare(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
         enqueued = yield from self._enqueue_one(queue, job, answer, since)
@@ -118,15 +123,19 @@ class Enqueueing(Base):
     ) -> Flow[Enqueued]:
         q = self.settings.keys(queue)
         if answer is None and since is None and not (job.due or job.dedup):
-            since = time.monotonic()
+            since = sent_now()
             answer = yield commands.enqueue_one(q, job)
         if isinstance(answer, Enqueued):
             return answer
         if answer is not None and not answer.resent:
             since = None
-        stored: Stored = yield commands.enqueue(q, (job,), since=since)
+        try:
+            stored: Stored = yield commands.enqueue(q, (job,), since=since)
+        except Unavailable as error:
+            error.maybe_executed = error.maybe_executed or since is not None
+            raise
         if stored.founded:
-            yield from self.register(queue, anew=True)
+            yield from self._register_anew(queue)
         return stored[0]
 
     def register(self, queue: str, anew: bool = False) -> Flow[None]:
@@ -138,13 +147,26 @@ class Enqueueing(Base):
             yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
             self._registered.add(queue)
 
+    def _register_anew(self, queue: str) -> Flow[None]:
+        try:
+            yield from self.register(queue, anew=True)
+        except Unavailable as error:
+            error.maybe_executed = True  # not this command, but what came before it: its jobs are stored
+            raise
+
+    def prepare(self, queue: str, spec: JobSpec) -> Placed:
+        """A job as it is to be stored. Raises InvalidArgument, and what a plugin raises."""
+        if self.plugins.wants("relay_add_headers"):
+            spec = self.with_headers(queue, spec)
+        return self.place(queue, spec)
+
     def with_headers(self, queue: str, spec: JobSpec) -> JobSpec:
         """The job with what plugins add to its headers. What a plugin raises goes to the caller."""
         spec.options()  # its own headers are checked before a plugin is shown them
         return replace(spec, headers=self.plugins.headers(queue, payload_bytes(spec.payload), spec.headers or {}))
 
-    def place(self, queue: str, spec: JobSpec) -> tuple[str, NewJob]:
-        """The queue that a job goes to, and the job as it is stored, as the plugins make it."""
+    def place(self, queue: str, spec: JobSpec) -> Placed:
+        """The same for one whose headers are as they should be."""
         payload = payload_bytes(spec.payload)
         self.settings.keys(queue)
         routed = self.plugins.route(queue, payload, spec.headers or {})
@@ -153,14 +175,14 @@ class Enqueueing(Base):
             queue = routed
         payload = self.plugins.encode(payload, queue)
         payload_size(payload, self.settings.max_payload)
-        return queue, spec.stored(payload)
+        return Placed(queue, spec.stored(payload), spec)
 
     @staticmethod
-    def _batches(placed: Sequence[tuple[str, NewJob]]) -> list[list[int]]:
+    def _batches(placed: Sequence[Placed]) -> list[list[int]]:
         """Indices, split by queue, count and bytes; the order within a queue is kept."""
         batches: list[list[int]] = []
         open_batch: dict[str, tuple[list[int], int]] = {}
-        for i, (queue, job) in enumerate(placed):
+        for i, (queue, job, _spec) in enumerate(placed):
             batch, size = open_batch.get(queue, (None, 0))
             if batch is None or len(batch) == MAX_BATCH or size + len(job.record) > _MAX_BATCH_BYTES:
                 batch, size = [], 0
