@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from relay_adapters.celery import marks
 from relay_adapters.celery.due import wait_of
 from relay_core import Broker
 from relay_core.clock import sent_now
@@ -57,7 +58,7 @@ class Batch:
         not taken.
         """
         self.make_room()
-        message[BATCH] = self
+        message[marks.BATCH] = self
         self.channel.basic_publish(message, **options)
 
     def make_room(self) -> None:
@@ -66,7 +67,7 @@ class Batch:
             self.flush()
 
     def add(self, queue: str, placed: Placed, message: Any) -> None:
-        again: float | None = message.get(AGAIN)
+        again: float | None = message.get(marks.TRIED)
         # one whose publish was cut off on its way to several queues may be here already
         if again is None or not any(
             entry.queue == queue and entry.placed.job.id == placed.job.id for entry in self._entries
@@ -110,13 +111,13 @@ class Batch:
     def _store_taken(self, channel: Publishing) -> None:
         while self._taken:
             queue, message = self._taken[0]
-            fresh = message.pop(BATCH, None) is not None
+            fresh = message.pop(marks.BATCH, None) is not None
             sent_at = sent_now()
             try:
                 channel._put(queue, message, taken=int(fresh))
             except Unavailable as error:
-                if error.maybe_executed and message.get(AGAIN) is None:
-                    message[AGAIN] = sent_at
+                if error.maybe_executed and message.get(marks.TRIED) is None:
+                    message[marks.TRIED] = sent_at
                 raise
             del self._taken[0]
 
@@ -135,8 +136,3 @@ def _tried(entries: Iterable[_Entry], at: float | None) -> None:
 
 def _may_have_stored(error: Unavailable | InvalidArgument) -> bool:
     return isinstance(error, Unavailable) and error.maybe_executed
-
-
-BATCH, AGAIN = "relay_batch", "relay_again"
-"""Under these names a message on its way knows its batch, and `sent_now()` of its first try where that may have stored
-it. relay stores neither."""

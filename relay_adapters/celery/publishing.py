@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from relay_adapters.celery import inhand
-from relay_adapters.celery.batching import AGAIN, BATCH, Batch
+from relay_adapters.celery import inhand, marks
+from relay_adapters.celery.batching import Batch
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import DELIVERED, pack
 from relay_adapters.celery.groups import gathered_for
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
-from relay_adapters.celery.routing import STORED, Routing
+from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
 from relay_core.clock import sent_now
 from relay_core.errors import InvalidArgument, Unavailable
 
-_ID = "relay_id"
 _HEADERS = {HEADER: ADAPTER}
 _PLAIN = Terms()
-
-
-class _Tried(NamedTuple):
-    """What is kept of a publish that may have stored its message, for when it is repeated."""
-
-    job_id: str
-    at: float
-    """`sent_now()` of the first try."""
-    task_id: str | None
 
 
 class Publishing(Routing):
@@ -51,11 +41,11 @@ class Publishing(Routing):
         # a task's headers stay the same through all that Celery and kombu do to repeat its publish; those of other
         # messages may be the next one's, too
         kept, own = (headers, headers.get("id")) if "task" in headers else (properties, None)
-        again = kept.pop(AGAIN, None)
-        if not isinstance(again, _Tried) or again.task_id != own:
+        again = kept.pop(marks.TRIED, None)
+        if not isinstance(again, marks.Tried) or again.task_id != own:
             again = None  # none, or of another message that had the same headers and another id
         id, since = (job_id_of(headers), None) if again is None else (again.job_id, again.at)
-        message[_ID], message[AGAIN], sent_at = id, since, sent_now()
+        message[marks.ID], message[marks.TRIED], sent_at = id, since, sent_now()
         if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
             self._inplace_augment_message(message, exchange, routing_key)
@@ -68,14 +58,14 @@ class Publishing(Routing):
         sent = False
         try:
             gathered = gathered_for(self)
-            if gathered is not None and BATCH not in message:
+            if gathered is not None and marks.BATCH not in message:
                 gathered.make_room()
-                message[BATCH] = gathered
+                message[marks.BATCH] = gathered
             sent = True
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable as error:
-            if since is not None or (sent and error.maybe_executed) or message.get(STORED):
-                kept[AGAIN] = _Tried(message[_ID], sent_at if since is None else since, own)
+            if since is not None or (sent and error.maybe_executed) or message.get(marks.STORED):
+                kept[marks.TRIED] = marks.Tried(message[marks.ID], sent_at if since is None else since, own)
             raise
 
     def _put(
@@ -86,17 +76,17 @@ class Publishing(Routing):
         :param level: relay's level; default: by the priority of the message
         :param taken: how many tasks of the same id are known to be there
         """
-        own = message.get(_ID) or job_id_of(message["headers"])
+        own = message.get(marks.ID) or job_id_of(message["headers"])
         id = f"{own}~{taken}" if taken else own
-        message[_ID] = id
+        message[marks.ID] = id
         terms = self.topology.terms(queue)
         payload, options = pack(message), self._options(message, id, terms, level)
         # what is more than x-max-length is dropped after each publish
-        if (batch := message.get(BATCH)) is not None and (terms is None or terms.length is None):
+        if (batch := message.get(marks.BATCH)) is not None and (terms is None or terms.length is None):
             batch.add(queue, self.broker.operations.prepare(queue, JobSpec(payload, **options)), message)
-            message[STORED] = True
+            message[marks.STORED] = True
             return
-        if (since := message.get(AGAIN)) is not None:
+        if (since := message.get(marks.TRIED)) is not None:
             spec = JobSpec(payload, **options)
             answer = self.broker.drive(self.broker.operations.enqueue(queue, spec, since=since))
         else:
@@ -106,9 +96,9 @@ class Publishing(Routing):
             taken += 1
             if taken > TAKEN:
                 raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {own!r}; give each its own")
-            options["id"] = message[_ID] = f"{own}~{taken}"
+            options["id"] = message[marks.ID] = f"{own}~{taken}"
             answer = self.broker.enqueue(queue, payload, **options)
-        message[STORED] = True
+        message[marks.STORED] = True
 
     def _options(
         self, message: MutableMapping[str, Any], id: str, terms: Terms | None, level: int | None

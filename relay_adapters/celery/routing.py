@@ -9,7 +9,7 @@ from typing import Any
 
 from kombu.transport.virtual import UndeliverableWarning
 
-from relay_adapters.celery import moves
+from relay_adapters.celery import marks, moves
 from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import pack
 from relay_adapters.celery.errors import NotFound
@@ -20,9 +20,6 @@ from relay_adapters.celery.upkeep import end
 from relay_core.job import new_id
 
 logger = logging.getLogger("relay.celery")
-
-STORED = "relay_stored"
-"""Under this name a message on its way knows that a queue has it, or a batch."""
 
 
 class Routing(Declaring):
@@ -101,7 +98,7 @@ class Routing(Declaring):
                     self.topology.places, "", "", _id(message), pack(message), [_box(queue, terms)], _again(message)
                 )
             )  # fmt: skip
-            message[STORED] = True
+            message[marks.STORED] = True
             return sum(stored)
         if terms is None and _is_reply(message):
             logger.debug("queue %r is gone, and with it who waited for a reply, which is dropped", queue)
@@ -147,7 +144,7 @@ class Routing(Declaring):
             )  # fmt: skip
             if not stored:
                 return False
-            message[STORED] = True
+            message[marks.STORED] = True
             for (queue, _keep, _most), there in zip(batch, stored, strict=True):
                 if not there:
                     self.topology.delete_queue(queue, "vanished")
@@ -171,12 +168,12 @@ def _box(queue: str, terms: Terms) -> tuple[str, int, int]:
 
 
 def _id(message: Any) -> str:
-    return str(message.get("relay_id") or new_id())
+    return str(message.get(marks.ID) or new_id())
 
 
 def _again(message: Any) -> bool:
     """True when an earlier call may have stored it."""
-    return bool(message.get("relay_again"))
+    return bool(message.get(marks.TRIED))
 
 
 def _is_reply(message: Any) -> bool:

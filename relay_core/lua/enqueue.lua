@@ -20,7 +20,8 @@ local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, dedup, dedup_expiry, finished = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local FIRST_LIST = 8 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
 local layout, age, named, args = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV
-local LATE = 60000 -- ms for which this send may have been on its way; what is older by more is not the earlier send's
+-- ms: what is older than the earlier send by more is not that send's. Clocks, and the way here, may make up less
+local LATE = 60000
 --@include clock
 
 local set = redis.call('HMGET', config, 'v', 'levels')
