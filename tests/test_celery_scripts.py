@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from relay_adapters.celery import moves
 from relay_adapters.celery.places import Places
 from relay_core import scripts
+from relay_core.clock import sent_now
 from relay_core.commands import Command
 from tests.servers import Server
 
@@ -122,4 +122,4 @@ def test_the_flag_of_a_re_send_is_where_the_header_says() -> None:
     assert "ARGV[1] 0, or ms since an earlier send that may have run" in header("publish")
     assert command.resent_at == 0
     assert command.wire()[2 + len(command.keys)] == 0
-    assert int(command.wire(time.monotonic())[2 + len(command.keys)]) > 0
+    assert int(command.wire(sent_now())[2 + len(command.keys)]) > 0

@@ -18,7 +18,7 @@ from dramatiq.results import Results
 from dramatiq.results.backends import StubBackend
 
 from relay_adapters.dramatiq import RelayBroker, batch
-from relay_core import JobSpec
+from relay_core import Broker, JobSpec
 from relay_core.errors import InvalidArgument, StoreError
 from tests.dramatiq_workers import running, signals_of
 from tests.proxy import Proxy, to_socket
@@ -37,6 +37,13 @@ def broker(server: Server) -> Iterator[RelayBroker]:
     dramatiq.set_broker(broker)
     yield broker
     broker.close()
+
+
+@pytest.fixture(autouse=True)
+def _scripts_are_loaded(server: Server) -> None:
+    """A script that the server does not know is sent twice."""
+    with Broker(server.url) as core:
+        core.enqueue_many("warm-up", [b"1", b"2"])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from relay_core import commands, scripts
+from relay_core.clock import sent_now
 from relay_core.commands import Ack, Adopted, Command, Nack, NewJob
 from relay_core.job import NO_OPTIONS, Record
 from relay_core.keys import LAYOUT, QueueKeys, ScheduleKeys, WorkerKeys
@@ -407,7 +407,7 @@ def test_the_flag_of_a_re_send_is_the_argument_that_the_header_calls_so(name: st
     if match:
         at = 2 + len(command.keys) + int(match[1]) - 1
         assert command.wire()[at] == 0
-        assert 5000 < int(command.wire(time.monotonic() - 5)[at]) < 60_000
+        assert 5000 < int(command.wire(sent_now() - 5)[at]) < 60_000
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from relay_core import commands, scripts
 from relay_core.broker import Broker
+from relay_core.clock import sent_now
 from relay_core.commands import Ack, ClaimReply, Command, Finish, LongWay, Nack, NewJob, Verdict
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
@@ -36,7 +37,7 @@ UNIT = 3_600_000
 """Milliseconds of one unit of the model's time."""
 
 FOREVER = 100_000
-LONG_AGO = time.monotonic() - 1e6
+LONG_AGO = sent_now() - 1e6
 EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "150"))
 
 # Everything in the store that is a time, moved into the past by ARGV[1] ms.
