@@ -374,6 +374,23 @@ def test_a_loop_goes_on_with_a_claim_whose_reply_another_thread_took(
     loop.until(lambda: len(loop.got) == 7, "what it claimed")
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_loop_waits_for_no_server_that_is_away_however_long_others_are_to(full: bool) -> None:
+    """A claim that finds it gone, and a wake-up that cannot be passed on, as the bell has not noticed yet."""
+    with Server("valkey", tcp=True) as server, link(server.url, retry_for=3600.0) as connection:
+        loop = Loop(connection, 1)
+        if full:
+            send(connection, 1, key=loop.queue)
+            loop.until(lambda: loop.got, "the one that there is room for")
+            loop.watch.bell.rung = lambda: True
+        else:
+            loop.watch.hungry = True
+        server.kill()
+        with pytest.raises(Unavailable):
+            loop.watch.look()
+        server.start()  # the thread that keeps the leases is patient
+
+
 def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
     loop: Loop, tcp: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

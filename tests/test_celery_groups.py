@@ -192,6 +192,19 @@ def test_what_another_thread_could_not_store_is_the_groups_own_to_store(
     assert keys(broker) == [str(n) for n in range(4 if leave else 6)]
 
 
+def test_a_group_for_which_no_thread_can_be_started_is_stored_by_its_own(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(groups._minder, "_thread", None)
+        patch.setattr(groups.threading.Thread, "start", refuse)
+        group(pay(app, n) for n in range(3)).apply_async()
+    assert broker.stats("celery").ready == 3
+
+
 def test_a_child_of_a_fork_has_a_thread_of_its_own(server: Server, tmp_path: Path) -> None:
     script = (
         "import os, sys\n"

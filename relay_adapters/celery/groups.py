@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +135,10 @@ class _Minder:
         with self._lock:
             self._minded.add(gathered)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="relay-celery-groups", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="relay-celery-groups", daemon=True)
+                with suppress(RuntimeError):  # too many threads just now; the next group tries it again
+                    thread.start()
+                    self._thread = thread
         self._more.set()
 
     def forget(self, gathered: Gathered) -> None:

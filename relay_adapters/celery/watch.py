@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery.ahead import Ahead
 from relay_adapters.celery.consuming import Delivery
+from relay_adapters.celery.options import RETRY_IN_LIST
 from relay_adapters.celery.qos import BATCH
 from relay_adapters.celery.workerstate import shutting_down, waiting_in_pool
 from relay_core.connection import Bell, Sender
@@ -99,7 +101,8 @@ class Watch:
         if room == 0:
             self.hungry = True
             if rung:
-                channel.pass_on()
+                with self._hurried():
+                    channel.pass_on()
         if now >= self.look_at:
             # without credit there is nothing to look for before an ack
             self.look_at = now + channel.broker.settings.max_block
@@ -129,13 +132,19 @@ class Watch:
         return False
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
-        found, retry_after = self.channel.claim(room, True, ahead)
+        with self._hurried():
+            found, retry_after = self.channel.claim(room, True, ahead)
         self.waiting.extend(found)
         self._patience = _SOON / 2
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
         longest = self.channel.broker.settings.max_block
         self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
+
+    def _hurried(self) -> AbstractContextManager[None]:
+        """An event loop waits for no broker that is away: it has others to turn to, and a pool to look after."""
+        channel = self.channel
+        return channel.broker.store.hurried(RETRY_IN_LIST) if channel.connection.looping else nullcontext()
 
     def _claim_ahead(self, room: int) -> bool:
         """Send a claim and see to its reply later. False where this is not to be done."""
@@ -193,7 +202,8 @@ class Watch:
             return False
         tag = self.waiting[0][0]["properties"]["delivery_tag"]
         if leases.apart.seconds(tag):
-            leases.flush()
+            with self._hurried():
+                leases.flush()
         wait = leases.apart.seconds(tag)
         if wait:
             self.look_at = time.monotonic() + wait

@@ -5,6 +5,7 @@ Every call ends with a result or an error. A call that has a good reply is never
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -59,6 +60,12 @@ class Policy:
             self.confirm = (_WAIT[True], 1, 0, wait_ms)
         elif self.durability.replicas:
             self.confirm = (_WAIT[False], self.durability.replicas, wait_ms)
+
+    def at_most(self, seconds: float) -> Policy:
+        """The same, but that commands are repeated for so long at most."""
+        other = copy.copy(self)
+        other.retry_for = min(self.retry_for, seconds)
+        return other
 
     def unconfirmed(self, reply: Any, at: Address) -> NotDurable | None:
         """The error for an answer to `confirm` that falls short, else None."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from relay_core.clock import sent_now
@@ -34,6 +36,7 @@ class SyncStore:
         self.settings = settings or StoreSettings()
         clients.check(url, self.settings)
         self._policy = attempts.Policy(self.settings)
+        self._hurry = threading.local()
         self._router = Router(url)
         self._pools: dict[Address, Pool] = {}
         self._closed = False
@@ -72,26 +75,40 @@ class SyncStore:
         """
         call = attempts.call_for(command, sent_at)
         first = None if address is None or outcome is None else (address, outcome)
-        self._drive(attempts.settle([call], self._router, self._policy, started, first))
+        self._drive(attempts.settle([call], self._router, self._patience(), started, first))
         result: T = call.outcome()
         return result
 
     def run_many(self, commands: Sequence[Command[T]]) -> list[T | RelayError]:
         """Run commands in one pipeline per server. The errors of single commands stand in their places."""
         calls = [attempts.call_for(command) for command in commands]
-        self._drive(attempts.settle(calls, self._router, self._policy, time.monotonic()))
+        self._drive(attempts.settle(calls, self._router, self._patience(), time.monotonic()))
         return [call.result if call.error is None else call.error for call in calls]
 
     def raw(self, *args: Arg) -> Any:
         """Run a plain command that may be repeated, e.g. `raw("SMEMBERS", key)`. Replies hold bytes."""
         call = attempts.raw_call(args)
-        self._drive(attempts.settle([call], self._router, self._policy, time.monotonic()))
+        self._drive(attempts.settle([call], self._router, self._patience(), time.monotonic()))
         return call.outcome()
 
     def raw_all(self, *args: Arg) -> dict[str, Any]:
         """The same on every primary of a cluster, by `host:port`; one entry for other stores."""
         flow = attempts.everywhere(args, self._router, self._policy, time.monotonic())
         return {name: call.outcome() for name, call in self._drive(flow).items()}
+
+    @contextmanager
+    def hurried(self, seconds: float) -> Iterator[None]:
+        """What this thread runs meanwhile is repeated for so long at most, whatever `retry_for` says: it has others to
+        turn to."""
+        before, self._hurry.policy = self._patience(), self._policy.at_most(seconds)
+        try:
+            yield
+        finally:
+            self._hurry.policy = before
+
+    def _patience(self) -> attempts.Policy:
+        policy: attempts.Policy = getattr(self._hurry, "policy", self._policy)
+        return policy
 
     def bell(self, markers: Sequence[bytes]) -> Bell:
         """A bell that rings when one of the markers is set. It has connections of its own."""
