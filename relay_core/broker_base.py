@@ -68,6 +68,8 @@ class BrokerBase:
         self.operations = Operations(self.settings, self.plugins)
         self._store_settings = StoreSettings(durability=durability, **connection)
         self._quiet = quiet
+        # the folder stays the same when this process goes to another one
+        self._directory = Path(self.url.path or ".relay").absolute() if self.url.topology == "embedded" else None
         self._lease: embedded.Lease | None = None
         self._opening = forks.Lock()
 
@@ -76,16 +78,15 @@ class BrokerBase:
 
     def address(self) -> StoreUrl:
         """Where the server is; starts the embedded one, or joins it."""
-        if self.url.topology != "embedded":
+        if self._directory is None:
             return self.url
         if self._lease is not None:
             # after a fork the child takes a share of its own, and a server that died is started again
             self._lease.renew()
         else:
-            directory = Path(self.url.path or ".relay")
-            self._lease = embedded.acquire(directory)
+            self._lease = embedded.acquire(self._directory)
             if not self._quiet:
-                print(_NOTICE.format(directory.absolute()), file=sys.stderr)
+                print(_NOTICE.format(self._directory), file=sys.stderr)
         return self.url.at_socket(self._lease.socket_path)
 
 

@@ -294,27 +294,71 @@ def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
 # what is drained by calls
 
 
-def test_a_call_of_drain_events_brings_all_there_is_as_over_amqp(here: kombu.Connection) -> None:
+def test_a_call_of_drain_events_brings_one_message_and_a_cancel_what_is_on_its_way(here: kombu.Connection) -> None:
+    """As over AMQP, where a consumer is sent what its prefetch count allows, until the cancel is confirmed."""
     name = queue(here)
     inbox = Inbox(here, kombu.Queue(name))
     for n in range(3):
         send(here, n, key=name)
     here.drain_events(timeout=10)
+    assert inbox.bodies == [0]
+    inbox.consumer.cancel()
     assert inbox.bodies == [0, 1, 2]
 
 
+def test_of_a_consumer_with_a_prefetch_count_nothing_is_on_its_way(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here)
+    inbox = Inbox(here, kombu.Queue(name), prefetch=1)
+    for n in range(3):
+        send(here, n, key=name)
+    here.drain_events(timeout=10)
+    inbox.messages[0].ack()
+    inbox.consumer.cancel()
+    assert inbox.bodies == [0]
+    assert engine.stats(name).ready == 2
+
+
+def test_a_channel_that_closes_delivers_nothing_more(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here)
+    inbox = Inbox(here, kombu.Queue(name))
+    for n in range(3):
+        send(here, n, key=name)
+    here.drain_events(timeout=10)
+    inbox.channel.close()
+    assert inbox.bodies == [0]
+    assert [job.payload[-1:] for job in engine.jobs(name, "ready")] == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("no_ack", [True, False])
 @pytest.mark.parametrize("prefetch", [None, 10])
-def test_kombus_helpers_that_count_messages_lose_none(here: kombu.Connection, prefetch: int | None) -> None:
+def test_kombus_helpers_that_count_messages_lose_none(
+    here: kombu.Connection, engine: Broker, prefetch: int | None, no_ack: bool
+) -> None:
     name = queue(here)
     for n in range(6):
         send(here, n, key=name)
     channel = here.channel()
     if prefetch:
         channel.basic_qos(0, prefetch, False)
-    one = kombu.Queue(name)(channel)
-    found = [body for body, _message in itermessages(here, channel, one, limit=3, timeout=10, no_ack=True)]
+    one, found = kombu.Queue(name)(channel), []
+    for body, message in itermessages(here, channel, one, limit=3, timeout=10, no_ack=no_ack):
+        found.append(body)
+        if not no_ack:
+            message.ack()
+    channel.close()
     assert found == [0, 1, 2]
     assert got(here, name) == [3, 4, 5]
+    assert engine.stats(name).pending == 0
+
+
+def test_who_listens_first_is_woken(here: kombu.Connection) -> None:
+    """The bell is armed before it sleeps, though it was not there when the first look found nothing."""
+    inbox = Inbox(here, kombu.Queue(queue(here)))
+    with pytest.raises(TimeoutError):
+        here.drain_events(timeout=0.01)
+    watch = here.transport._watches[inbox.channel, "jobs"]
+    assert watch.bell.armed
+    assert not watch.hungry
 
 
 def test_a_program_that_ends_without_closing_its_connection_hands_back_what_it_did_not_ack(

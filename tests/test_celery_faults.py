@@ -336,6 +336,19 @@ def test_a_late_acked_retry_is_one_move_and_the_delivery_that_holds_the_task_dec
     client.close()
 
 
+def test_who_retries_twice_in_one_run_sends_two_tasks(kept: Server, broker: Broker, tmp_path: Path) -> None:
+    client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "twice"})
+    client.send_task("pay", [1], task_id="t")
+    (first,) = broker.claim("celery")
+    lease = inhand.lease_of(first, {"id": "t"})
+    for n in range(3):
+        headers = {inhand.LEASE: lease}  # as Celery gives each the headers of the request
+        client.send_task("pay", [n], task_id="t", retries=1, headers=headers, countdown=60)
+    waiting = [broker.plugins.describe(job) for job in broker.jobs("celery", "delayed")]
+    assert sorted(one.args for one in waiting if one is not None and one.args) == ["[0]", "[1]", "[2]"]
+    client.close()
+
+
 def eventually_claimed(broker: Broker) -> list[Any]:
     found: list[Any] = []
     eventually(lambda: found.extend(broker.claim("celery")) or found, "the job to be claimed")

@@ -9,13 +9,14 @@ from threading import Event, Thread, get_ident
 from typing import Any
 from unittest.mock import Mock
 
+import kombu
 import pytest
 from celery import Celery
 
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.request import Request
 from relay_core import Broker
-from tests.celery_links import Loop, link, send
+from tests.celery_links import Inbox, Loop, link, send
 from tests.servers import Server, eventually
 
 
@@ -53,6 +54,16 @@ def test_what_was_claimed_and_not_delivered(loop: Loop, broker: Broker, tellers:
     handed_back(broker, loop, 6)
     assert tellers
     assert get_ident() not in tellers
+
+
+def test_it_comes_back_in_the_order_in_which_it_came(broker: Broker, server: Server) -> None:
+    with link(server.url) as connection:
+        inbox = Inbox(connection, kombu.Queue("q"), prefetch=20)
+        for n in range(25):
+            send(connection, n, key="q")
+        inbox.wait(20)
+        inbox.channel.close()
+        assert [int(job.payload.rpartition(b"\n")[2]) for job in broker.claim("q", 25)] == list(range(25))
 
 
 def test_before_its_process_ends_acks_that_are_under_way_are_waited_for(

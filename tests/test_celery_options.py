@@ -16,7 +16,7 @@ from kombu.exceptions import OperationalError
 
 from relay_adapters.celery import failover, options
 from relay_core import Broker, RetryPolicy
-from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from relay_core.errors import InvalidArgument, InvalidUrl, RelayError, Unavailable
 from tests.celery_workers import CeleryWorker, client_of
 from tests.servers import AclServer, Server, TlsServer, free_port
 from tests.topologies import Cluster, SentinelTrio
@@ -151,6 +151,30 @@ def test_a_url_of_a_failover_list_inherits_nothing_from_the_one_before() -> None
         assert connection.as_uri() == "relay://127.0.0.2:6379/0"
 
 
+def test_a_connection_knows_its_port_before_it_is_made_and_after_it_has_switched() -> None:
+    with Connection("relay://127.0.0.1:7001;relay://127.0.0.1;relay+unix:///tmp/s") as connection:
+        assert connection.port == connection.clone().port == connection.info()["port"] == 7001
+        connection.maybe_switch_next()
+        assert connection.port == connection.clone().port == 6379
+        connection.maybe_switch_next()
+        assert connection.port is None
+    with Connection("relay://127.0.0.1:99999999/0") as connection:
+        assert connection.port is None
+    with Connection("redis://127.0.0.1:7002") as other:
+        assert other.port == 7002
+
+
+def test_a_list_with_brokers_of_others_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with Connection("relay://127.0.0.1:1;redis://127.0.0.1:2") as connection:
+        assert connection.transport is not None
+    assert "has redis:// beside relay's" in caplog.text
+
+
+def test_a_wrong_url_is_not_said_to_be_an_option() -> None:
+    with pytest.raises(InvalidUrl, match=r"^database 'abc' in the"):
+        Connection("relay://127.0.0.1:1/abc").channel()
+
+
 def test_a_password_that_is_not_quoted_is_not_in_the_error() -> None:
     with pytest.raises(RelayError, match="'#'") as raised:
         Connection("relay://user:secret#1@127.0.0.1:6379/0").channel()
@@ -183,6 +207,7 @@ WRONG = [
     ({"retry": 3}, r"\['retry'\] must be a dict or a RetryPolicy, got 3"),
     ({"retry": {"bass": 1}}, r"\['retry'\] has no field 'bass'; known: base, factor"),
     ({"retry": {"base": -1}}, r"\['retry'\]: retry base must be .* got '-1'"),
+    ({"queue_retry": {"slow": {"maxx": 1}}}, r"\['queue_retry'\]\['slow'\] has no field 'maxx'"),
     ({"queue_retry": [1]}, r"\['queue_retry'\] must map queues to policies"),
     ({"priority_order": "up"}, r"\['priority_order'\] must be 'amqp' \(9 first\) or 'redis' \(0 first\), got 'up'"),
 ]

@@ -239,6 +239,12 @@ def test_the_retry_of_a_task_is_no_duplicate_of_it(app: Celery, broker: Broker) 
     assert {job.id for job in stored(broker)} == {"t", "t.1"}
 
 
+def test_an_eta_that_no_message_waits_for_is_refused_in_the_words_of_a_task(app: Celery, broker: Broker) -> None:
+    with pytest.raises(InvalidArgument, match=r"the eta of task 'pay' \(.*\) is 30\.0 years away; .* 10 years at most"):
+        app.send_task("pay", countdown=30 * 365 * 86_400)
+    assert stored(broker) == []
+
+
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_an_eta_waits_in_the_store_and_without_a_time_zone_is_utc_as_to_celerys_workers(
     server: Server, tmp_path: Path, protocol: int

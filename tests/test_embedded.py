@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from relay_core import embedded, embedded_watch
+from relay_core import Broker, embedded, embedded_watch
 from relay_core.embedded_binary import wheel_binary
 from relay_core.errors import EmbeddedError
 from tests.servers import binary_of, eventually
@@ -34,7 +34,7 @@ sys.stdin.read()
 CHURN = """
 import random, sys, time
 from pathlib import Path
-from relay_core import embedded, embedded_watch
+from relay_core import Broker, embedded, embedded_watch
 embedded_watch.IDLE, embedded_watch.POLL = 0.0, 0.002
 pick = random.Random(int(sys.argv[2]))
 for _ in range(int(sys.argv[3])):
@@ -602,3 +602,17 @@ def test_the_watcher_needs_nothing_but_the_standard_library() -> None:
     """It runs without site-packages, so that it is up at once; see its first lines."""
     program = f"import runpy; runpy.run_path({embedded_watch.__file__!r})"
     subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True)
+
+
+def test_a_broker_keeps_to_the_folder_in_which_its_process_was_when_it_was_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = folder / "here", folder / "there"
+    for one in (here, there):
+        one.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with Broker("relay://") as broker:
+        monkeypatch.chdir(there)
+        broker.enqueue("mail", b"x")
+    assert (here / ".relay").is_dir()
+    assert not (there / ".relay").exists()

@@ -38,6 +38,8 @@ class Consuming(Settling):
 
     def basic_cancel(self, consumer_tag: str) -> None:
         queue = self._tag_to_queue.get(consumer_tag)
+        if not self.closed and self.connection is not None:
+            self.connection.consumer_ends(self, queue)
         super().basic_cancel(consumer_tag)
         self._no_ack.discard(queue)
         if self.connection is not None:

@@ -8,6 +8,10 @@ from collections.abc import Mapping, MutableMapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from relay_core.errors import InvalidArgument
+from relay_core.retry import MAX_DELAY
+
+_YEAR = 365 * 86_400
 _AFTER = 0.05
 """Seconds after its end at which an expired task is handed out, so that any worker's clock agrees that it has."""
 
@@ -27,7 +31,13 @@ def wait_of(message: Mapping[str, Any]) -> float:
     ends = timestamp(expires)
     if ends is not None and ends < due:
         due = ends + _AFTER
-    return max(0.0, due - time.time())
+    wait = max(0.0, due - time.time())
+    if wait > MAX_DELAY:
+        raise InvalidArgument(
+            f"the eta of task {headers.get('task')!r} ({eta}) is {wait / _YEAR:.1f} years away; a message waits for "
+            f"{MAX_DELAY / _YEAR:.0f} years at most"
+        )
+    return wait
 
 
 def run_now(headers: MutableMapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from relay_adapters.celery.options import broker_at, is_relay, options_of, url_of
+from relay_adapters.celery.options import broker_at, is_relay, options_of, say_once, url_of
 from relay_core import Broker
 from relay_core.errors import RelayError
 
@@ -31,6 +31,12 @@ def keep_whole(client: Any) -> None:
     alternates = client.alt
     if not alternates or any(type(url) is Whole for url in alternates):
         return
+    others = sorted({str(url).partition("://")[0] for url in alternates if not is_relay(str(url))})
+    if others:
+        say_once(
+            f"the list of brokers has {', '.join(others)}:// beside relay's: producers turn to it, but a worker that "
+            "does so ends when it loses that one, for Celery knows the errors of the first only; list relay's alone"
+        )
     client.alt = [Whole(url) if is_relay(str(url)) else url for url in alternates]
     client.cycle = client.failover_strategy(client.alt)
     next(client.cycle)  # kombu has taken the first one

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ LEASE = "relay_lease"
 
 _NO_LIMIT = 10**6
 """Celery counts the retries of its tasks itself."""
+
+_moved: deque[str] = deque(maxlen=1000)
+"""Tokens of the deliveries that this process has ended by a retry. Who retries twice in a run sends two tasks."""
 
 
 def lease_of(job: Job, headers: Mapping[str, Any]) -> list[Any]:
@@ -48,7 +52,7 @@ def retried(lease: Any, queues: Sequence[str], headers: Mapping[str, Any]) -> Jo
         job = job_of(lease)
     except (ValueError, TypeError):
         return None
-    next_try = headers.get("id") == lease[6] and headers.get("retries") == lease[7] + 1
+    next_try = headers.get("id") == lease[6] and headers.get("retries") == lease[7] + 1 and job.token not in _moved
     return job if next_try and list(queues) == [job.queue] else None
 
 
@@ -61,6 +65,7 @@ def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: fl
     item = broker.operations.nack_of(job, "retried by the task", delay, payload=payload, reason="retry")
     _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=_NO_LIMIT))])
     if verdict in (Verdict.DONE, Verdict.ALREADY):
+        _moved.append(job.token)
         leases.drop(job)
         children.moved()
         return True

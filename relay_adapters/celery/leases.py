@@ -19,6 +19,7 @@ from relay_adapters.celery import children, greenbeat
 from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.held import Held
 from relay_adapters.celery.owed import LINGER, Owed
+from relay_adapters.celery.tags import number_of
 from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
@@ -195,6 +196,7 @@ class Leases:
         """
         with self._lock:
             found = [held for tag in tags if (held := self._held.get(tag)) is not None]
+            found.sort(key=lambda held: number_of(held.tag))  # they come back in the order in which they came
             stays = self._ended if started else self._may_run
             gone = [held for held in found if not (held.acked or stays(held))]
             for held in gone:

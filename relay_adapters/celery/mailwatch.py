@@ -76,6 +76,9 @@ class MailWatch:
             delivered += 1
         return delivered
 
+    starving = False
+    """Its bell is armed whenever nothing waits."""
+
     @property
     def busy(self) -> bool:
         """True when the next turn of the loop should come at once."""

@@ -15,7 +15,7 @@ from kombu.utils.imports import symbol_by_name
 from relay_adapters.celery.burial import Burial
 from relay_core import Broker, RetryPolicy
 from relay_core.connection import forks
-from relay_core.errors import InvalidArgument, RelayError
+from relay_core.errors import InvalidArgument, InvalidUrl, RelayError
 from relay_core.settings import parse_url
 
 logger = logging.getLogger("relay.celery")
@@ -124,11 +124,11 @@ def options_of(client: Any) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if name in _BROKER_OPTIONS}
     options.setdefault("retry_for", RETRY_IN_LIST if len(client.alt or ()) > 1 else RETRY_FOR)
     if "retry" in given:
-        options["retry"] = _policy("retry", given["retry"])
+        options["retry"] = _policy("['retry']", given["retry"])
     if "queue_retry" in given:
         if not isinstance(given["queue_retry"], Mapping):
             raise InvalidArgument(f"{_WHERE}['queue_retry'] must map queues to policies, got {given['queue_retry']!r}")
-        options["queue_retry"] = {q: _policy(f"queue_retry'][{q!r}", p) for q, p in given["queue_retry"].items()}
+        options["queue_retry"] = {q: _policy(f"['queue_retry'][{q!r}]", p) for q, p in given["queue_retry"].items()}
     order = given.get("priority_order", "amqp")
     if order not in ("amqp", "redis"):
         wanted = "'amqp' (9 first) or 'redis' (0 first)"
@@ -147,7 +147,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
     known = _BROKER_OPTIONS | _ADAPTER_OPTIONS
     for name in given:
         if name == "visibility_timeout":
-            _say_once(
+            say_once(
                 f"{_WHERE}['visibility_timeout'] has no effect on relay: a worker extends the leases of its messages "
                 "for as long as it lives, and a dead worker's tasks run elsewhere once they end; see 'lease'"
             )
@@ -156,28 +156,29 @@ def _check_names(given: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, sorted(known), 1, 0.75)
         if near:
             raise InvalidArgument(f"{_WHERE} has no option {name!r}; did you mean {near[0]!r}?")
-        _say_once(f"{_WHERE}[{name!r}] is not known to relay, and has no effect; known: {', '.join(sorted(known))}")
+        say_once(f"{_WHERE}[{name!r}] is not known to relay, and has no effect; known: {', '.join(sorted(known))}")
 
 
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """Warn of it, once per process."""
     if text not in _said:
         _said.add(text)
         logger.warning(text)
 
 
-def _policy(name: str, value: Any) -> RetryPolicy:
+def _policy(where: str, value: Any) -> RetryPolicy:
     if isinstance(value, RetryPolicy):
         return value
     if not isinstance(value, Mapping):
-        raise InvalidArgument(f"{_WHERE}['{name}'] must be a dict or a RetryPolicy, got {value!r}")
+        raise InvalidArgument(f"{_WHERE}{where} must be a dict or a RetryPolicy, got {value!r}")
     known = RetryPolicy.__slots__
     for field in value:
         if field not in known:
-            raise InvalidArgument(f"{_WHERE}['{name}'] has no field {field!r}; known: {', '.join(known)}")
+            raise InvalidArgument(f"{_WHERE}{where} has no field {field!r}; known: {', '.join(known)}")
     try:
         return RetryPolicy(**value)
     except InvalidArgument as error:
-        raise InvalidArgument(f"{_WHERE}['{name}']: {error}") from error
+        raise InvalidArgument(f"{_WHERE}{where}: {error}") from error
 
 
 def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,6 +221,8 @@ def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
             plugins = (*options.get("plugins", ()), Burial())
             try:
                 _shared[key] = Broker(url, **{**options, "plugins": plugins})
+            except InvalidUrl:
+                raise
             except InvalidArgument as error:
                 raise InvalidArgument(f"{_WHERE}: {error}") from error
         return _shared[key]

@@ -121,7 +121,7 @@ class Publishing(Routing):
     def level_of(self, message: MutableMapping[str, Any], terms: Terms | None) -> int:
         """relay's level 0 to 9, 9 first, of a message's priority."""
         given = message["properties"].get("priority")
-        priority = given if isinstance(given, int) else 0
+        priority = int(given) if isinstance(given, int) else 0  # True is 1
         level = (terms or _PLAIN).level(priority)
         return 9 - level if self.priority_order == "redis" else level
 

@@ -43,7 +43,7 @@ class Revoker:
         try:
             for task_id in task_ids:
                 for queue in self._queues:
-                    self._take_out(queue, self._payloads(queue, ids_of(task_id)))
+                    self._take_out(queue, payloads(self._broker, queue, ids_of(task_id)))
         except RelayError as error:
             logger.warning("tasks that wait in the store could not be revoked there: %s", error)
 
@@ -59,19 +59,6 @@ class Revoker:
                 logger.warning("tasks that wait in the store could not all be revoked there by their stamps: %s", error)
 
         threading.Thread(target=search, name="relay-celery-revoke", daemon=True).start()
-
-    def _payloads(self, queue: str, ids: Sequence[str]) -> dict[str, bytes]:
-        """Of the jobs of these ids that are there. Most are not, so that no list of a queue is searched for them."""
-        records = self._broker.store.raw("HMGET", self._broker.settings.keys(queue).jobs, *ids)
-        plugins, found = self._broker.plugins, {}
-        for id, record in zip(ids, records, strict=True):
-            if record is None:
-                continue
-            payload = record
-            with suppress(Exception):  # of one that cannot be read, it is only known that it is revoked
-                payload = plugins.decode(Record.unpack(record).payload, queue)
-            found[id] = payload
-        return found
 
     def _search(self, queue: str, state: State, stamps: Stamps) -> None:
         skip = 0
@@ -110,6 +97,19 @@ class Revoker:
         backend.mark_as_revoked(headers["id"], "revoked", request=context, store_result=stores_errors(task, headers))
         if task is not None:
             signals.task_revoked.send(sender=task, request=context, **how)
+
+
+def payloads(broker: Broker, queue: str, ids: Sequence[str]) -> dict[str, bytes]:
+    """Of the jobs of these ids that are there. Most are not, so that no list of a queue is searched for them."""
+    records = broker.store.raw("HMGET", broker.settings.keys(queue).jobs, *ids)
+    found: dict[str, bytes] = {}
+    for id, record in zip(ids, records, strict=True):
+        if record is None:
+            continue
+        found[id] = record
+        with suppress(Exception):  # of one that cannot be read, it is only known that it is there
+            found[id] = broker.plugins.decode(Record.unpack(record).payload, queue)
+    return found
 
 
 def stamps_of(headers: Mapping[str, Any] | Iterable[str]) -> Stamps:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
+from kombu.connection import Connection
 from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import declared, flower_queues, groups, monitoring, worker
+from relay_adapters.celery import declared, flower_queues, groups, monitoring, ports, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
@@ -42,9 +43,9 @@ class Transport(virtual.Transport):
 
     Channel = channels.Channel
     can_parse_url = True
-    """So kombu leaves URLs whole, and its connections know no port or database of their own. Where it takes URLs apart,
-    it knows no `?dir=`, the next one of a failover list inherits the port and database that it leaves out from the one
-    before, and the error for a password that is not quoted shows a part of it."""
+    """So kombu leaves URLs whole, and its connections know no database of their own; on their port, ports.py. Where it
+    takes URLs apart, it knows no `?dir=`, the next one of a failover list inherits the port and database that it leaves
+    out from the one before, and the error for a password that is not quoted shows a part of it."""
     driver_type = "redis"
     """Celery asks for `redis` or `amqp` before it turns on mingle and gossip, and for `redis` before it takes
     worker_disable_prefetch; `amqp` would turn on delayed delivery by RabbitMQ's plugin-like exchanges."""
@@ -140,6 +141,12 @@ class Transport(virtual.Transport):
                 self._watches[channel, kind] = made(channel)
             else:
                 self._spoke.add(self._watches[channel, kind])
+
+    def consumer_ends(self, channel: channels.Channel, queue: str) -> None:
+        """Before its consumer is cancelled."""
+        watch = self._watches.get((channel, "jobs"))
+        if isinstance(watch, Watch) and not self.looping:
+            watch.deliver_rest(queue)
 
     def _unwatch(self, channel: channels.Channel, kind: str) -> None:
         if watch := self._watches.pop((channel, kind), None):
@@ -301,6 +308,8 @@ class Transport(virtual.Transport):
             if self._look_at_all():
                 return
             bells = [bell for watch in list(self._watches.values()) if (bell := watch.arm()) is not None]
+            if any(watch.starving for watch in self._watches.values()):
+                continue
             now = time.monotonic()
             ends = [watch.look_at for watch in self._watches.values()]
             until = min([*ends, *([deadline] if deadline is not None else []), now + 1.0])
@@ -327,6 +336,10 @@ def _hand_back_forgotten() -> None:
     while _forgotten:
         leases, tags = _forgotten.popitem()
         leases.hand_back(tags, wait=False)
+
+
+# when kombu looks up this module, a connection is being made that will want to know its port
+ports.install(Connection)
 
 
 def _nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -61,6 +60,13 @@ class Watch:
         if not self.hungry and not self.bell.armed and self.ahead is None and channel.qos.room(len(self.waiting)):
             self.bell.arm(settings.max_block)
         return self.bell
+
+    @property
+    def starving(self) -> bool:
+        """True when there may be messages, and no wake-up would tell of them: who sleeps now would sleep past them."""
+        room = self.channel.qos.room(len(self.waiting))
+        listens = self.bell is None or self.bell.armed or self.ahead is not None
+        return self.hungry and not listens and room > 0 and self._enough(room)
 
     def sockets(self) -> list[Any]:
         """What a loop selects on for reading."""
@@ -171,12 +177,8 @@ class Watch:
 
     def _deliver(self) -> int:
         channel, delivered = self.channel, 0
-        if channel.connection.looping:
-            ends = time.monotonic() + SLICE
-        else:
-            # who drains by calls expects all that there is of each, as over AMQP; but of messages that are over once
-            # they are delivered one, for kombu's helpers count them by the call, and leave the rest
-            ends = 0.0 if channel.takes_unacked else math.inf
+        # who drains by calls counts the messages by them, as kombu's helpers do
+        ends = time.monotonic() + SLICE if channel.connection.looping else 0.0
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
                 break
@@ -194,6 +196,14 @@ class Watch:
             delivered += 1
             channel.connection._deliver(raw, queue)
         return delivered
+
+    def deliver_rest(self, queue: str) -> None:
+        """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP, as far as it has credit."""
+        rest = deque(one for one in self.waiting if one[1] == queue)
+        self.waiting = deque(one for one in self.waiting if one[1] != queue)
+        while rest and self.channel.qos.can_consume() and not self.channel.closed:
+            self.channel.connection._deliver(*rest.popleft())
+        self.waiting.extend(rest)  # and is handed back
 
     def _held_back(self) -> bool:
         """Whether the next one has to wait until this process holds nothing else. What is done is told at once then."""

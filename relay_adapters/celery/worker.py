@@ -1,7 +1,7 @@
 """What a Celery worker has to know of a store in which tasks wait: installed in worker processes only.
 
 Celery's `revoke` marks a task in the memory of the workers that run now; one that waits in the store is taken out of
-it. `inspect scheduled` lists what waits in a worker's memory; here it is in the store.
+it. `inspect scheduled` and `inspect query_task` tell of what waits in a worker's memory; here it is in the store.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from relay_adapters.celery import children, given, revoking
 from relay_adapters.celery.envelope import unpack
+from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.options import is_relay, safe_text
 from relay_core import Broker
 
@@ -46,6 +48,7 @@ def install(**_: Any) -> None:
         Panel.data["revoke_by_stamped_headers"] = _RevokeByStamps(Panel.data["revoke_by_stamped_headers"])
         Panel.data["scheduled"] = _Scheduled(Panel.data["scheduled"])
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
+        Panel.data["query_task"] = _QueryTask(Panel.data["query_task"])
         strategy.create_request_cls = _derived(strategy.create_request_cls)
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
@@ -128,6 +131,21 @@ class _Scheduled(_Command):
                         found.append(_as_listed(unpack(job.payload), state.hostname))
                     except (ValueError, KeyError, TypeError):
                         continue
+        return found
+
+
+class _QueryTask(_Command):
+    def __call__(self, state: Any, ids: Any, *args: Any, **options: Any) -> Any:
+        found = self._stock(state, ids, *args, **options)
+        wanted = {ids} if isinstance(ids, str) else set(ids or ())
+        for broker, queues in _consumed(state):
+            for queue in queues:
+                for task_id in wanted - set(found):
+                    for id, payload in revoking.payloads(broker, queue, ids_of(task_id)).items():
+                        job = broker.show(queue, id)
+                        if job is not None and job.state == "delayed":
+                            with suppress(ValueError, KeyError, TypeError):
+                                found[task_id] = ("scheduled", _as_listed(unpack(payload), state.hostname)["request"])
         return found
 
 
