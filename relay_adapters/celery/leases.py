@@ -64,6 +64,8 @@ class Leases:
         self.cut_off = False
         """True from when an event loop loses its connection until it has another: it is about to say farewell to a
         server that is most likely away, and has better things to do than to wait for it."""
+        self.tasks = False
+        """True once a Celery worker made a task of one."""
         self.untold = False
         """True once a task came of which nobody tells when it starts: that the pool has some waiting may be wrong."""
         self._next_beat = 0.0

@@ -40,7 +40,7 @@ class Request(Stock):
         # Celery has its loop do this in its next turn, for which a task that runs in the loop's own thread lets it wait
         self._on_ack = partial(_ack, message)
         if (held := self._leases.get(message.delivery_tag)) is not None:
-            self._job, held.task = held.job, True
+            self._job, held.task, self._leases.tasks = held.job, True, True
             held.untold = self.task.Strategy != Task.Strategy
             self._leases.untold |= held.untold
             if self._leases.broker.plugins.wants("relay_run_ended"):

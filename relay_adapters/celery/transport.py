@@ -143,9 +143,9 @@ class Transport(virtual.Transport):
                 self._spoke.add(self._watches[channel, kind])
 
     def consumer_ends(self, channel: channels.Channel, queue: str) -> None:
-        """Before its consumer is cancelled."""
+        """Before its consumer is cancelled. A worker that does so hands back what it has not started."""
         watch = self._watches.get((channel, "jobs"))
-        if isinstance(watch, Watch) and not self.looping:
+        if isinstance(watch, Watch) and not (self.looping or channel.leases.tasks):
             watch.deliver_rest(queue)
 
     def _unwatch(self, channel: channels.Channel, kind: str) -> None:

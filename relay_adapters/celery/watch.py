@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -177,8 +178,11 @@ class Watch:
 
     def _deliver(self) -> int:
         channel, delivered = self.channel, 0
-        # who drains by calls counts the messages by them, as kombu's helpers do
-        ends = time.monotonic() + SLICE if channel.connection.looping else 0.0
+        if channel.connection.looping:
+            ends = time.monotonic() + SLICE
+        else:
+            # who drains by calls counts the messages by them, as kombu's helpers do; Celery's workers do not
+            ends = math.inf if channel.leases.tasks and not channel.takes_unacked else 0.0
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
                 break
