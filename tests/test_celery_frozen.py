@@ -141,7 +141,7 @@ def _rests(pid: int) -> bool:
 def test_a_task_that_is_not_started_in_its_own_process_is_handed_back_and_frees_its_credit(site: Site) -> None:
     app = client_of(site.server.url, site.folder, broker_transport_options={"client_name": "here"})
 
-    @app.task(name="here")
+    @app.task(name="here", shared=False)
     def task() -> None:
         raise AssertionError("it was started")
 
