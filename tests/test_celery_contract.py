@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import kombu
@@ -318,6 +319,85 @@ def test_of_a_consumer_with_a_prefetch_count_nothing_is_on_its_way(here: kombu.C
     assert engine.stats(name).ready == 2
 
 
+def ready(engine: Broker, name: str) -> list[bytes]:
+    """The bodies of what waits, each a digit, in its order."""
+    return [job.payload[-1:] for job in engine.jobs(name, "ready")]
+
+
+def test_a_consumer_that_a_callback_cancels_gets_no_more(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here)
+    for n in range(4):
+        send(here, n, key=name)
+    seen: list[Any] = []
+
+    def one(body: Any, message: Any) -> None:
+        seen.append(body)
+        message.ack()
+        consumer.cancel()
+
+    consumer = kombu.Consumer(here.channel(), [kombu.Queue(name)], callbacks=[one])
+    consumer.consume()
+    here.drain_events(timeout=10)
+    assert seen == [0]
+    assert ready(engine, name) == [b"1", b"2", b"3"]
+    assert engine.stats(name).counters.get("retried", 0) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_consumer_that_an_error_ends_gets_no_more(
+    here: kombu.Connection, engine: Broker, error: type[BaseException]
+) -> None:
+    name = queue(here)
+    for n in range(4):
+        send(here, n, key=name)
+    inbox = Inbox(here, kombu.Queue(name))
+    inbox.consumer.cancel()
+
+    def consume() -> None:
+        with inbox.consumer:
+            here.drain_events(timeout=10)
+            raise error
+
+    with pytest.raises(error):
+        consume()
+    assert inbox.bodies == [0]
+    assert ready(engine, name) == [b"1", b"2", b"3"]
+
+
+def test_a_callback_that_fails_during_a_cancel_keeps_the_rest_from_nobody(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    name = queue(here)
+    for n in range(5):
+        send(here, n, key=name)
+
+    def fails(body: Any, message: Any) -> None:
+        if body == 2:
+            raise ValueError(body)
+        message.ack()
+
+    channel = here.channel()
+    with suppress(ValueError), kombu.Consumer(channel, [kombu.Queue(name)], callbacks=[fails]):
+        here.drain_events(timeout=10)
+    assert ready(engine, name) == [b"3", b"4"]
+    assert name not in channel.consumed
+
+
+def test_a_simple_queue_takes_one_of_what_others_read_too(here: kombu.Connection, server: Server) -> None:
+    name = fresh("q")
+    with link(server.url) as there, here.SimpleQueue(name) as mine, there.SimpleQueue(name) as other:
+        for n in range(6):
+            mine.put(n)
+        for n, reader in enumerate((mine, other, mine, other)):
+            message = reader.get(timeout=10)
+            assert message.payload == n
+            message.ack()
+        assert mine.qsize() == 2
+    for n in (4, 5):
+        with here.SimpleQueue(name) as again:
+            assert again.get(timeout=10).payload == n
+
+
 def test_a_channel_that_closes_delivers_nothing_more(here: kombu.Connection, engine: Broker) -> None:
     name = queue(here)
     inbox = Inbox(here, kombu.Queue(name))
@@ -326,7 +406,7 @@ def test_a_channel_that_closes_delivers_nothing_more(here: kombu.Connection, eng
     here.drain_events(timeout=10)
     inbox.channel.close()
     assert inbox.bodies == [0]
-    assert [job.payload[-1:] for job in engine.jobs(name, "ready")] == [b"0", b"1", b"2"]
+    assert ready(engine, name) == [b"0", b"1", b"2"]
 
 
 @pytest.mark.parametrize("no_ack", [True, False])

@@ -192,6 +192,43 @@ def test_what_another_thread_could_not_store_is_the_groups_own_to_store(
     assert keys(broker) == [str(n) for n in range(4 if leave else 6)]
 
 
+def test_what_was_taken_is_seen_to_in_time_too(
+    app: Celery, broker: Broker, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task whose id another has gets one of its own; that try fails at first, and the generator waits for it."""
+    monkeypatch.setattr(groups, "SECONDS", patience)
+    app.send_task("pay", [0], task_id="a")
+    put, cuts = Publishing._put, ["a"]
+
+    def cutting(channel: Any, queue: str, message: Any, *args: Any, **options: Any) -> None:
+        if options.get("taken") and cuts:
+            cuts.pop()
+            raise Unavailable("cut", maybe_executed=False)
+        put(channel, queue, message, *args, **options)
+
+    monkeypatch.setattr(Publishing, "_put", cutting)
+
+    def members() -> Iterator[Any]:
+        yield pay(app, 1, task_id="a")
+        yield pay(app, 2, task_id="b")
+        yield pay(app, 3, task_id="c")
+        eventually(lambda: broker.show("celery", "a~1"), "the first to be stored under another id")
+
+    group(members()).apply_async()
+    assert cuts == []
+    assert broker.stats("celery").ready == 4
+
+
+def test_its_thread_ends_when_there_is_nothing_to_see_to(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_IDLE", 0.01)
+    for many in (3, 6):
+        group(pay(app, n) for n in range(3)).apply_async()
+        assert broker.stats("celery").ready == many
+        eventually(lambda: groups._minder._thread is None, "the thread to end")
+
+
 def test_a_group_for_which_no_thread_can_be_started_is_stored_by_its_own(
     app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

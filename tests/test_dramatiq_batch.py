@@ -361,6 +361,15 @@ def test_other_threads_and_tasks_are_no_part_of_a_block(broker: RelayBroker, not
     asyncio.run(main())
 
 
+def test_a_block_may_end_in_another_context_than_it_began(broker: RelayBroker, note: Any) -> None:
+    """As what a web framework hands to threads does."""
+    block = broker.batch()
+    contextvars.copy_context().run(block.__enter__)
+    contextvars.copy_context().run(block.__exit__, None, None, None)
+    note.send(1)
+    assert broker.get_queue_message_counts("default")[0] == 1
+
+
 def test_who_took_over_the_context_of_a_block_that_is_over_sends_at_once(broker: RelayBroker, note: Any) -> None:
     with broker.batch():
         context = contextvars.copy_context()

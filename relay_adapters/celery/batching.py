@@ -106,7 +106,7 @@ class Batch:
         ]
         done = set(alike)
         left = [entry for entry in self._entries if entry not in done]
-        self._entries, self._taken = left, [*self._taken, *taken]
+        self._taken, self._entries = [*self._taken, *taken], left
 
     def _store_taken(self, channel: Publishing) -> None:
         while self._taken:

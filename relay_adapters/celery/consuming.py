@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from queue import Empty
@@ -27,28 +28,35 @@ class Consuming(Settling):
     """The part of a channel that claims."""
 
     _no_ack: set[str]
+    _simple: set[str]
     order: Any
     boxes: dict[str, Any]
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
         if no_ack:
             self._no_ack.add(queue)
+        elif _is_simple(callback):
+            self._simple.add(queue)
         super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
         self.connection.consumers_changed(self)
 
     def basic_cancel(self, consumer_tag: str) -> None:
         queue = self._tag_to_queue.get(consumer_tag)
-        if not self.closed and self.connection is not None:
-            self.connection.consumer_ends(self, queue)
-        super().basic_cancel(consumer_tag)
+        try:
+            if queue is not None and not self.closed and self.connection is not None:
+                self.connection.consumer_ends(self, queue)
+        finally:
+            super().basic_cancel(consumer_tag)
         self._no_ack.discard(queue)
+        self._simple.discard(queue)
         if self.connection is not None:
             self.connection.consumers_changed(self)
 
     @property
-    def takes_unacked(self) -> bool:
-        """Whether what it claims, of one queue at least, is over then."""
-        return bool(self._no_ack)
+    def singly(self) -> bool:
+        """Whether it claims one message at a time where no event loop drives it: what is over once it is claimed would
+        be lost if it were not delivered, and who reads a SimpleQueue takes one of what others read, too."""
+        return bool(self._no_ack or self._simple)
 
     @property
     def consumed(self) -> tuple[str, ...]:
@@ -189,3 +197,11 @@ class Consuming(Settling):
         if message is not None and no_ack:
             self.settle(message.delivery_tag)
         return message
+
+
+def _is_simple(callback: Any) -> bool:
+    """Whether it fills the buffer of a kombu SimpleQueue."""
+    simple = sys.modules.get("kombu.simple")
+    consumer = getattr(callback, "__self__", None)
+    owners = [getattr(one, "__self__", None) for one in getattr(consumer, "callbacks", None) or ()]
+    return simple is not None and any(isinstance(owner, simple.SimpleBase) for owner in owners)

@@ -29,8 +29,9 @@ logger = logging.getLogger("relay.celery")
 MESSAGES, BYTES, SECONDS = 200, 1 << 20, 0.05
 """Most that is gathered before it is stored: a group of many tasks starts to run while it is still being sent."""
 
-_TICK, _PAUSE = 0.02, 0.5
-"""Seconds between looks at what was gathered, and until the next after one that met an error."""
+_TICK, _PAUSE, _IDLE = 0.02, 0.5, 5.0
+"""Seconds between looks at what was gathered, until the next after one that met an error, and until a thread that has
+nothing to look at ends."""
 
 _here: ContextVar[Gathered | None] = ContextVar("relay_gathered", default=None)
 """The group that is being sent here. A greenlet has its own, whether its threads are gevent's or not."""
@@ -66,11 +67,12 @@ class Gathered(Batch):
         """Store what there is, where it is enough or has waited long enough. Raises Unavailable and the like: then it
         is all still there, for another try."""
         with self._lock:
-            if self._entries and (len(self._entries) >= MESSAGES or self._bytes >= BYTES or self._is_old()):
+            if len(self._entries) >= MESSAGES or self._bytes >= BYTES or self._is_old():
                 self.flush()
 
     def _is_old(self) -> bool:
-        return time.monotonic() - self._oldest >= SECONDS
+        """Whether there is something, and for long enough."""
+        return bool(self._entries or self._taken) and time.monotonic() - self._oldest >= SECONDS
 
     def add(self, queue: str, placed: Placed, message: Any) -> None:
         with self._lock:
@@ -97,7 +99,7 @@ class Gathered(Batch):
             return  # it is being stored
         try:
             channel = self._producer._channel
-            if channel is not None and self._entries and self._is_old() and time.monotonic() >= self._not_before:
+            if channel is not None and self._is_old() and time.monotonic() >= self._not_before:
                 self._store_all(channel)
         except Exception as error:
             self._not_before = time.monotonic() + _PAUSE
@@ -126,7 +128,7 @@ class _Minder:
         forks.watch(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may send a group, too
         self._minded: set[Gathered] = set()
         self._more = threading.Event()
         self._thread: threading.Thread | None = None
@@ -147,7 +149,11 @@ class _Minder:
 
     def _run(self) -> None:
         while True:
-            self._more.wait()
+            if not self._more.wait(_IDLE):
+                with self._lock:
+                    if not self._minded:
+                        self._thread = None
+                        return
             time.sleep(_TICK)
             with self._lock:
                 minded = list(self._minded)

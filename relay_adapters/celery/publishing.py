@@ -55,16 +55,16 @@ class Publishing(Routing):
             except Unavailable:
                 headers[inhand.LEASE] = lease
                 raise
-        sent = False
+        under_way = False
         try:
             gathered = gathered_for(self)
             if gathered is not None and marks.BATCH not in message:
                 gathered.make_room()
                 message[marks.BATCH] = gathered
-            sent = True
+            under_way = True
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable as error:
-            if since is not None or (sent and error.maybe_executed) or message.get(marks.STORED):
+            if since is not None or (under_way and error.maybe_executed) or message.get(marks.STORED):
                 kept[marks.TRIED] = marks.Tried(message[marks.ID], sent_at if since is None else since, own)
             raise
 

@@ -35,6 +35,6 @@ class QoS(virtual.QoS):
             return 0 if waiting else 1
         most, connection = self.can_consume_max_estimate(), self.channel.connection
         most = BATCH if most is None else min(BATCH, int(most))
-        if connection is not None and not connection.looping and self.channel.takes_unacked:
-            most = min(1, most)  # what is claimed is over: what is not delivered would be lost
+        if connection is not None and not connection.looping and self.channel.singly:
+            most = min(1, most)
         return max(0, most - waiting)

@@ -308,7 +308,7 @@ class Transport(virtual.Transport):
             if self._look_at_all():
                 return
             bells = [bell for watch in list(self._watches.values()) if (bell := watch.arm()) is not None]
-            if any(watch.starving for watch in self._watches.values()):
+            if any(watch.starving for watch in list(self._watches.values())):
                 continue
             now = time.monotonic()
             ends = [watch.look_at for watch in self._watches.values()]

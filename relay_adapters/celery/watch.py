@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +44,7 @@ class Watch:
         self.ahead: Ahead | None = None
         """The claim that is on its way, if one is."""
         self._sender: Sender | None = None
-        self._rang = False
+        self._rang = self._delivering = False
         self._patience, self._put_off_until = _SOON / 2, 0.0
 
     def arm(self) -> Bell | None:
@@ -182,7 +183,7 @@ class Watch:
             ends = time.monotonic() + SLICE
         else:
             # who drains by calls counts the messages by them, as kombu's helpers do; Celery's workers do not
-            ends = math.inf if channel.leases.tasks and not channel.takes_unacked else 0.0
+            ends = math.inf if channel.leases.tasks and not channel.singly else 0.0
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
                 break
@@ -198,16 +199,29 @@ class Watch:
                 channel.take_back([(raw, queue)])
                 continue
             delivered += 1
-            channel.connection._deliver(raw, queue)
+            self._hand_over(raw, queue)
         return delivered
 
     def deliver_rest(self, queue: str) -> None:
-        """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP, as far as it has credit."""
-        rest = deque(one for one in self.waiting if one[1] == queue)
+        """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP and as its credit allows. Where
+        a callback or an error ends it, it wants no more."""
+        channel = self.channel
+        rest = [one for one in self.waiting if one[1] == queue]
         self.waiting = deque(one for one in self.waiting if one[1] != queue)
-        while rest and self.channel.qos.can_consume() and not self.channel.closed:
-            self.channel.connection._deliver(*rest.popleft())
-        self.waiting.extend(rest)  # and is handed back
+        try:
+            while rest and not (self._delivering or sys.exc_info()[1]) and queue in channel.consumed:
+                if channel.leases.apart.shut or not channel.qos.can_consume():
+                    break
+                self._hand_over(*rest.pop(0))
+        finally:
+            channel.take_back(rest)
+
+    def _hand_over(self, raw: Any, queue: str) -> None:
+        before, self._delivering = self._delivering, True
+        try:
+            self.channel.connection._deliver(raw, queue)
+        finally:
+            self._delivering = before
 
     def _held_back(self) -> bool:
         """Whether the next one has to wait until this process holds nothing else. What is done is told at once then."""

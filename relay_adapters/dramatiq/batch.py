@@ -155,7 +155,8 @@ def batch_of(broker: RelayBroker) -> Batch | None:
 def gathering(broker: RelayBroker) -> Iterator[None]:
     """See RelayBroker.batch. What is sent in a block of a block is the outer one's."""
     batch = Batch(broker)
-    token = _open.set((*_open.get(), batch))
+    before = _open.get()
+    _open.set((*before, batch))
     try:
         yield
         batch.close()
@@ -164,7 +165,7 @@ def gathering(broker: RelayBroker) -> Iterator[None]:
         raise
     finally:
         batch.closed = True
-        _open.reset(token)
+        _open.set(before)
 
 
 def install(kind: type[RelayBroker]) -> None:
