@@ -203,7 +203,7 @@ class Watch:
         return delivered
 
     def deliver_rest(self, queue: str) -> None:
-        """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP and as its credit allows. Where
+        """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP and as its credit allows. If
         a callback or an error ends it, it wants no more."""
         channel = self.channel
         rest = [one for one in self.waiting if one[1] == queue]
