@@ -7,6 +7,7 @@ import contextvars
 import multiprocessing
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import dramatiq
@@ -53,6 +54,21 @@ def note(broker: RelayBroker) -> dramatiq.Actor[[Any], None]:
         pass
 
     return note
+
+
+@contextmanager
+def through_a_proxy(server: Server, **options: Any) -> Iterator[tuple[Proxy, RelayBroker, Any]]:
+    """A broker whose connections can be cut, and an actor on it."""
+    with Proxy(to_socket(server.socket), unix=True) as proxy:
+        broker = RelayBroker(url=proxy.url, **options)
+        dramatiq.set_broker(broker)
+
+        @dramatiq.actor
+        def note(x: Any) -> None:
+            pass
+
+        yield proxy, broker, note
+        broker.close()
 
 
 def scripts_run(server: Server) -> int:
@@ -236,14 +252,7 @@ def test_a_queue_that_the_server_refuses_leaves_the_others_alone(server: Server,
 
 @pytest.mark.parametrize("fault", ["cut_reply", "cut_request"])
 def test_a_connection_that_is_cut_stores_each_message_once(server: Server, fault: str) -> None:
-    with Proxy(to_socket(server.socket), unix=True) as proxy:
-        broker = RelayBroker(url=proxy.url)
-        dramatiq.set_broker(broker)
-
-        @dramatiq.actor
-        def note(x: Any) -> None:
-            pass
-
+    with through_a_proxy(server) as (proxy, broker, note):
         note.send("first")
         getattr(proxy, fault)(b"EVALSHA")
         with broker.batch():
@@ -251,21 +260,13 @@ def test_a_connection_that_is_cut_stores_each_message_once(server: Server, fault
                 note.send(n)
         assert proxy.pending == 0
         assert waiting(broker) == ["first", *range(10)]
-        broker.close()
 
 
 def test_what_a_full_batch_could_not_store_is_stored_later_and_once(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "MESSAGES", 3)
-    with Proxy(to_socket(server.socket), unix=True) as proxy:
-        broker = RelayBroker(url=proxy.url, retry_for=0.0)
-        dramatiq.set_broker(broker)
-
-        @dramatiq.actor
-        def note(x: Any) -> None:
-            pass
-
+    with through_a_proxy(server, retry_for=0.0) as (proxy, broker, note):
         note.send("first")
         with broker.batch():
             for n in range(3):
@@ -279,18 +280,10 @@ def test_what_a_full_batch_could_not_store_is_stored_later_and_once(
             broker.core.ack_many(jobs)
             note.send("last")
         assert waiting(broker) == ["last"]
-        broker.close()
 
 
 def test_a_server_that_is_away_is_told_at_the_end(server: Server) -> None:
-    with Proxy(to_socket(server.socket), unix=True) as proxy:
-        broker = RelayBroker(url=proxy.url, retry_for=0.0)
-        dramatiq.set_broker(broker)
-
-        @dramatiq.actor
-        def note(x: Any) -> None:
-            pass
-
+    with through_a_proxy(server, retry_for=0.0) as (proxy, broker, note):
         seen = signals_of(broker)
         proxy.refuse()
         with pytest.raises(ConnectionClosed), broker.batch():
@@ -299,7 +292,6 @@ def test_a_server_that_is_away_is_told_at_the_end(server: Server) -> None:
         proxy.refuse(False)
         note.send(2)
         assert waiting(broker) == [2]
-        broker.close()
 
 
 def test_a_message_whose_follow_up_group_cannot_be_stored_runs_again(server: Server, broker: RelayBroker) -> None:

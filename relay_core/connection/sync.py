@@ -100,15 +100,15 @@ class SyncStore:
     def hurried(self, seconds: float) -> Iterator[None]:
         """What this thread runs meanwhile is repeated for so long at most, whatever `retry_for` says: it has others to
         turn to."""
-        before, self._hurry.policy = self._patience(), self._policy.at_most(seconds)
+        before, self._hurry.seconds = getattr(self._hurry, "seconds", None), seconds
         try:
             yield
         finally:
-            self._hurry.policy = before
+            self._hurry.seconds = before
 
     def _patience(self) -> attempts.Policy:
-        policy: attempts.Policy = getattr(self._hurry, "policy", self._policy)
-        return policy
+        seconds: float | None = getattr(self._hurry, "seconds", None)
+        return self._policy if seconds is None else self._policy.at_most(seconds)
 
     def bell(self, markers: Sequence[bytes]) -> Bell:
         """A bell that rings when one of the markers is set. It has connections of its own."""

@@ -166,7 +166,7 @@ class Enqueueing(Base):
         return replace(spec, headers=self.plugins.headers(queue, payload_bytes(spec.payload), spec.headers or {}))
 
     def place(self, queue: str, spec: JobSpec) -> Placed:
-        """The same for one whose headers are as they should be."""
+        """What `prepare` does but for the headers, which are as they should be."""
         payload = payload_bytes(spec.payload)
         self.settings.keys(queue)
         routed = self.plugins.route(queue, payload, spec.headers or {})
