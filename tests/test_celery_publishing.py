@@ -239,6 +239,11 @@ def test_the_retry_of_a_task_is_no_duplicate_of_it(app: Celery, broker: Broker) 
     assert {job.id for job in stored(broker)} == {"t", "t.1"}
 
 
+def test_a_priority_may_be_a_truth_value(app: Celery, broker: Broker) -> None:
+    app.send_task("pay", [1], priority=True)
+    assert [job.priority for job in stored(broker)] == [1]
+
+
 def test_an_eta_that_no_message_waits_for_is_refused_in_the_words_of_a_task(app: Celery, broker: Broker) -> None:
     with pytest.raises(InvalidArgument, match=r"the eta of task 'pay' \(.*\) is 30\.0 years away; .* 10 years at most"):
         app.send_task("pay", countdown=30 * 365 * 86_400)
