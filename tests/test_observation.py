@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -19,10 +20,15 @@ class Recording(Proxy):
 
     def __init__(self, server: Server) -> None:
         super().__init__(to_socket(server.socket), unix=True)
-        self.sent = b""
+        self._data = b""
+
+    @property
+    def sent(self) -> bytes:
+        """But for the second of each claim, which fencing tokens carry: two recordings need not be of the same one."""
+        return re.sub(rb"(:n\d+t)[0-9a-f]{8}\b", rb"\1", self._data)
 
     def _fault_for(self, data: bytes) -> tuple[str, int]:
-        self.sent += data
+        self._data += data
         return super()._fault_for(data)
 
 
