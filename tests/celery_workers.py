@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.utils.nodenames import gethostname
 
 from tests.servers import Server, eventually
 
@@ -99,8 +100,15 @@ class CeleryWorker:
     def logged(self, text: str) -> bool:
         return text in self.text
 
-    def children(self) -> list[int]:
-        """Process ids, of the prefork pool's."""
+    def children(self, client: Celery) -> list[int]:
+        """Process ids, of the prefork pool's, once all of them take tasks."""
+        name = f"{self.name}@{gethostname()}"
+
+        def are_up() -> bool:
+            pool = client.control.inspect([name], timeout=20, limit=1).stats()[name]["pool"]
+            return bool(pool["writes"]["inqueues"]["total"] == pool["max-concurrency"])
+
+        eventually(are_up, "all children of the pool")
         pid = self.process.pid
         found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         # where they are spawned, there is a process that looks after semaphores, too

@@ -33,7 +33,7 @@ class Site:
         flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "1")
         options = {"lease": LEASE, "retry_for": 0.5}
         self.worker = CeleryWorker(server.url, folder, *flags, options=options, conf=conf)
-        self.children = self.worker.children()
+        self.children = self.worker.children(self.app)
 
     def send(self, key: str) -> None:
         for name in TASKS:

@@ -30,7 +30,7 @@ def test_what_a_child_begins_when_the_connection_is_lost_runs_once(
     flags = ("-P", "prefork", "-c", "2", "--prefetch-multiplier", "2", "--include", "tests.celery_hold_close")
     with Broker(server.url) as broker, CeleryWorker(server.url, tmp_path, *flags, conf=conf) as worker:
         client = client_of(server.url, tmp_path)
-        pool = worker.children()
+        pool = worker.children(client)
         _all(pool, signal.SIGSTOP)
         for name in TASKS:
             client.send_task(f"tests.celery_app.{name}", [name, "go"])
