@@ -13,6 +13,7 @@ from typing import Any
 import kombu
 import pytest
 
+from relay_adapters.celery import watch
 from relay_adapters.celery.ahead import Ahead
 from relay_core import Broker
 from relay_core.connection import Sender, readable
@@ -282,22 +283,47 @@ def test_while_the_pool_has_tasks_waiting_few_are_not_asked_for(loop: Loop, engi
     assert min(rooms) >= 3
 
 
-def test_a_claim_that_was_put_off_is_thought_of_again_soon(
+def test_a_claim_of_few_is_put_off_for_a_moment_only(
     loop: Loop, engine: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pool of threads tells nobody that it has started what it had."""
+    """What waits in the pool may wait for a process that is slow or gone, while others are idle."""
     monkeypatch.setattr(Settings, "max_block", 3600.0)
+    monkeypatch.setattr(watch, "_SOON", 1e9)
     for n in range(8):
         send(loop.channel.connection.client, n, key=loop.queue)
     loop.until(lambda: len(loop.got) == 4, "the first messages")
     loop.got[0].ack()
     loop.until(lambda: not loop.channel.leases.owed.acks, "the ack to be sent")
     assert len(loop.got) == 4
-    for _ in range(3):
-        assert loop.watch.look_at < time.monotonic() + 1.5
-        assert loop.watch._wants(1, time.monotonic()) is False
-    monkeypatch.setattr("relay_adapters.celery.watch.waiting_in_pool", lambda: 0)
+    assert loop.watch.look_at <= loop.watch._put_off_until
+    loop.watch._put_off_until = loop.watch.look_at = time.monotonic()
     loop.until(lambda: len(loop.got) == 5, "one more")
+
+
+def test_the_next_claim_of_few_is_put_off_anew(loop: Loop, engine: Broker) -> None:
+    for n in range(8):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 4, "the first messages")
+    for n in range(2):
+        loop.got[n].ack()
+        loop.until(lambda n=n: len(loop.got) == 5 + n, "one more")
+        assert loop.watch._put_off_until is None
+
+
+def test_a_connection_that_the_server_closed_while_it_rested_is_given_up(loop: Loop, tcp: Server) -> None:
+    """Else the loop finds it readable, for ever."""
+    for n in range(8):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.received = lambda message: message.ack()
+    loop.until(lambda: len(loop.got) == 8 and not loop.channel.leases.owed.acks, "all")
+    loop.until(lambda: loop.watch.ahead is None and loop.watch.bell.armed, "the loop to wait")
+    [rests] = loop.watch._sender.sockets()
+    host, port = rests.getsockname()
+    tcp.cli("CLIENT", "KILL", "ADDR", f"{host}:{port}")
+    loop.until(lambda: not loop.watch._sender.sockets(), "it to be closed")
+    assert rests.fileno() == -1
+    send(loop.channel.connection.client, 8, key=loop.queue)
+    loop.until(lambda: len(loop.got) == 9, "the next message")
 
 
 def test_where_nobody_tells_when_tasks_start_none_is_put_off(loop: Loop, engine: Broker) -> None:

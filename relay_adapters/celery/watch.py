@@ -24,8 +24,9 @@ SLICE = 0.002
 time there, and what Celery put off until the loop's next turn waits for that: rejects and control commands."""
 
 
-_SOON, _LONGEST = 0.02, 1.0
-"""Seconds for which a claim of few messages is put off before the pool is looked at again."""
+_SOON = 0.02
+"""Seconds for which a claim of few messages is put off at most: what waits in the pool may wait for a process that is
+slow or gone, while others are idle."""
 
 
 class Watch:
@@ -45,7 +46,8 @@ class Watch:
         """The claim that is on its way, if one is."""
         self._sender: Sender | None = None
         self._rang = self._delivering = False
-        self._patience, self._put_off_until = _SOON / 2, 0.0
+        self._put_off_until: float | None = None
+        """Monotonic time, where a claim of few was put off."""
 
     def arm(self) -> Bell | None:
         """Wait for wake-ups where the channel consumes and has credit. Raises Unavailable."""
@@ -97,6 +99,8 @@ class Watch:
         if channel.closed or not channel.consumed:
             return 0
         rung = ask and bell is not None and bell.rung()
+        if ask and not rung and self.ahead is None and self._sender is not None:
+            self._sender.rest()
         now = time.monotonic()
         if self.ahead is not None:
             self._rang = self._rang or rung
@@ -119,23 +123,23 @@ class Watch:
     def _wants(self, room: int, now: float) -> bool:
         """Whether to claim without a wake-up.
 
-        On a queue with more to give, a claim of few messages is put off while the pool still has some waiting: that
-        saves two of three round trips.
+        On a queue with more to give, a claim of few messages is put off a little while the pool still has some
+        waiting: that saves two of three round trips where tasks are short.
         """
         if self.hungry:
             return self._enough(room)
         return now >= self.look_at or self.channel.leases.owed.pending(self.channel.consumed)
 
     def _enough(self, room: int) -> bool:
-        """Whether a claim of so many is worth its round trip. Where it is put off, the next look comes soon, and later
-        each time: nobody may tell when the pool has started what it has."""
+        """Whether a claim of so many is worth its round trip by now. Where it is put off, the next look comes soon."""
         most = min(BATCH, self.channel.qos.prefetch_count)
         if room * 4 >= most * 3 or not waiting_in_pool() or self.channel.leases.untold:
             return True
         now = time.monotonic()
+        if self._put_off_until is None:
+            self._put_off_until = now + _SOON
         if now >= self._put_off_until:
-            self._patience = min(2 * self._patience, _LONGEST)
-            self._put_off_until = now + self._patience
+            return True
         self.look_at = self._put_off_until if now >= self.look_at else min(self.look_at, self._put_off_until)
         return False
 
@@ -143,7 +147,7 @@ class Watch:
         with self._hurried():
             found, retry_after = self.channel.claim(room, True, ahead)
         self.waiting.extend(found)
-        self._patience = _SOON / 2
+        self._put_off_until = None
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
         longest = self.channel.broker.settings.max_block
@@ -164,6 +168,7 @@ class Watch:
         self.ahead = channel.claim_ahead(room, self._sender)
         if self.ahead is None:
             return False
+        self._put_off_until = None
         self.look_at = time.monotonic() + channel.broker.settings.max_block
         return True
 

@@ -100,6 +100,11 @@ class Link:
         """The open socket, to select on; None while it is closed. Another one after each connect."""
         return None if self._stream is None else socket_of(self._connection)
 
+    def rest(self) -> None:
+        """While no reply is awaited: close it if the server has. It opens again when needed."""
+        if self._stream is not None and self._stream.closed():
+            self.close()
+
     def close(self) -> None:
         self._stream = None
         with suppress(*LOST):

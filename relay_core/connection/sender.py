@@ -59,6 +59,11 @@ class Sender:
                 return command.parse(reply, False)
         return self._store.settle(command, time.monotonic(), self._sent_at, self._to, outcome)
 
+    def rest(self) -> None:
+        """Between two commands: close what the server has closed, which a loop would find readable again and again."""
+        for link in self._links.values():
+            link.rest()
+
     def close(self) -> None:
         """Close the connections, which open again when needed. A reply that is under way is lost with them, and the
         command counts as one that may have been executed."""
