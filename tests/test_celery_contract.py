@@ -161,6 +161,15 @@ def test_an_expired_task_is_delivered_as_expired_so_that_its_worker_revokes_it(h
     assert "expires" not in headers_of(here, name)
 
 
+def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.Connection) -> None:
+    name = queue(here, message_ttl=0.05)
+    send(here, {"task": "t", "id": "1", "args": [], "kwargs": {}, "eta": None, "expires": None}, key=name)
+    time.sleep(0.1)
+    message = here.default_channel.basic_get(name, no_ack=True)
+    assert message.payload["expires"].startswith("1970")
+    assert message.payload["id"] == "1"
+
+
 def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection) -> None:
     name = queue(here, message_ttl=0.4)
     due = time.time() + 0.6
@@ -212,6 +221,42 @@ def test_a_message_that_dies_again_in_the_same_queue_is_counted(here: kombu.Conn
     for _ in range(3):
         here.default_channel.basic_get(name).reject()
     assert [death["count"] for death in headers_of(here, name)["x-death"]] == [3]
+
+
+def test_a_dead_letter_is_no_duplicate_of_itself(here: kombu.Connection) -> None:
+    """Each queue remembers the key of what it held, and a letter may come back to one by a delay queue."""
+    name = queue(here, x_dead_letter_exchange="")
+    send(here, 1, key=name, headers={"relay_dedup_key": "k", "relay_dedup_for": 60})
+    for _ in range(2):
+        here.default_channel.basic_get(name).reject()
+    assert got(here, name) == [1]
+
+
+def test_a_failed_task_of_a_queue_with_a_dead_letter_exchange_goes_there_at_once(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    """As over AMQP: it is not retried by relay's policy first."""
+    exchange, dead = dead_letter_queue(here)
+    name = queue(here, x_dead_letter_exchange=exchange)
+    send(here, 1, key=name)
+    message = here.default_channel.basic_get(name)
+    held = here.default_channel.leases.get(message.delivery_tag)
+    held.task, held.cause = True, ValueError("no")
+    message.reject()
+    assert engine.stats(name).pending == 0
+    assert got(here, dead) == [1]
+
+
+def test_a_consumer_puts_back_what_is_no_task_as_often_as_it_likes(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here)
+    send(here, 1, key=name)
+    for _ in range(30):
+        message = here.default_channel.basic_get(name)
+        message.requeue()
+        assert engine.stats(name).ready == 1, "at once"
+    message = here.default_channel.basic_get(name)
+    assert message.delivery_info["redelivered"] is True
+    message.ack()
 
 
 def test_a_message_that_cannot_be_dead_lettered_now_stays_where_it_is_until_it_can(

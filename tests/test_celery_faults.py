@@ -5,16 +5,19 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import kombu
 import pytest
 from celery import Celery
+from celery._state import _task_stack
 
 from relay_adapters.celery import inhand
 from relay_adapters.celery.envelope import head_of
-from relay_core import Broker, Verdict
+from relay_core import Broker, Job, Verdict
+from tests.aging import age_by
 from tests.celery_workers import POOLS, STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 from tests.topologies import SentinelTrio
@@ -317,8 +320,8 @@ def test_a_late_acked_retry_is_one_move_and_the_delivery_that_holds_the_task_dec
     if taken:  # the lease ended, and another worker has the task
         broker.extend(first, 0.1)
         (second,) = eventually_claimed(broker)
-    lease = inhand.lease_of(first, {"id": "t"})
-    client.send_task("pay", [1], task_id="t", retries=1, headers={inhand.LEASE: lease}, countdown=60)
+    with runs(client, first):
+        client.send_task("pay", [1], task_id="t", retries=1, countdown=60)
     stats = broker.stats("celery")
     # whether or not the worker dies now, before it acks: there is one task, and not two or none
     assert stats.ready + stats.delayed + stats.inflight == 1
@@ -332,7 +335,6 @@ def test_a_late_acked_retry_is_one_move_and_the_delivery_that_holds_the_task_dec
         assert (job.state, job.retries) == ("delayed", 1)
         head = head_of(job.payload)
         assert head["headers"]["retries"] == 1
-        assert inhand.LEASE not in head["headers"]
     client.close()
 
 
@@ -340,12 +342,62 @@ def test_who_retries_twice_in_one_run_sends_two_tasks(kept: Server, broker: Brok
     client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "twice"})
     client.send_task("pay", [1], task_id="t")
     (first,) = broker.claim("celery")
-    lease = inhand.lease_of(first, {"id": "t"})
-    for n in range(3):
-        headers = {inhand.LEASE: lease}  # as Celery gives each the headers of the request
-        client.send_task("pay", [n], task_id="t", retries=1, headers=headers, countdown=60)
+    with runs(client, first):
+        for n in range(3):
+            client.send_task("pay", [n], task_id="t", retries=1, countdown=60)
     waiting = [broker.plugins.describe(job) for job in broker.jobs("celery", "delayed")]
     assert sorted(one.args for one in waiting if one is not None and one.args) == ["[0]", "[1]", "[2]"]
+    client.close()
+
+
+@contextmanager
+def runs(client: Celery, job: Job) -> Iterator[None]:
+    """As if the late-acked task `t` ran here, of a message that was claimed."""
+
+    @client.task(name="runs", shared=False)
+    def task() -> None: ...
+
+    _task_stack.push(task)
+    task.push_request(id="t", properties={inhand.LEASE: inhand.lease_of(job, {"id": "t"})})
+    try:
+        yield
+    finally:
+        task.pop_request()
+        _task_stack.pop()
+
+
+def test_a_retry_of_another_priority_has_it(kept: Server, broker: Broker, tmp_path: Path) -> None:
+    client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "other-priority"})
+    client.send_task("pay", [1], task_id="t", priority=9)
+    (first,) = broker.claim("celery")
+    with runs(client, first):
+        client.send_task("pay", [1], task_id="t", retries=1, priority=2, countdown=60)
+    (waits,) = broker.jobs("celery", "delayed")
+    assert waits.priority == 2
+    broker.ack(first)
+    client.close()
+
+
+@pytest.mark.parametrize("limit", ["expires", "message_ttl"])
+def test_the_time_limit_of_a_retry_counts_from_the_retry(
+    kept: Server, broker: Broker, tmp_path: Path, limit: str
+) -> None:
+    """A task that works for long and then retries at once is a new message to other transports."""
+    client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": f"limit-{limit}"})
+    with client.connection_for_write() as connection:
+        channel = connection.default_channel
+        kombu.Queue("limited", message_ttl=60 if limit == "message_ttl" else None)(channel).declare()
+        more: dict[str, Any] = {"expires": 60} if limit == "expires" else {}
+        client.send_task("pay", [1], task_id="t", queue="limited", **more)
+        (first,) = broker.claim("limited")
+        age_by(broker, "limited", 100)
+        with runs(client, first):
+            client.send_task("pay", [1], task_id="t", queue="limited", retries=1, **more)
+        assert [job.id for job in broker.jobs("limited", "ready")] == ["t"]
+        message = channel.basic_get("limited")
+        assert message.headers["retries"] == 1
+        assert not str(message.headers.get("expires")).startswith("1970")
+        message.ack()
     client.close()
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from kombu.exceptions import EncodeError, OperationalError
 from relay_adapters.celery import groups
 from relay_adapters.celery.batching import _Entry
 from relay_adapters.celery.publishing import Publishing
+from relay_adapters.celery.topology import Topology
 from relay_core import Broker, JobSpec, hookimpl
 from relay_core.commands import NewJob
 from relay_core.errors import InvalidArgument, Unavailable
@@ -528,6 +530,23 @@ def test_a_group_whose_broker_dies_on_the_way_goes_on_with_the_next(tmp_path: Pa
         with Broker(second.url) as broker:
             assert keys(broker) == [str(n) for n in range(groups.MESSAGES, 100 + groups.MESSAGES)]
         app.close()
+
+
+def test_what_a_publish_asks_beside_changes_no_order(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The terms of its queue could not be read, and Celery tries again: nothing of that task was sent by then."""
+    stock, reads = Topology.terms, itertools.count()
+
+    def away(topology: Topology, queue: str, **options: Any) -> Any:
+        if next(reads) == 3:
+            raise Unavailable("away", maybe_executed=True)
+        return stock(topology, queue, **options)
+
+    monkeypatch.setattr(Topology, "terms", away)
+    group(pay(app, n) for n in range(9)).apply_async()
+    assert next(reads) > 9
+    assert keys(broker) == [str(n) for n in range(9)]
 
 
 def test_a_group_may_have_to_go_to_a_broker_of_another_kind(tmp_path: Path, redis_server: Server) -> None:

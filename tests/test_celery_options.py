@@ -198,12 +198,24 @@ def test_options_reach_the_broker(tcp_server: Server) -> None:
             connection.SimpleQueue("big").put("x" * 2000)
 
 
+def test_apps_that_a_key_prefix_keeps_apart_stay_apart(tcp_server: Server) -> None:
+    given = {"global_keyprefix": "shop:", "socket_connect_timeout": 3}
+    with Connection(tcp_server.url, transport_options=given) as connection:
+        assert options.options_of(connection) == {"prefix": "shop:relay", "connect_timeout": 3, "retry_for": 2.0}
+        connection.SimpleQueue("q").put(1)
+    with Broker(tcp_server.url, prefix="shop:relay") as here, Broker(tcp_server.url) as there:
+        assert (here.stats("q").ready, there.stats("q").ready) == (1, 0)
+    with Connection(tcp_server.url, transport_options={**given, "prefix": "mine"}) as connection:
+        assert options.options_of(connection)["prefix"] == "mine"
+
+
 WRONG = [
     ({"leese": 3}, r"no option 'leese'; did you mean 'lease'"),
     ({"lease": "long"}, r"broker_transport_options: lease must be .* got 'long'"),
     ({"max_deliveries": 0}, r"max_deliveries must be a whole number from 1 .* got 0"),
     ({"durability": "always"}, r"durability must be .* got 'always'"),
     ({"prefix": "a{b"}, r"prefix must be .* got 'a\{b'"),
+    ({"global_keyprefix": "{shop}"}, r"\['global_keyprefix'\] becomes .* got '\{shop\}'; give 'prefix' instead"),
     ({"retry": 3}, r"\['retry'\] must be a dict or a RetryPolicy, got 3"),
     ({"retry": {"bass": 1}}, r"\['retry'\] has no field 'bass'; known: base, factor"),
     ({"retry": {"base": -1}}, r"\['retry'\]: retry base must be .* got '-1'"),

@@ -104,6 +104,13 @@ def test_a_task_id_that_is_used_again_while_its_task_waits_is_another_task(app: 
     assert {job.id for job in stored(broker)} == {"nightly", "nightly~1", "nightly~2"}
 
 
+def test_however_many_tasks_of_one_id_wait_all_are_stored(app: Celery, broker: Broker) -> None:
+    for n in range(15):
+        app.send_task("pay", [n], task_id="t")
+    found = [broker.plugins.describe(job) for job in stored(broker)]
+    assert [summary.args for summary in found if summary is not None] == [f"[{n}]" for n in range(15)]
+
+
 def test_a_publish_that_kombu_repeats_stores_one_task(app: Celery, broker: Broker) -> None:
     app.send_task("warm-up", queue="other")
     with cut(store_of(app), 2) as lost:

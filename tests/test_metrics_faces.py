@@ -47,6 +47,11 @@ def fail(): raise ValueError("no")
 @app.task(name="parent")
 def parent(): app.send_task("fine", queue="celery")
 
+@app.task(name="again", bind=True, acks_late=True)
+def again(self):
+    if self.request.retries < 2:
+        raise self.retry(countdown=0)
+
 @app.task(name="slow", acks_late=True)
 def slow(folder):
     Path(folder, "started").touch()
@@ -134,6 +139,21 @@ def celery_worker(folder: Path, store: Server, address: str, name: str, **more: 
     command = ["celery", "-A", "celery_site", "worker", "-c", "2", "-n", f"{name}@%h", "-l", "info"]
     command += ["--without-mingle", "--without-gossip"]
     return Process(folder, command, store.url, address, **more)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_late_acked_task_that_retries_loses_no_lease(store: Server, core: Broker, folder: Path, pool: str) -> None:
+    port = free_port()
+    app = Celery(broker=store.url)
+    with celery_worker(folder, store, f"127.0.0.1:{port}", "one", SITE_CONF=json.dumps({"worker_pool": pool})):
+        for _ in range(3):
+            app.send_task("again")
+        eventually(lambda: core.stats("celery").counters.get("processed") == 3, "all to be done", 60)
+        assert core.stats("celery").counters["retried"] == 6
+        scrape = scrape_url(f"http://127.0.0.1:{port}/metrics")
+        assert scrape("relay_jobs_claimed_total", queue="celery", task="again") == 9
+        assert not [name for name, _labels in scrape.samples if name == "relay_leases_lost_total"]
+    app.close()
 
 
 def test_a_celery_worker_serves_metrics_of_all_its_children_until_they_have_drained(

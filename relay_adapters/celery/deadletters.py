@@ -4,14 +4,15 @@ them they go there, before they leave the queue: a crash in between leaves two c
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from datetime import datetime, timezone
 from typing import Any
 
-from relay_adapters.celery.due import timestamp
-from relay_adapters.celery.envelope import head_of, unpack
+from relay_adapters.celery.due import protocol_1, timestamp
+from relay_adapters.celery.envelope import SINCE, head_of, unpack
 from relay_adapters.celery.errors import NotFound
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms
@@ -48,14 +49,16 @@ class DeadLetters(Routing):
         with_own = (raw.get("properties") or {}).get("expiration")
         if with_own is not None and str(with_own).isdigit():
             limits.append(int(with_own))
-        headers = raw.get("headers") or {}
-        if not limits or (job.claimed_at - _waits_from(job, headers)) * 1000 <= min(limits):
+        if not limits or (job.claimed_at - _waits_from(job, raw)) * 1000 <= min(limits):
             return False
         if self.dead_letter(job, "expired"):
             return True
-        if "task" in headers:
-            # by any clock it is too late: the worker's may differ from the server's
+        # by any clock it is too late: the worker's may differ from the server's
+        if "task" in (headers := raw.get("headers") or {}):
             headers["expires"] = LONG_AGO
+            return False
+        if (task := protocol_1(raw)) is not None:
+            raw["body"] = json.dumps({**task, "expires": LONG_AGO})
             return False
         self.broker.ack(job)
         return True
@@ -77,7 +80,7 @@ class DeadLetters(Routing):
         properties.pop("expiration", None)
         info.update(exchange=terms.dead_exchange, routing_key=key)
         try:
-            if not self.route(message, terms.dead_exchange, key, level=job.priority):
+            if not self.route(message, terms.dead_exchange, key, level=job.priority, dedup=False):
                 logger.warning("message %s of queue %r: %r has no queue for it", job.id, job.queue, terms.dead_exchange)
                 return False
         except NotFound as error:
@@ -125,7 +128,9 @@ class DeadLetters(Routing):
         head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
         now = self.topology.now_ms() / 1000 if head else 0.0
         for job in head:
-            if job.created_at is None or (terms.dead_exchange is None and "task" in _headers_of(job)):
+            if job.created_at is None or (
+                terms.dead_exchange is None and "task" in (_head_of(job).get("headers") or {})
+            ):
                 break
             left = _left(job, terms, now)
             if left > 0:
@@ -145,20 +150,22 @@ class DeadLetters(Routing):
 
 def _left(job: Job | StoredJob, terms: Terms, now: float) -> float:
     """Seconds until a message expires by its queue's terms, at the server's time `now`."""
-    return _waits_from(job, _headers_of(job)) + (terms.ttl or 0) / 1000 - now
+    return _waits_from(job, _head_of(job)) + (terms.ttl or 0) / 1000 - now
 
 
-def _headers_of(job: Job | StoredJob) -> dict[str, Any]:
+def _head_of(job: Job | StoredJob) -> dict[str, Any]:
     try:
-        return head_of(job.payload).get("headers") or {}
+        return head_of(job.payload)
     except ValueError:
         return {}
 
 
-def _waits_from(job: Job | StoredJob, headers: dict[str, Any]) -> float:
-    """Since when a message waits for a worker, by the server's clock: its publish, or the time for which it was set."""
-    due, created = timestamp(headers.get("eta")), job.created_at or 0.0
-    return created if due is None else max(created, due)
+def _waits_from(job: Job | StoredJob, head: Mapping[str, Any]) -> float:
+    """Since when a message waits for a worker, by the server's clock: its publish, a retry that put it back, or the
+    time for which it was set."""
+    due = timestamp((head.get("headers") or {}).get("eta"))
+    since = (head.get("properties") or {}).get(SINCE)
+    return max(job.created_at or 0.0, due or 0.0, float(since) if isinstance(since, (int, float)) else 0.0)
 
 
 def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info: dict[str, Any], now: float) -> None:

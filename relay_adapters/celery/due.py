@@ -23,8 +23,8 @@ def wait_of(message: Mapping[str, Any]) -> float:
     """
     headers = message.get("headers") or {}
     eta, expires = headers.get("eta"), headers.get("expires")
-    if eta is None and "task" not in headers:
-        eta, expires = _of_protocol_1(message)
+    if eta is None and "task" not in headers and (task := protocol_1(message)) is not None:
+        eta, expires = task.get("eta"), task.get("expires")
     due = timestamp(eta)
     if due is None:
         return 0.0
@@ -47,16 +47,16 @@ def run_now(headers: MutableMapping[str, Any]) -> None:
         headers["eta"] = datetime.fromtimestamp(now, timezone.utc).isoformat()
 
 
-def _of_protocol_1(message: Mapping[str, Any]) -> tuple[Any, Any]:
-    """`eta` and `expires` of protocol 1, which has them in the body."""
+def protocol_1(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What protocol 1 has in the body, for want of headers, of a task that is sent as JSON; None for other messages."""
     body = message.get("body")
     if message.get("content-type") != "application/json" or not body or '"eta"' not in _text(body):
-        return None, None
+        return None
     try:
         task = json.loads(body)
     except ValueError:
-        return None, None
-    return (task.get("eta"), task.get("expires")) if isinstance(task, dict) else (None, None)
+        return None
+    return task if isinstance(task, dict) and "task" in task and "id" in task else None
 
 
 def _text(body: Any) -> str:

@@ -18,6 +18,10 @@ _decode = json.JSONDecoder().decode
 DELIVERED = "relay_delivered"
 """The property of a task's next try with the deliveries of the tries before it: they were not left by a dead worker."""
 
+SINCE = "relay_since"
+"""The property of a task's next try with the unix seconds, by the server's clock, from which its time limits count: its
+job is older."""
+
 _PRIVATE = ("delivery_tag", "body_encoding")
 """Properties of one delivery, which are not true of the next: who publishes anew what it consumed passes them on."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from relay_adapters.celery import burial
 from relay_adapters.celery.held import Held
+from relay_adapters.celery.inhand import NO_LIMIT
 from relay_core import Broker, Verdict
+from relay_core.errors import LeaseLost
 
 _SOONEST = 0.1
 
@@ -12,6 +14,12 @@ _SOONEST = 0.1
 def is_rejected(held: Held, requeue: bool) -> bool:
     """True for a message that is refused for good: not one whose task failed and is retried by relay's policy."""
     return not requeue and (held.cause is None or type(held.cause).__name__ == "Reject")
+
+
+def is_returned(held: Held, requeue: bool) -> bool:
+    """True for a message that is no task and that its consumer puts back: as often as it likes, as over any other
+    transport, unless its queue has a limit."""
+    return requeue and held.cause is None and not held.task and held.job.options.max_deliveries is None
 
 
 def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
@@ -22,6 +30,12 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
     comes back after a pause, until its deliveries are used up. All else goes to dead.
     """
     job, cause = held.job, held.cause
+    if is_returned(held, requeue):
+        item = broker.operations.nack_of(job, "requeued by its consumer", 0.0, reason="requeued")
+        _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=NO_LIMIT))])
+        if verdict is Verdict.LOST:
+            raise LeaseLost(job.queue, job.id, "nack")
+        return 0.0
     kind = "" if cause is None else type(cause).__name__
     if is_rejected(held, requeue):
         why = getattr(cause, "reason", None)

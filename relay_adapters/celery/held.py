@@ -22,7 +22,9 @@ class Held:
     """True where nobody tells when this task starts, for it has a strategy of its own, as celery-batches has."""
     acked: bool = False
     lost: bool = False
+    moved: bool = False
+    """True when the task that ran ended the delivery by itself, as its retry does: there is nothing left to ack."""
     expected: bool = False
-    """True when the task that ran ended the delivery by itself: that its ack finds it gone is no surprise."""
+    """True when it may have done so: that its ack finds it gone is no surprise."""
     cause: BaseException | None = None
     """Why the task failed, where Celery said so."""

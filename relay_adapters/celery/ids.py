@@ -8,7 +8,8 @@ from typing import Any
 from relay_core.job import new_id
 
 TAKEN = 9
-"""How many further tasks of the same id a queue may hold at a time: Celery lets an id be used again."""
+"""How many further tasks of the same id a queue may hold at a time so that each is found by it: Celery lets an id be
+used again."""
 
 
 REPLACED = 20

@@ -1,4 +1,4 @@
-"""The lease of a late-acked task, known to the process that runs it: it goes with the task as a header.
+"""The lease of a late-acked task, known to the process that runs it: a property of its request.
 
 So the process that runs a task, a pool's child too, can end its delivery in the same move that decides what becomes
 of it, where the worker's main process would need a second one.
@@ -7,6 +7,7 @@ of it, where the worker's main process would need a second one.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("relay.celery")
 
 LEASE = "relay_lease"
+"""The property, of the request only. A header would go along with whatever a task sends on with its own headers."""
 
-_NO_LIMIT = 10**6
-"""Celery counts the retries of its tasks itself."""
+NO_LIMIT = 10**6
+"""Of retries that are not relay's to count: Celery counts those of its tasks itself."""
 
 _moved: deque[str] = deque(maxlen=1000)
 """Tokens of the deliveries that this process has ended by a retry. Who retries twice in a run sends two tasks."""
@@ -46,6 +48,14 @@ def job_of(lease: Any) -> Job:
     )  # fmt: skip
 
 
+def lease_here(headers: Mapping[str, Any]) -> Any:
+    """The lease of the task that runs here, where a message with these headers may be its next try; else None."""
+    if not headers.get("retries") or (state := sys.modules.get("celery._state")) is None:
+        return None
+    task = state.get_current_task()
+    return None if task is None else (task.request.properties or {}).get(LEASE)
+
+
 def retried(lease: Any, queues: Sequence[str], headers: Mapping[str, Any]) -> Job | None:
     """The job in hand, where this message is its next try on the same queue; else None."""
     try:
@@ -63,7 +73,7 @@ def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: fl
     dropped. To store it would make two of one task.
     """
     item = broker.operations.nack_of(job, "retried by the task", delay, payload=payload, reason="retry")
-    _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=_NO_LIMIT))])
+    _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=NO_LIMIT))])
     if verdict in (Verdict.DONE, Verdict.ALREADY):
         _moved.append(job.token)
         leases.drop(job)

@@ -109,7 +109,11 @@ class Leases:
         with self._lock:
             for held in self._held.values():
                 if held.job.id == job.id and held.job.token == job.token:
-                    held.expected = True
+                    held.moved = held.expected = True
+
+    def moved(self, held: Held) -> bool:
+        """Whether the task that ran ended the delivery by itself, here or in a pool's child."""
+        return held.moved or self._row.does(held.tag) == children.MOVED
 
     def start(self, tag: str, here: bool = True) -> bool:
         """A task is about to run. False: it was handed back, or its lease is over, and it must not.
@@ -152,6 +156,10 @@ class Leases:
             held = self._held.get(tag)
             if held is None or held.acked:
                 return False
+            if self.moved(held):
+                del self._held[tag]
+                self._row.done(tag)
+                return False
             held.acked = True
             self.owed.ack(held)
             watching, self._watching = self._watching, True
@@ -166,7 +174,7 @@ class Leases:
                 self._held.pop(held.tag, None)
                 if verdict is not Verdict.LOST:
                     self._row.done(held.tag)
-                elif not (held.expected or self._row.does(held.tag) == children.MOVED):
+                elif not (held.expected or self.moved(held)):
                     self._row.lost(held.tag)
                     _warn_lost(held, "its ack came too late, and it may run again")
         self.apart.changed()
@@ -305,7 +313,7 @@ class Leases:
         if time.monotonic() > self._sure:  # a child may wait for word of a task that was acked as it was accepted
             self.flush()
         with self._lock:
-            batch = [held for held in self._held.values() if not held.lost]
+            batch = [held for held in self._held.values() if not (held.lost or self.moved(held))]
         until = time.monotonic() + self.broker.settings.lease
         verdicts = self.broker.extend([held.job for held in batch]) if batch else []
         for held, verdict in zip(batch, verdicts, strict=True):
@@ -319,7 +327,7 @@ class Leases:
             if time.monotonic() > self._sure and any(held.acked for held in self._held.values()):
                 self._next_beat = time.monotonic() + LINGER  # what became of these acks is not known yet
                 return
-            sure = (held.until for held in self._held.values() if not (held.lost or held.acked))
+            sure = (held.until for held in self._held.values() if not (held.lost or held.acked or self.moved(held)))
             self._be_sure(min(sure, default=until))
 
     def _be_sure(self, until: float) -> None:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 ID = "relay_id"
 """The id of its job."""
 
+SENT = "relay_sent"
+"""True once it was sent to a queue or mailbox, whatever came of that."""
+
 STORED = "relay_stored"
 """True once one of the queues that it reaches has it, or its batch."""
 

@@ -40,6 +40,8 @@ _ADAPTER_OPTIONS = frozenset(
         "metrics_addr",
         "metrics_tasks",
         "credential_provider",
+        "global_keyprefix",
+        "socket_connect_timeout",
     }
 )
 
@@ -51,7 +53,7 @@ _ELSEWHERE = frozenset(
         # of kombu's redis and amqp transports, where they mean what relay does without, or by other means
         "ack_emulation", "fanout_prefix", "fanout_patterns", "sep", "priority_steps",
         "unacked_key", "unacked_index_key", "unacked_mutex_key", "unacked_mutex_expire", "unacked_restore_limit",
-        "global_keyprefix", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
+        "socket_keepalive", "socket_keepalive_options",
         "retry_on_timeout", "health_check_interval", "master_name", "sentinel_kwargs", "min_other_sentinels",
         "login_method", "read_timeout", "write_timeout", "queue_name_prefix",
         "max_client_connections", "keyprefix_queue", "keyprefix_fanout", "connection_errors",
@@ -122,6 +124,10 @@ def options_of(client: Any) -> dict[str, Any]:
     given: Mapping[str, Any] = client.transport_options or {}
     _check_names(given)
     options = {name: value for name, value in given.items() if name in _BROKER_OPTIONS}
+    if "prefix" not in given and given.get("global_keyprefix"):
+        options["prefix"] = _prefix(given["global_keyprefix"])
+    if "connect_timeout" not in given and given.get("socket_connect_timeout") is not None:
+        options["connect_timeout"] = given["socket_connect_timeout"]
     options.setdefault("retry_for", RETRY_IN_LIST if len(client.alt or ()) > 1 else RETRY_FOR)
     if "retry" in given:
         options["retry"] = _policy("['retry']", given["retry"])
@@ -141,6 +147,17 @@ def options_of(client: Any) -> dict[str, Any]:
     if provider is not None:
         options["credential_provider"] = _provider(provider)
     return options
+
+
+def _prefix(key_prefix: Any) -> str:
+    """Apps that kombu's redis transport keeps apart by a key prefix stay apart."""
+    prefix = f"{key_prefix}relay"
+    if not prefix.isprintable() or set(prefix) & set("{} "):
+        raise InvalidArgument(
+            f"{_WHERE}['global_keyprefix'] becomes the beginning of relay's prefix, which has no braces or spaces, got "
+            f"{key_prefix!r}; give 'prefix' instead"
+        )
+    return prefix
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

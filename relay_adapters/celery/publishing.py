@@ -9,7 +9,7 @@ from relay_adapters.celery import inhand, marks
 from relay_adapters.celery.batching import Batch
 from relay_adapters.celery.dedup import dedup_of
 from relay_adapters.celery.due import wait_of
-from relay_adapters.celery.envelope import DELIVERED, pack
+from relay_adapters.celery.envelope import DELIVERED, SINCE, pack
 from relay_adapters.celery.groups import gathered_for
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
@@ -17,7 +17,8 @@ from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
 from relay_core.clock import sent_now
-from relay_core.errors import InvalidArgument, Unavailable
+from relay_core.errors import Unavailable
+from relay_core.job import new_id
 
 _HEADERS = {HEADER: ADAPTER}
 _PLAIN = Terms()
@@ -37,7 +38,7 @@ class Publishing(Routing):
         """Store a message, confirmed. Where it was cut off, kombu or Celery repeats this call: the id stays, and what
         was stored by then is not stored twice."""
         headers, properties = message["headers"], message["properties"]
-        lease = headers.pop(inhand.LEASE, None)
+        lease = inhand.lease_here(headers)
         # a task's headers stay the same through all that Celery and kombu do to repeat its publish; those of other
         # messages may be the next one's, too
         kept, own = (headers, headers.get("id")) if "task" in headers else (properties, None)
@@ -49,43 +50,46 @@ class Publishing(Routing):
         if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
             self._inplace_augment_message(message, exchange, routing_key)
-            try:
-                if self._moved(lease, queues, message):
-                    return
-            except Unavailable:
-                headers[inhand.LEASE] = lease
-                raise
-        under_way = False
+            if self._moved(lease, queues, message):
+                return
         try:
             gathered = gathered_for(self)
             if gathered is not None and marks.BATCH not in message:
                 gathered.make_room()
                 message[marks.BATCH] = gathered
-            under_way = True
             super().basic_publish(message, exchange, routing_key, **options)
         except Unavailable as error:
-            if since is not None or (under_way and error.maybe_executed) or message.get(marks.STORED):
+            # what else was asked of the server, such as a queue's terms, says nothing of the message
+            if since is not None or (message.get(marks.SENT) and error.maybe_executed) or message.get(marks.STORED):
                 kept[marks.TRIED] = marks.Tried(message[marks.ID], sent_at if since is None else since, own)
             raise
 
     def _put(
-        self, queue: str, message: MutableMapping[str, Any], level: int | None = None, taken: int = 0, **_: Any
+        self,
+        queue: str,
+        message: MutableMapping[str, Any],
+        level: int | None = None,
+        taken: int = 0,
+        dedup: bool = True,
+        **_: Any,
     ) -> None:
         """Store one job.
 
         :param level: relay's level; default: by the priority of the message
         :param taken: how many tasks of the same id are known to be there
+        :param dedup: False for one that was stored before, in another queue, and is no duplicate of itself
         """
         own = message.get(marks.ID) or job_id_of(message["headers"])
         id = f"{own}~{taken}" if taken else own
         message[marks.ID] = id
         terms = self.topology.terms(queue)
-        payload, options = pack(message), self._options(message, id, terms, level)
+        payload, options = pack(message), self._options(message, id, terms, level, dedup)
         # what is more than x-max-length is dropped after each publish
         if (batch := message.get(marks.BATCH)) is not None and (terms is None or terms.length is None):
             batch.add(queue, self.broker.operations.prepare(queue, JobSpec(payload, **options)), message)
             message[marks.STORED] = True
             return
+        message[marks.SENT] = True
         if (since := message.get(marks.TRIED)) is not None:
             spec = JobSpec(payload, **options)
             answer = self.broker.drive(self.broker.operations.enqueue(queue, spec, since=since))
@@ -94,14 +98,12 @@ class Publishing(Routing):
         while answer.duplicate and answer.id == options["id"]:
             # an earlier task of the same id is still there, and this is another one, as Celery understands it
             taken += 1
-            if taken > TAKEN:
-                raise InvalidArgument(f"queue {queue!r} holds {taken} tasks of the id {own!r}; give each its own")
-            options["id"] = message[marks.ID] = f"{own}~{taken}"
+            options["id"] = message[marks.ID] = f"{own}~{taken}" if taken <= TAKEN else new_id()
             answer = self.broker.enqueue(queue, payload, **options)
         message[marks.STORED] = True
 
     def _options(
-        self, message: MutableMapping[str, Any], id: str, terms: Terms | None, level: int | None
+        self, message: MutableMapping[str, Any], id: str, terms: Terms | None, level: int | None, dedup: bool
     ) -> dict[str, Any]:
         """Those of the job that a message becomes in a queue of these terms, as JobSpec takes them."""
         options: dict[str, Any] = {
@@ -114,7 +116,7 @@ class Publishing(Routing):
         if terms is not None:
             options |= limits_of(terms)
         # a retry is never a duplicate of what it retries
-        if not message["headers"].get("retries"):
+        if dedup and not message["headers"].get("retries"):
             options |= dedup_of(message)
         return options
 
@@ -130,8 +132,13 @@ class Publishing(Routing):
         job = inhand.retried(lease, queues, message["headers"])
         if job is None:
             return False
+        terms = self.topology.terms(job.queue)
+        if self.level_of(message, terms) != job.priority:
+            return False
         wait, properties = wait_of(message), dict(message["properties"])
         properties[DELIVERED] = job.deliveries
+        if not wait and ("expiration" in properties or (terms is not None and terms.ttl is not None)):
+            properties[SINCE] = self.topology.now_ms() / 1000
         return inhand.put_back(self.broker, self.leases, job, pack({**message, "properties": properties}), wait)
 
     def _inplace_augment_message(self, message: Any, exchange: str, routing_key: str) -> None:

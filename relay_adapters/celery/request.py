@@ -47,7 +47,8 @@ class Request(Stock):
                 # Celery derives a class from this one, and overrides the method there
                 self.__dict__["on_success"] = self._succeeded
         if held is not None and self.task.acks_late:
-            self.request_dict[LEASE] = lease_of(held.job, self.request_dict)
+            lease = lease_of(held.job, self.request_dict)
+            self.request_dict["properties"] = {**(self.request_dict.get("properties") or {}), LEASE: lease}
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if self._leases is not None:

@@ -93,6 +93,7 @@ class Routing(Declaring):
     def _to_queue(self, message: Any, queue: str, **options: Any) -> int:
         terms = self.topology.terms(queue)
         if terms is not None and terms.mailbox:
+            message[marks.SENT] = True
             stored = self.broker.store.run(
                 moves.publish(
                     self.topology.places, "", "", _id(message), pack(message), [_box(queue, terms)], _again(message)
@@ -136,6 +137,7 @@ class Routing(Declaring):
         boxes = [_box(queue, table.terms[queue]) for queue in queues]
         for at in range(0, len(boxes), 200):
             batch = boxes[at : at + 200]
+            message[marks.SENT] = True
             stored = self.broker.store.run(
                 moves.publish(
                     self.topology.places, "" if at else table.exchange, table.version,

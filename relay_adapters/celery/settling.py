@@ -32,7 +32,7 @@ class Settling(DeadLetters):
             self.leases.ack_later(tag)
             return
         held = self.leases.pop(tag)
-        if held is None:
+        if held is None or self.leases.moved(held):
             return
         try:
             verdicts = self.broker.ack_many([held.job])
@@ -62,7 +62,8 @@ class Settling(DeadLetters):
     def _refuse(self, held: Held, requeue: bool) -> float | None:
         """Seconds until the message may come again, or None. Raises Unavailable."""
         try:
-            if failing.is_rejected(held, requeue) and self.dead_letter(held.job, "rejected"):
+            # a failed task, too: who names an exchange for dead letters wants it there, as over AMQP, and not retried
+            if not requeue and self.dead_letter(held.job, "rejected"):
                 return None
             return failing.refuse(self.broker, held, requeue)
         except LeaseLost as error:
