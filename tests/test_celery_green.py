@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,26 @@ def test_the_leases_of_a_gevent_worker_are_kept_while_a_task_does_not_yield(tcp_
         eventually(lambda: lines(tmp_path, start="after"), "the next task")
         assert not worker.logged("s late")
     client.close()
+
+
+_HOLDS_SOMETHING = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import atexit, sys
+from relay_adapters.celery import greenbeat
+from relay_adapters.celery.leases import leases_of
+from relay_core import Broker
+
+atexit.register(lambda: print([ended.acquire(False) for _pid, _told, ended in greenbeat._threads]))
+broker = Broker(sys.argv[1], lease=3600.0)
+broker.enqueue("q", b"")
+leases_of(broker).add("1.x", broker.claim("q")[0])
+"""
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_the_thread_beside_gevents_has_ended_before_python_does(tcp_server: Server) -> None:
+    """Where it is in gevent's hub just then, it takes the interpreter with it."""
+    command = [sys.executable, "-c", _HOLDS_SOMETHING, tcp_server.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split("\n")[-2] == "[True]"

@@ -10,16 +10,25 @@ import time
 import weakref
 from collections import defaultdict
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from relay_core import Verdict, commands
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.connection import SyncStore
 from relay_core.errors import RelayError
+from relay_core.settings import StoreSettings
 
 if TYPE_CHECKING:
     from relay_adapters.celery.held import Held
     from relay_adapters.celery.leases import Leases
+
+
+_PATIENCE = 2.0
+"""Seconds for which the end of the process waits for such a thread."""
+
+_threads: list[tuple[int, Any, Any]] = []
+"""Process id of each, and two locks of the system's own: one is released to end it, the other one when it has ended."""
 
 
 def start(leases: Leases) -> None:
@@ -27,25 +36,48 @@ def start(leases: Leases) -> None:
     monkey: Any = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return
-    spawn, sleep = monkey.get_original("_thread", "start_new_thread"), monkey.get_original("time", "sleep")
-    spawn(_work, (weakref.ref(leases), leases.thread, sleep))
+    spawn, lock = monkey.get_original("_thread", ["start_new_thread", "allocate_lock"])
+    told, ended = lock(), lock()
+    told.acquire()
+    ended.acquire()
+    _threads.append((os.getpid(), told, ended))
+    spawn(_work, (weakref.ref(leases), leases.thread, told, ended))
 
 
-def _work(reference: weakref.ref[Leases], beside: object, sleep: Any) -> None:
+def end() -> None:
+    """Before the process ends: a thread that is in gevent's hub just then would take the interpreter with it."""
+    for pid, told, ended in _threads:
+        if pid == os.getpid():
+            with suppress(RuntimeError):  # it was told before
+                told.release()
+            if ended.acquire(True, _PATIENCE):
+                ended.release()
+
+
+def _work(reference: weakref.ref[Leases], beside: object, told: Any, ended: Any) -> None:
     """For as long as that thread keeps these leases. The sockets of gevent, and so its store, are this thread's own."""
     store: SyncStore | None = None
-    pid = os.getpid()
-    while (leases := reference()) is not None and leases.thread is beside and os.getpid() == pid:
+    pid, over = os.getpid(), False
+    while not over and (leases := reference()) is not None and leases.thread is beside and os.getpid() == pid:
         lease = leases.broker.settings.lease
         if leases.late() > lease / 6:
             with suppress(RelayError):  # the server is away, which the other thread will say
-                store = store or SyncStore(leases.broker.address(), leases.broker.store.settings)
+                if store is None:
+                    store = SyncStore(leases.broker.address(), _impatient(leases.broker.store.settings))
                 _extend(leases, store)
                 leases.were_extended()
         del leases
-        sleep(lease / 6)
+        over = told.acquire(True, lease / 6)
     if store is not None:
         store.close()
+        sys.modules["gevent"].get_hub().destroy(destroy_loop=True)
+    ended.release()
+
+
+def _impatient(settings: StoreSettings) -> StoreSettings:
+    """It tries again soon, and the end of the process waits for it."""
+    connect, answer = (min(_PATIENCE / 2, seconds) for seconds in (settings.connect_timeout, settings.socket_timeout))
+    return replace(settings, retry_for=0.0, connect_timeout=connect, socket_timeout=answer)
 
 
 def _extend(leases: Leases, store: SyncStore) -> None:

@@ -412,3 +412,4 @@ def _at_exit(pid: int) -> None:
     for leases in _all.values() if pid == os.getpid() else ():
         with suppress(RelayError):
             leases.end()
+    greenbeat.end()
