@@ -37,12 +37,13 @@ class Proxy:
     :param unix: listen on a unix socket in a temporary folder instead of on a loopback port
     :ivar connections: how many clients have connected so far
     :ivar requests: how many chunks clients have sent so far; a pipeline of some KiB is one
+    :ivar kept: how many replies were swallowed so far
     :ivar delay: seconds by which each reply is held back
     """
 
     def __init__(self, connect: Connect, *, unix: bool = False) -> None:
         self._connect = connect
-        self.connections = self.requests = 0
+        self.connections = self.requests = self.kept = 0
         self.delay = 0.0
         self._plans: list[tuple[bytes, str, int]] = []
         self._lock = threading.Lock()
@@ -166,9 +167,11 @@ class Proxy:
                 return
             if pair.forgotten:
                 continue
-            if pair.fault == "swallow":
+            swallowed = pair.fault == "swallow"
+            if swallowed:
                 data, pair.after = data[: pair.after], 0
             pair.client.sendall(data)
+            self.kept += swallowed
 
     def _fault_for(self, data: bytes) -> tuple[str, int]:
         with self._lock:

@@ -16,11 +16,12 @@ import pytest
 from amqp.exceptions import PreconditionFailed
 from kombu.common import itermessages
 
-from relay_adapters.celery import terms, topology, upkeep
+from relay_adapters.celery import topology, upkeep
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.upkeep import attendance_of
 from relay_core import Broker
 from relay_core.errors import Unavailable
+from tests.aging import age_by
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually
 
@@ -141,41 +142,45 @@ def test_priorities_within_a_queue_are_in_the_order_that_the_option_names(
 # time limits
 
 
-def test_an_expired_message_is_not_delivered_and_others_behind_it_are(here: kombu.Connection) -> None:
-    name, short = queue(here), queue(here, message_ttl=0.05)
-    send(here, "late", key=name, expiration=0.05)
+def test_an_expired_message_is_not_delivered_and_others_behind_it_are(here: kombu.Connection, engine: Broker) -> None:
+    name, short = queue(here), queue(here, message_ttl=60)
+    send(here, "late", key=name, expiration=60)
     send(here, "none", key=name)
     send(here, "late", key=short)
-    time.sleep(0.1)
-    send(here, "soon", key=short, expiration=60)
+    for one in (name, short):
+        age_by(engine, one, 100)
+    send(here, "soon", key=short, expiration=90)
     assert got(here, name) == ["none"]
     assert got(here, short) == ["soon"]
 
 
-def test_an_expired_task_is_delivered_as_expired_so_that_its_worker_revokes_it(here: kombu.Connection) -> None:
-    name = queue(here, message_ttl=0.05)
+def test_an_expired_task_is_delivered_as_expired_so_that_its_worker_revokes_it(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    name = queue(here, message_ttl=60)
     send(here, 1, key=name, headers={"task": "t", "id": "1", "lang": "py"})
-    time.sleep(0.1)
+    age_by(engine, name, 100)
     assert headers_of(here, name)["expires"].startswith("1970")
     send(here, 1, key=name, headers={"task": "t", "id": "2", "lang": "py"})
     assert "expires" not in headers_of(here, name)
 
 
-def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.Connection) -> None:
-    name = queue(here, message_ttl=0.05)
+def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here, message_ttl=60)
     send(here, {"task": "t", "id": "1", "args": [], "kwargs": {}, "eta": None, "expires": None}, key=name)
-    time.sleep(0.1)
+    age_by(engine, name, 100)
     message = here.default_channel.basic_get(name, no_ack=True)
     assert message.payload["expires"].startswith("1970")
     assert message.payload["id"] == "1"
 
 
-def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection) -> None:
-    name = queue(here, message_ttl=0.4)
+def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection, engine: Broker) -> None:
+    name = queue(here, message_ttl=60)
     due = time.time() + 0.6
     eta = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(due)) + f".{int(due % 1 * 1e6):06}+00:00"
     send(here, 1, key=name, headers={"task": "t", "id": "1", "eta": eta})
-    inbox = Inbox(here, kombu.Queue(name, message_ttl=0.4), no_ack=True)
+    age_by(engine, name, 100)  # since its publish its time is over
+    inbox = Inbox(here, kombu.Queue(name, message_ttl=60), no_ack=True)
     inbox.wait(1)
     assert "expires" not in inbox.messages[0].headers
 
@@ -500,20 +505,35 @@ def test_a_program_that_ends_without_closing_its_connection_hands_back_what_it_d
 # queues that end
 
 
+def pass_time(topo: topology.Topology, *names: str, seconds: int) -> None:
+    """So much of these queues' time passes at once."""
+    for name in names:
+        topo.raw("ZINCRBY", topo.places.ends, -1000 * seconds, name)
+
+
+def seconds_left(topo: topology.Topology, name: str) -> float:
+    return (float(topo.raw("ZSCORE", topo.places.ends, name)) - topo.now_ms()) / 1000
+
+
 def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, engine: Broker) -> None:
-    topo = attendance_of(here.default_channel.broker).topology
-    used, unused = queue(here, expires=0.3), queue(here, expires=0.3)
-    inbox = Inbox(here, kombu.Queue(used, expires=0.3))
+    attendance = attendance_of(here.default_channel.broker)
+    topo = attendance.topology
+    used, unused = queue(here, expires=600), queue(here, expires=600)
+    inbox = Inbox(here, kombu.Queue(used, expires=600))
     send(here, 1, key=unused)
-    eventually(lambda: unused in topo.ended(), "its time is over")
-    for name in topo.ended():
-        upkeep.end(topo, name, topo.terms(name))
+    pass_time(topo, used, unused, seconds=300)
+    attendance._wake.set()  # as it does by itself before half of a queue's time is over
+    eventually(lambda: seconds_left(topo, used) > 400, "its consumer uses it")
+    pass_time(topo, used, unused, seconds=300)
+    attendance._wake.set()  # it has seen that a queue's time is over, and ends it
+    eventually(lambda: engine.queues() == [], "the end of the other, whose name is not shown any more either")
     assert topo.terms(unused, fresh=True) is None
     assert engine.stats(unused).pending == 0
-    assert engine.queues() == [], "nor is its name shown any more"
     assert topo.terms(used, fresh=True) is not None
     inbox.consumer.cancel()
-    eventually(lambda: used in topo.ended(), "its consumer is gone")
+    attendance.say_goodbye()
+    pass_time(topo, used, seconds=600)
+    assert used in topo.ended(), "its consumer is gone"
 
 
 def test_an_auto_delete_queue_of_jobs_that_names_its_time_has_it_after_its_consumer_left(
@@ -529,17 +549,20 @@ def test_an_auto_delete_queue_of_jobs_that_names_its_time_has_it_after_its_consu
 
 def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) -> None:
     topo = attendance_of(here.default_channel.broker).topology
-    name, ends = queue(here, expires=0.5), time.monotonic() + 1.0
-    while time.monotonic() < ends:
+    name = queue(here, expires=600)
+    send(here, 1, key=name)
+    for _ in range(3):
+        pass_time(topo, name, seconds=500)
+        here.default_channel._used[name] -= 500  # when this process last said so
         send(here, 1, key=name)
-        assert not topo.has_ended(name)
-        time.sleep(0.05)
+        assert seconds_left(topo, name) > 400
+    pass_time(topo, name, seconds=600)
+    assert topo.has_ended(name)
 
 
 def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
-    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+    here: kombu.Connection, engine: Broker
 ) -> None:
-    monkeypatch.setattr(terms, "AUTO_DELETE_AFTER_MS", 100)
     topo = topology.Topology(engine)
     exchange = fresh("x")
     here.default_channel.exchange_declare(exchange, "fanout")
@@ -547,28 +570,29 @@ def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
     here.default_channel.queue_bind(copies, exchange)
     for name in (copies, work):
         send(here, 1, key=name)
-    eventually(lambda: {copies, work} <= set(topo.ended()), "their time is over")
+    assert topo.ended() == []
+    pass_time(topo, copies, work, seconds=60)
+    assert set(topo.ended()) == {copies, work}
     for name in (copies, work):
         upkeep.end(topo, name, topo.terms(name))
     assert topo.terms(copies, fresh=True) is None
     assert topo.terms(work, fresh=True) is not None
     assert got(here, work) == [1]
-    eventually(lambda: work in topo.ended(), "its time is over again")
+    assert topo.ended() == []
+    pass_time(topo, work, seconds=60)
+    assert topo.ended() == [work]
     upkeep.end(topo, work, topo.terms(work))
     assert topo.terms(work, fresh=True) is None
 
 
-def test_a_copy_for_a_consumer_that_is_gone_is_not_stored(
-    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(terms, "AUTO_DELETE_AFTER_MS", 100)
+def test_a_copy_for_a_consumer_that_is_gone_is_not_stored(here: kombu.Connection, engine: Broker) -> None:
     exchange = fresh("x")
     here.default_channel.exchange_declare(exchange, "fanout")
     name = queue(here, auto_delete=True)
     here.default_channel.queue_bind(name, exchange)
     send(here, 1, exchange)
     assert engine.stats(name).ready == 1
-    eventually(lambda: topology.Topology(engine).has_ended(name), "its time is over")
+    pass_time(topology.Topology(engine), name, seconds=60)
     send(here, 2, exchange)
     assert engine.stats(name).pending == 0
     assert list(here.default_channel.list_bindings()) == []

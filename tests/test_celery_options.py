@@ -165,6 +165,7 @@ def test_a_connection_knows_its_port_before_it_is_made_and_after_it_has_switched
 
 
 def test_a_list_with_brokers_of_others_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    options._said.clear()  # by other tests of this process
     with Connection("relay://127.0.0.1:1;redis://127.0.0.1:2") as connection:
         assert connection.transport is not None
     assert "has redis:// beside relay's" in caplog.text

@@ -40,7 +40,7 @@ def completed(url: str, folder: Path, *lines: str) -> list[list[str]]:
     env = environment(url) | {"PATH": f"{command}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(
         ["bash", "--norc", "-c", TRY], input="\n".join(lines) + "\n", env=env, cwd=folder, text=True,
-        capture_output=True, timeout=60,
+        capture_output=True,
     )  # fmt: skip
     assert result.stderr == ""
     return [line.split() for line in result.stdout.splitlines()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,30 +17,21 @@ from tests.celery_workers import POOLS, CeleryWorker, client_of
 from tests.dramatiq_workers import Workers, lines
 from tests.servers import Server, eventually
 
+ROOT = Path(__file__).parent.parent
+
 
 def test_a_poison_job_goes_to_dead_alone(server: Server) -> None:
     with Broker(server.url, lease=0.5) as broker:
         # in front, and fetched together with the poison each time it comes back
         broker.enqueue_many("q", [JobSpec(b"poison", max_deliveries=5)] + [JobSpec(b"innocent")] * 60)
-        code = (
-            "from relay_core import Broker; from relay_core.worker import Worker; "
-            "from tests.poison_handlers import handle; "
-            f"Worker(Broker({server.url!r}, lease=0.5), handle, ['q'], concurrency=1, prefetch=40).run()"
-        )
-        worker = None
-
-        def all_over() -> bool:
-            nonlocal worker
-            if worker is None or worker.poll() is not None:
-                worker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
-            return broker.stats("q").pending == 0
-
+        command = [sys.executable, "-m", "tests.poison_handlers", server.url]
+        workers = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
-            eventually(all_over, "the queue to be empty", 60)
+            eventually(lambda: broker.stats("q").pending == 0, "the queue to be empty", 120)
+            assert workers.poll() is None
         finally:
-            if worker is not None:
-                worker.kill()
-                worker.wait()
+            os.killpg(workers.pid, signal.SIGKILL)
+            workers.wait()
         assert [job.payload for job in broker.dead("q")] == [b"poison"]
         assert broker.dead("q")[0].deliveries == 5
         assert broker.stats("q").counters["processed"] == 60
