@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from relay_core import embedded_watch as watch
-from relay_core.embedded_binary import ELSEWHERE, INSTALL, find_server_binary
+from relay_core.embedded_binary import ELSEWHERE, INSTALL, find_server_binary, writer_of
 from relay_core.errors import EmbeddedError
 
 __all__ = ["Lease", "Status", "acquire", "find_server_binary", "start", "status", "stop"]
@@ -354,7 +354,10 @@ def _not_started(folder: Path, report: str) -> EmbeddedError:
         report = f"it did not answer in time; look at {folder / watch.LOG}"
     advice = ""
     if "RDB format version" in report or ("Bad file format" in report and ".rdb" in report):
-        advice = "\nThe data was written by a newer server: set RELAY_SERVER_BIN to that one."
+        wrote, fits = writer_of(folder)
+        one = str(fits) if fits else "that one, or a later one of its kind"
+        advice = f"\nThe data was written by a server that this one cannot follow{f', {wrote}' if wrote else ''}"
+        advice += f": set RELAY_SERVER_BIN to {one}."
     elif "appendonlydir" in report or "AOF" in report:
         advice = (
             f"\nIf the data in {folder} is damaged: copy the folder, then run valkey-check-aof or "

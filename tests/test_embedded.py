@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from relay_core import Broker, embedded, embedded_watch
-from relay_core.embedded_binary import wheel_binary
+from relay_core.embedded_binary import wheel_binary, writer_of
 from relay_core.errors import EmbeddedError
 from tests.servers import binary_of, eventually
 
@@ -494,8 +494,34 @@ def test_data_of_a_newer_server_is_named_as_such(folder: Path, monkeypatch: pyte
     embedded.acquire(folder)
     embedded.stop(folder)
     monkeypatch.setenv("RELAY_SERVER_BIN", str(binary_of("redis")))
-    with pytest.raises(EmbeddedError, match="written by a newer server: set RELAY_SERVER_BIN"):
+    fits = re.escape(str(binary_of("valkey")))
+    with pytest.raises(EmbeddedError, match=rf"cannot follow, Valkey \d+\.\d+: set RELAY_SERVER_BIN to {fits}\.$"):
         embedded.acquire(folder)
+    monkeypatch.setattr("relay_core.embedded_binary.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(EmbeddedError, match=r"Valkey \d+\.\d+: set RELAY_SERVER_BIN to that one, or a later one of"):
+        embedded.acquire(folder)
+
+
+def test_the_server_that_fits_is_of_the_kind_that_wrote_the_folder_and_not_older(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_core.embedded_binary.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(folder))
+    redis_server = server_program(folder / "redis-server", "Redis server v=8.2.0 sha=0:0")
+    server_program(folder / "valkey-server", "Valkey server v=9.1.0")
+    (folder / "appendonlydir").mkdir()
+    base = folder / "appendonlydir" / "appendonly.aof.1.base.rdb"
+    for head, told in [
+        (b"REDIS0012\xfa\tredis-ver\x058.0.1\xfa", ("Redis 8.0", redis_server)),
+        (b"REDIS0012\xfa\tredis-ver\x058.4.0\xfa", ("Redis 8.4", None)),
+        (b"VALKEY090\xfa\nvalkey-ver\x0610.0.1\xfa", ("Valkey 10.0", None)),
+        (b"", ("", None)),
+    ]:
+        base.write_bytes(head)
+        assert writer_of(folder) == told
+    base.unlink()
+    assert writer_of(folder) == ("", None)
 
 
 def program(path: Path, text: str) -> Path:
@@ -534,11 +560,15 @@ def test_a_program_that_never_answers_is_given_up_and_ended(folder: Path, monkey
     seconds_until_gone(folder, pid_of(folder))
 
 
-def test_the_named_program_wins_then_the_path_then_the_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_program_wins_then_the_wheel_then_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bin_ = folder / "bin"
     monkeypatch.setenv("PATH", str(bin_))
     monkeypatch.delenv("RELAY_SERVER_BIN", raising=False)
+    assert wheel_binary() is not None
+    server_program(bin_ / "valkey-server", "Valkey server v=9.9.9")
     assert embedded.find_server_binary() == wheel_binary()
+    monkeypatch.setattr("relay_core.embedded_binary.find_spec", lambda name: None)
+    (bin_ / "valkey-server").unlink()
     redis_server = server_program(bin_ / "redis-server", "Redis server v=7.0.0 sha=0:0 malloc=libc")
     assert embedded.find_server_binary() == redis_server
     valkey_server = server_program(bin_ / "valkey-server", "Server v=7.2.5 sha=0:0 malloc=libc")
@@ -551,9 +581,13 @@ def test_the_named_program_wins_then_the_path_then_the_wheel(folder: Path, monke
 def test_a_server_on_the_path_that_is_too_old_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.delenv("RELAY_SERVER_BIN", raising=False)
-    server_program(folder / "redis-server", "Redis server v=6.2.14 sha=0:0")
+    monkeypatch.setattr("relay_core.embedded_binary.find_spec", lambda name: None)
+    fits = server_program(folder / "redis-server", "Redis server v=7.0.0 sha=0:0")
     server_program(folder / "valkey-server", "no version at all")
-    assert embedded.find_server_binary() == wheel_binary()
+    assert embedded.find_server_binary() == fits
+    server_program(folder / "redis-server", "Redis server v=6.2.14 sha=0:0")
+    with pytest.raises(EmbeddedError, match=r"valkey-server is too old.*redis-server is too old"):
+        embedded.find_server_binary()
 
 
 @pytest.mark.parametrize(
