@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import dramatiq
 import kombu
 import pytest
+import redis
+from dramatiq.brokers.redis import RedisBroker
 
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, JobSpec, Verdict
@@ -24,16 +27,16 @@ LUA = [*ROOT.glob("relay_core/lua/**/*.lua"), *ROOT.glob("relay_adapters/**/*.lu
 ELSEWHERE = {"cluster|slots": "asked of Cluster nodes only", "waitaof": "Redis 7.2 and later know it"}
 
 
-def rules() -> list[str]:
+def rules(user: str = "relay") -> list[str]:
     """What follows the name in the page's `user relay …`: on, password, keys, channels, commands."""
-    (block,) = [block for block in blocks(PAGE) if block.tag == "acl"]
-    words = block.text.split()
-    assert words[:2] == ["user", "relay"]
-    return words[2:]
+    users = [block.text.split() for block in blocks(PAGE) if block.tag == "acl"]
+    assert all(words[0] == "user" for words in users)
+    (found,) = [words[2:] for words in users if words[1] == user]
+    return found
 
 
-def granted() -> set[str]:
-    return {word[1:] for word in rules() if word.startswith("+") and not word.startswith("+@")}
+def granted(user: str = "relay") -> set[str]:
+    return {word[1:] for word in rules(user) if word.startswith("+") and not word.startswith("+@")}
 
 
 def in_scripts() -> set[str]:
@@ -182,3 +185,58 @@ def test_durability_aof_works_with_these_rights(narrow: str, acl_server: AclServ
             assert broker.ack_many([job]) == [Verdict.DONE]
     finally:
         acl_server.cli("CONFIG", "SET", "appendonly", "no")
+
+
+def test_the_page_s_users_as_lines_of_an_aclfile_are_taken() -> None:
+    with AclServer("valkey") as server:
+        file = Path(server.options["aclfile"])
+        told = file.read_text() + "".join(f"user {one} {' '.join(rules(one))}\n" for one in ("relay", "migration"))
+        file.write_text(told)
+        assert server.cli("ACL", "LOAD") == b"OK"
+        with Broker(f"relay://relay:secret@127.0.0.1:{server.port}/0") as broker:
+            assert not broker.enqueue("q", b"x").duplicate
+
+
+def celery_jobs(url: str, admin: redis.Redis) -> None:
+    """Of kombu's: a message, one that a worker held, one that is none, and lists of others."""
+    with kombu.Connection(url) as connection, connection.SimpleQueue("jobs") as queue:
+        queue.put("one")
+        queue.put("two")
+    admin.hset("unacked", "tag", json.dumps([json.loads(admin.rpop("jobs")), "", "jobs"]))
+    admin.zadd("unacked_index", {"tag": 1})
+    admin.lpush("jobs", "none")
+    admin.lpush("others", "x")
+
+
+def dramatiq_jobs(url: str, admin: redis.Redis) -> None:
+    """Of RedisBroker's: a message that waits, one that is delayed, one that is dead, one that a dead worker held."""
+    broker = RedisBroker(url=url)
+    broker.declare_queue("default")
+    for delay in (None, None, None, 60_000):
+        broker.enqueue(dramatiq.Message("default", "a", (), {}, {}), delay=delay)
+    dead, held = admin.lpop("dramatiq:default", 2)
+    admin.hset("dramatiq:default.XQ.msgs", dead, admin.hget("dramatiq:default.msgs", dead))
+    admin.zadd("dramatiq:default.XQ", {dead: 1e12})
+    admin.sadd("dramatiq:__acks__.w.default", held)
+    broker.close()
+    broker.client.close()
+
+
+def test_a_user_with_just_these_rights_can_migrate_from_a_server(narrow: str, acl_server: AclServer) -> None:
+    acl_server.cli("ACL", "SETUSER", "migration", "reset", *rules("migration"))
+    name, password = acl_server.admin
+    admin = redis.Redis(port=acl_server.port, db=1, username=name, password=password)
+    for make in (celery_jobs, dramatiq_jobs):
+        make(f"redis://{name}:{password}@127.0.0.1:{acl_server.port}/1", admin)
+    acl_server.cli("CONFIG", "RESETSTAT")
+    acl_server.cli("ACL", "LOG", "RESET")
+    cli, origin = Cli(narrow), f"redis://migration:secret@127.0.0.1:{acl_server.port}/1"
+    told = cli.run("migrate", "celery-redis", "--from", origin, code=1)
+    assert "2 jobs migrated." in told.stdout
+    assert "not readable as messages of kombu" in told.stderr
+    assert "4 jobs migrated." in cli.run("migrate", "dramatiq-redis", "--from", origin).stdout
+    assert acl_server.cli("ACL", "LOG") == []
+    seen = {name.removeprefix("cmdstat_") for name in acl_server.info("commandstats")}
+    assert granted("migration") - seen == set()
+    admin.close()
+    acl_server.cli("ACL", "DELUSER", "migration")
