@@ -23,7 +23,7 @@ from relay_core.errors import (
     Unavailable,
 )
 from tests.proxy import Proxy, to_socket
-from tests.servers import AclServer, Server, free_port
+from tests.servers import AclServer, Server, TlsServer, free_port
 from tests.shells import Open, count, kind, script, store_at  # noqa: F401 (fixtures)
 
 
@@ -341,6 +341,32 @@ def test_a_wrong_password_is_an_auth_error_that_does_not_show_it(
         store_at(url).run(count("relay:n"))
     assert "hunter2" not in str(caught.value)
     assert clock.looks == 1, "nothing is repeated"
+
+
+def test_the_wrong_kind_of_tls_is_named_as_such(
+    tcp_server: Server, tls_server: TlsServer, mutual_tls_server: TlsServer, store_at: Open
+) -> None:
+    mutual = f"relays://localhost:{mutual_tls_server.port}/0?ssl_ca_certs={mutual_tls_server.ca}"
+    quiet = store_at(f"relays://127.0.0.1:{tcp_server.port}/0", retry_for=0, connect_timeout=0.2)
+    with pytest.raises(Unavailable, match=r"speaks no TLS there, use relay:// in place.*it was not executed"):
+        quiet.run(count())
+    for url, hint in [
+        (f"relay://127.0.0.1:{tls_server.port}/0", "speaks TLS there, use relays:// in place"),
+        (f"relay://u:p@127.0.0.1:{tls_server.port}/0", "speaks TLS there, use relays:// in place"),
+        (mutual, "name it with ssl_certfile"),
+    ]:
+        with pytest.raises(Unavailable, match=rf"{hint}.*it was not executed"):
+            store_at(url, retry_for=0).run(count())
+
+
+def test_a_server_that_was_there_is_not_said_to_speak_tls(proxy: Proxy, store_at: Open) -> None:
+    store = store_at(proxy.url, retry_for=0)
+    assert store.run(count()) == (1, False)
+    proxy.refuse()
+    proxy.cut_all()
+    with pytest.raises(Unavailable) as caught:
+        store.run(count())
+    assert "TLS" not in str(caught.value)
 
 
 def test_an_acl_user_works_within_its_keys_and_is_told_what_is_outside(acl_server: AclServer, store_at: Open) -> None:

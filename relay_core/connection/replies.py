@@ -55,6 +55,9 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
     (redis_errors.NoPermissionError, "NOPERM"),
     (redis_errors.AuthenticationWrongNumberOfArgsError, "NOAUTH"),
 )
+_CLOSED = (ConnectionResetError, BrokenPipeError, EOFError, ssl.SSLEOFError)
+"""What the end of a connection is called by the system, asyncio and TLS."""
+
 _NOT_EXECUTED = frozenset(
     (
         "LOADING",
@@ -97,6 +100,20 @@ def is_reply(error: BaseException) -> TypeGuard[Exception]:
 def was_closed(error: BaseException) -> bool:
     """Whether the connection was closed, as opposed to a reply that did not come in time."""
     return isinstance(error, (redis_errors.ConnectionError, OSError)) and not isinstance(error, TimeoutError)
+
+
+def tls_hint(error: BaseException, tls: bool) -> str:
+    """What to look at where the first connection to a TCP port came to nothing, as it does when only one side speaks
+    TLS: a server that speaks none waits for more, one that does hangs up on what is none."""
+    causes = (error, error.__context__)
+    if tls and any(isinstance(one, TimeoutError) or "WRONG_VERSION" in str(one) for one in causes):
+        return "; if the server speaks no TLS there, use relay:// in place of relays://"
+    told = "closed by server" in str(error) or "CERTIFICATE_REQUIRED" in str(error)
+    if told or any(isinstance(one, _CLOSED) for one in causes):
+        if tls:
+            return "; if the server asks for a client's certificate, name it with ssl_certfile and ssl_keyfile"
+        return "; if the server speaks TLS there, use relays:// in place of relay://"
+    return ""
 
 
 def judge_reply(error: Exception, at: str) -> Judgement:

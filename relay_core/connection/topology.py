@@ -38,6 +38,7 @@ class Router:
         self._primary: Address | None = self._seeds[0] if fixed else None
         self._slots: list[Address | None] = []
         self.checked: frozenset[Address] = frozenset()
+        self._met: frozenset[Address] = frozenset()
         self.doubtful = not fixed
         self.why = "not asked yet"
         self._ask_at = math.inf
@@ -70,6 +71,11 @@ class Router:
 
     def found_fit(self, address: Address) -> None:
         self.checked |= {address}
+        self._met |= {address}
+
+    def has_met(self, address: Address) -> bool:
+        """Whether a server was ever found fit there: then it is spoken to in the right way."""
+        return address in self._met
 
     def doubt(self, address: Address) -> None:
         """A server was lost or said that it is not the one to ask: look at it and the topology again."""
