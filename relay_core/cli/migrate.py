@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -10,14 +11,37 @@ import click
 from relay_core.cli.output import emit, plural, printable, progress, table
 from relay_core.cli.session import TIMEOUT, Group, Session, shared_options
 from relay_core.connection import SyncStore
+from relay_core.errors import InvalidArgument, Unavailable
 from relay_core.migration import Found, Migration, Source
 from relay_core.settings import StoreSettings, StoreUrl, parse_url
 
 _LARGEST = 512 * 2**20
 """Bytes of a payload that is moved: whatever the other system took, which is what a server can keep."""
 
+_EXTRAS = {"kombu": "celery", "dramatiq": "dramatiq"}
+"""Which of relay's extras brings what a migration imports."""
+
 _OTHER_NAMES = {"unix": "redis+unix", "redis+socket": "redis+unix"}
 """How redis-py and Celery call a server on a unix socket."""
+
+
+class SourceUnavailable(click.ClickException):
+    """The server that the jobs are on cannot be reached, as opposed to that of relay."""
+
+    exit_code = 3
+
+
+class _From(SyncStore):
+    """The server that the jobs are on."""
+
+    def raw(self, *args: Any) -> Any:
+        try:
+            return super().raw(*args)
+        except Unavailable as error:
+            raise SourceUnavailable(
+                f"{error}; that is where the jobs are: check --from and that its server runs. What was migrated is "
+                "safe, migrate again for the rest"
+            ) from error
 
 
 def source_url(text: str) -> StoreUrl:
@@ -64,9 +88,11 @@ def _command(migration: Migration) -> click.Command:
         session = context.ensure_object(Session)
         timeout = TIMEOUT if session.timeout is None else session.timeout
         settings = StoreSettings(retry_for=timeout, client_name="relay-migrate", any_server=True)
-        store = SyncStore(source_url(origin), settings)
+        url = source_url(origin)
+        store = _From(url, settings)
         context.call_on_close(store.close)
-        left = _run(session, migration.open(store, **options), dry_run)
+        looked_for = " ".join([f"--from {url.safe()}", *_choices(migration, options)])
+        left = _run(session, _opened(migration, store, options), dry_run, looked_for)
         if left:
             context.exit(1)
 
@@ -74,7 +100,28 @@ def _command(migration: Migration) -> click.Command:
     return click.Command(migration.name, callback=run, help=migration.help, params=params)
 
 
-def _run(session: Session, source: Source, dry_run: bool) -> int:
+def _opened(migration: Migration, store: SyncStore, options: dict[str, Any]) -> Source:
+    try:
+        return migration.open(store, **options)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRAS:
+            raise
+        raise InvalidArgument(
+            f"relay migrate {migration.name} needs {module}: pip install 'relay-queue[{_EXTRAS[module]}]'"
+        ) from error
+
+
+def _choices(migration: Migration, options: dict[str, Any]) -> Iterator[str]:
+    """The options by which a migration knows the jobs, as they were given or are by default: those with a name."""
+    for param in migration.params:
+        if isinstance(param.type, click.types.StringParamType):
+            value = options[str(param.name)]
+            for one in value if param.multiple else () if value is None else (value,):
+                yield f"{param.opts[0]} {shlex.quote(printable(one))}"
+
+
+def _run(session: Session, source: Source, dry_run: bool, looked_for: str) -> int:
     """Move all there is, and answer; the number of jobs that stay where they are."""
     found = list(source.found())
     done = 0
@@ -87,6 +134,12 @@ def _run(session: Session, source: Source, dry_run: bool) -> int:
                 note(len(batch))
     left = [one for one in source.left() if one.count]
     remaining = sum(one.count for one in left)
+    if not done and not remaining and not any(one.count for one in found):
+        click.echo(
+            f"No jobs were found with {looked_for}. If there are some: is that their database (the number at the URL's "
+            "end), and are these their options?",
+            err=True,
+        )
     if session.json:
         document = {
             "dry_run": dry_run,
