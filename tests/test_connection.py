@@ -352,6 +352,8 @@ def test_the_wrong_kind_of_tls_is_named_as_such(
         quiet.run(count())
     for url, hint in [
         (f"relay://127.0.0.1:{tls_server.port}/0", "speaks TLS there, use relays:// in place"),
+        (f"relay+cluster://127.0.0.1:{tls_server.port}", r"use relays\+cluster:// in place of relay\+cluster://"),
+        (f"relay+sentinel://127.0.0.1:{tls_server.port}/a/0", r"use relays\+sentinel:// in place of"),
         (f"relay://u:p@127.0.0.1:{tls_server.port}/0", "speaks TLS there, use relays:// in place"),
         (mutual, "name it with ssl_certfile"),
     ]:

@@ -22,7 +22,6 @@ from relay_core.connection.replies import (
     judge_connect,
     judge_cut,
     judge_reply,
-    tls_hint,
     was_closed,
 )
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause
@@ -304,9 +303,8 @@ def _look_at(address: Address, router: Router, policy: Policy) -> Flow[Judgement
         judged = (judge_cut if outcome.sent else judge_connect)(outcome.failure, str(address))
         if judged.verdict is Verdict.PERMANENT:
             return judged
-        hint = "" if router.has_met(address) else tls_hint(outcome.failure, router.url.tls)
         # The question changes nothing, whether it was executed or not.
-        return judged._replace(verdict=Verdict.NOT_EXECUTED, text=judged.text + hint)
+        return judged._replace(verdict=Verdict.NOT_EXECUTED, text=judged.text + router.hint(outcome.failure))
     reply = outcome.replies[0]
     if isinstance(reply, Exception):
         return judge_reply(reply, str(address))

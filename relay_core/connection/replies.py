@@ -102,17 +102,20 @@ def was_closed(error: BaseException) -> bool:
     return isinstance(error, (redis_errors.ConnectionError, OSError)) and not isinstance(error, TimeoutError)
 
 
-def tls_hint(error: BaseException, tls: bool) -> str:
+def tls_hint(error: BaseException, tls: bool, kind: str = "") -> str:
     """What to look at where the first connection to a TCP port came to nothing, as it does when only one side speaks
-    TLS: a server that speaks none waits for more, one that does hangs up on what is none."""
+    TLS: a server that speaks none waits for more, one that does hangs up on what is none.
+
+    :param kind: what follows the first word of the URL's scheme, such as `+cluster`
+    """
     causes = (error, error.__context__)
     if tls and any(isinstance(one, TimeoutError) or "WRONG_VERSION" in str(one) for one in causes):
-        return "; if the server speaks no TLS there, use relay:// in place of relays://"
+        return f"; if the server speaks no TLS there, use relay{kind}:// in place of relays{kind}://"
     told = "closed by server" in str(error) or "CERTIFICATE_REQUIRED" in str(error)
     if told or any(isinstance(one, _CLOSED) for one in causes):
         if tls:
             return "; if the server asks for a client's certificate, name it with ssl_certfile and ssl_keyfile"
-        return "; if the server speaks TLS there, use relays:// in place of relay://"
+        return f"; if the server speaks TLS there, use relays{kind}:// in place of relay{kind}://"
     return ""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.crc import key_slot
 
-from relay_core.connection.replies import Verdict, judge_connect, judge_cut, judge_reply
+from relay_core.connection.replies import Verdict, judge_connect, judge_cut, judge_reply, tls_hint
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome
 from relay_core.errors import AuthError, PermissionDenied, RelayError
 from relay_core.settings import StoreUrl
@@ -38,7 +38,7 @@ class Router:
         self._primary: Address | None = self._seeds[0] if fixed else None
         self._slots: list[Address | None] = []
         self.checked: frozenset[Address] = frozenset()
-        self._met: frozenset[Address] = frozenset()
+        self._met_one = False
         self.doubtful = not fixed
         self.why = "not asked yet"
         self._ask_at = math.inf
@@ -71,11 +71,13 @@ class Router:
 
     def found_fit(self, address: Address) -> None:
         self.checked |= {address}
-        self._met |= {address}
+        self._met_one = True
 
-    def has_met(self, address: Address) -> bool:
-        """Whether a server was ever found fit there: then it is spoken to in the right way."""
-        return address in self._met
+    def hint(self, failure: BaseException) -> str:
+        """What to look at where no server of this URL was ever met: they may be spoken to in the wrong way."""
+        if self._met_one or self.kind == "unix":
+            return ""
+        return tls_hint(failure, self.url.tls, "" if self.kind == "standalone" else f"+{self.kind}")
 
     def doubt(self, address: Address) -> None:
         """A server was lost or said that it is not the one to ask: look at it and the topology again."""
@@ -118,7 +120,7 @@ class Router:
         self._ask_at = time.monotonic() + ASK_AGAIN
         seed = self._seeds[0]
         outcome: Outcome = yield self._sentinel_question(seed)
-        reply, _note, _error = _answer(outcome, seed)
+        reply, _note, _error = self._answer(outcome, seed)
         if isinstance(reply, list) and len(reply) == 2:
             self._primary = Address(reply[0].decode(), int(reply[1]))
         else:
@@ -133,7 +135,7 @@ class Router:
         service = self.url.service
         for seed in list(self._seeds):
             outcome: Outcome = yield self._sentinel_question(seed)
-            reply, note, error = _answer(outcome, seed)
+            reply, note, error = self._answer(outcome, seed)
             if isinstance(error, (AuthError, PermissionDenied)):
                 refused = error
             if isinstance(reply, list) and len(reply) == 2:
@@ -151,7 +153,7 @@ class Router:
         refused: RelayError | None = None
         for node in dict.fromkeys((*_shuffled(self.checked), *self._seeds, *_shuffled(self.primaries()))):
             outcome: Outcome = yield Exchange(node, [("CLUSTER", "SLOTS")])
-            reply, note, error = _answer(outcome, node)
+            reply, note, error = self._answer(outcome, node)
             refused = error or refused
             if isinstance(reply, list) and reply:
                 self._slots = _slot_map(reply, node)
@@ -161,19 +163,18 @@ class Router:
         self.why = "no cluster node answers: " + "; ".join(notes)
         return refused
 
-
-def _answer(outcome: Outcome, at: Address) -> tuple[Any, str, RelayError | None]:
-    """The reply, what to note in its place, and the error if it is a permanent one."""
-    if outcome.failure is None:
-        reply = outcome.replies[0]
-        if not isinstance(reply, Exception):
-            return reply, "", None
-        judged = judge_reply(reply, str(at))
-    elif outcome.sent:
-        judged = judge_cut(outcome.failure, str(at))
-    else:
-        judged = judge_connect(outcome.failure, str(at))
-    return None, f"{at}: {judged.text}", judged.error if judged.verdict is Verdict.PERMANENT else None
+    def _answer(self, outcome: Outcome, at: Address) -> tuple[Any, str, RelayError | None]:
+        """The reply, what to note in its place, and the error if it is a permanent one."""
+        hint = ""
+        if outcome.failure is None:
+            reply = outcome.replies[0]
+            if not isinstance(reply, Exception):
+                return reply, "", None
+            judged = judge_reply(reply, str(at))
+        else:
+            judged = (judge_cut if outcome.sent else judge_connect)(outcome.failure, str(at))
+            hint = self.hint(outcome.failure)
+        return None, f"{at}: {judged.text}{hint}", judged.error if judged.verdict is Verdict.PERMANENT else None
 
 
 def _shuffled(addresses: Iterable[Address]) -> list[Address]:
