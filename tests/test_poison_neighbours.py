@@ -78,7 +78,7 @@ def test_a_dramatiq_message_that_kills_its_process_goes_to_dead_alone(
     try:
         for queue in ("there", "here"):
             core.resume(queue)
-        eventually(all_over, "both queues to be empty", 60)
+        eventually(all_over, "both queues to be empty", 120)
     finally:
         if workers is not None:
             workers.kill()
@@ -112,7 +112,7 @@ def test_a_celery_task_that_kills_its_worker_goes_to_dead_alone(server: Server, 
         return all(broker.stats(pool).pending == 0 for pool in pools)
 
     try:
-        eventually(all_over, "all queues to be empty", 90)
+        eventually(all_over, "all queues to be empty", 150)
         eventually(lambda: all(workers[pool].logged("went to dead") for pool in pools), "word of the dead tasks")
     finally:
         for worker in workers.values():
