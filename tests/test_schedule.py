@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from relay_core.commands import Command
 from relay_core.errors import AuthError, InvalidArgument, Unavailable
 from relay_core.keys import LAYOUT, ScheduleKeys
 from relay_core.operations import Flow
-from relay_core.schedule import Schedule, ScheduleRunner, flows
+from relay_core.schedule import Schedule, ScheduleRunner, cron, flows
 from tests.servers import Server, eventually
 from tests.topologies import Cluster
 
@@ -297,12 +298,63 @@ def test_a_plan_that_cannot_be_read_is_logged_and_keeps_nobody_from_ticking(
     server.cli("ZADD", S.next_ticks, 1, "newer")
     move_back(server, "plain", 60)
     with caplog.at_level(logging.ERROR):
-        assert [name for name, _queue, _id in broker.run_due().enqueued] == ["plain"]
+        done = broker.run_due()
+    assert [name for name, _queue, _id in done.enqueued] == ["plain"]
+    assert done.wait == pytest.approx(60, abs=2)
     assert "newer" in caplog.text
+    assert server.cli("ZSCORE", S.next_ticks, "newer") == b"1", "its tick is for those who can read it"
     assert [one.schedule.name for one in broker.schedules()] == ["plain"]
     with pytest.raises(InvalidArgument, match="newer"):
         broker.schedule("newer", "q", every=60.0)
     assert broker.unschedule("newer")
+
+
+def test_a_process_without_croniter_leaves_cron_schedules_to_those_that_have_it(
+    broker: Broker, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(25):  # more than a page
+        broker.schedule(f"cron{n}", "q", cron="* * * * *", missed="all")
+        server.cli("ZADD", S.next_ticks, int(server.cli("ZSCORE", S.next_ticks, f"cron{n}")) - 180_000, f"cron{n}")
+    broker.schedule("plain", "q", every=60.0)
+    move_back(server, "plain", 60)
+    with monkeypatch.context() as without:
+        cron._croniter.cache_clear()
+        without.setitem(sys.modules, "croniter", None)
+        assert [name for name, _queue, _id in broker.run_due().enqueued] == ["plain"]
+    done = broker.run_due().enqueued
+    assert len(done) >= 25 * 3, "no tick was lost"
+    assert "schedule cron0 cannot be run by this process, and is left to others" in caplog.text
+    assert "pip install 'relay-queue[schedule]'" in caplog.text
+
+
+def test_a_runner_says_once_what_it_cannot_run_before_that_is_due(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.schedule("nightly", "q", cron="0 3 * * *")
+    broker.schedule("plain", "q", every=0.1)
+    cron._croniter.cache_clear()
+    monkeypatch.setitem(sys.modules, "croniter", None)
+    runner = ScheduleRunner(broker)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    eventually(lambda: runner.enqueued > 2, "a few rounds")
+    runner.stop()
+    thread.join(30)
+    assert caplog.text.count("schedule nightly cannot be run by this process") == 1
+
+
+def test_a_look_ends_though_ticks_come_faster_than_they_are_run(broker: Broker, server: Server) -> None:
+    broker.schedule("a", "q", every=0.1, missed="all")
+    tick = move_back(server, "a", 1)
+    look = Steps(broker).until("advance")
+    broker._perform(look.step)
+    eventually(lambda: broker.store.run(commands.due(S, 1)).ticks, "the next tick")
+    done = look.finish()
+    assert done.wait == 0.0
+    assert [id for _name, _queue, id in done.enqueued] == ready(broker)
+    left = broker.store.run(commands.due(S)).ticks
+    assert [name for name, _tick, _plan in left] == ["a"], "what came meanwhile is for the next look"
+    assert ready(broker)[0] == f"a@{tick}"
 
 
 def test_a_queue_that_refuses_its_job_does_not_keep_the_others_from_ticking(
@@ -490,7 +542,7 @@ def test_schedules_work_in_a_cluster_whatever_slot_their_queues_are_in(cluster: 
     with Broker(cluster.url) as broker:
         names = [f"q{n}" for n in range(8)]
         for name in names:
-            broker.schedule(name, name, every=0.1, missed="all")
+            broker.schedule(name, name, every=0.1, missed="all", catch_up=1000)  # a slow machine may miss many
         found: dict[str, list[str]] = {name: [] for name in names}
 
         def ticked() -> bool:

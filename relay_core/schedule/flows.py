@@ -8,6 +8,7 @@ a process that dies in between leaves a tick that the next one finds done.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +23,11 @@ from relay_core.validation import JobSpec, payload_size
 logger = logging.getLogger("relay.schedule")
 
 _PAGE = 100
-_PAGES = 50
 _AGAIN = 1.0
 """Seconds until a refused job is tried again."""
 
-_PUT_OFF = 60_000
-"""Milliseconds for which a plan is left alone that cannot be carried out."""
+_SELDOM = 600.0
+"""Seconds after which it is told again that a plan cannot be read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,23 @@ class Round:
     enqueued: list[tuple[str, str, str]]
     passed_over: list[tuple[str, int]]
     wait: float | None
+
+
+class Unread:
+    """The plans that this process cannot read, for want of croniter perhaps, or as a newer release wrote them.
+
+    They are told of in the log, each once in ten minutes. Other processes may well carry them out.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[str, float] = {}
+
+    def tell(self, name: str, error: Exception) -> None:
+        now = time.monotonic()
+        if now < self._told.get(name, now):
+            return
+        self._told[name] = now + _SELDOM
+        logger.error("schedule %s cannot be run by this process, and is left to others: %s", name, error)
 
 
 def schedule(ops: Operations, wanted: Schedule) -> Flow[Scheduled]:
@@ -93,22 +110,31 @@ def _retire(ops: Operations, plan: Plan, until_ms: int) -> Flow[None]:
 
 
 def schedules(ops: Operations) -> Flow[list[Scheduled]]:
-    """All schedules, by name. A plan of a newer release is left out, and logged."""
+    """All schedules, by name. A plan that cannot be read here is left out, and logged."""
     s = ScheduleKeys(ops.settings.prefix)
+    found: list[Scheduled] = []
+    for name, raw in sorted((yield from _stored(s)).items()):
+        plan = _plan(name, raw)
+        if plan is not None:
+            score = yield Raw(("ZSCORE", s.next_ticks, name))
+            found.append(Scheduled(_readable(ops, plan.schedule), _seconds(score)))
+    return found
+
+
+def tell_unread(ops: Operations, unread: Unread) -> Flow[None]:
+    """Say at once, and not first when they are due, which schedules this process cannot run."""
+    for name, raw in sorted((yield from _stored(ScheduleKeys(ops.settings.prefix))).items()):
+        _plan(name, raw, unread)
+
+
+def _stored(s: ScheduleKeys) -> Flow[dict[str, bytes]]:
     raws: dict[str, bytes] = {}
     cursor: Any = b"0"
     while True:
         cursor, page = yield Raw(("HSCAN", s.plans, cursor, "COUNT", _PAGE))
         raws.update((name.decode(), raw) for name, raw in pairs(page))
         if int(cursor) == 0:
-            break
-    found: list[Scheduled] = []
-    for name in sorted(raws):
-        plan = _plan(name, raws[name])
-        if plan is not None:
-            score = yield Raw(("ZSCORE", s.next_ticks, name))
-            found.append(Scheduled(_readable(ops, plan.schedule), _seconds(score)))
-    return found
+            return raws
 
 
 def _readable(ops: Operations, stored: Schedule) -> Schedule:
@@ -122,26 +148,28 @@ def _seconds(score: Any) -> float | None:
     return None if score is None else float(score) / 1000
 
 
-def run_due(ops: Operations) -> Flow[Round]:
-    """Enqueue the jobs of the ticks that have come. Any number of processes may do so at once.
+def run_due(ops: Operations, unread: Unread | None = None) -> Flow[Round]:
+    """Enqueue the jobs of the ticks that had come when it began. Any number of processes may do so at once.
 
-    A schedule whose job is refused (a queue of a newer layout, a full server) is told in the log and tried again.
+    A schedule whose job is refused (a queue of a newer layout, a full server) is told in the log and tried again. One
+    that cannot be read here is passed over: its tick is not touched, for another process may be able to run it.
+
+    :param unread: what tells of these. Default: each is told of
     """
     s = ScheduleKeys(ops.settings.prefix)
+    unread = unread or Unread()
     done = Round([], [], 0.0)
-    refused = 0
-    for _page in range(_PAGES):
-        found = yield commands.due(s, skip=refused)
-        if not found.ticks:
-            done = replace(done, wait=None if found.wait_ms is None else found.wait_ms / 1000)
-            break
-        for name, tick, raw in found.ticks:
-            plan = _plan(name, raw)
+    passed = refused = 0
+    found = yield commands.due(s)
+    now = found.now_ms  # what comes due meanwhile is for the next look, or this one might never end
+    while due := [one for one in found.ticks if one[1] <= now]:
+        for name, tick, raw in due:
+            plan = _plan(name, raw, unread)
             if plan is None:
-                yield commands.advance(s, name, raw, tick, found.now_ms + _PUT_OFF)
+                passed += 1
                 continue
             try:
-                yield from _ticks(ops, plan, tick, found.now_ms, done)
+                yield from _ticks(ops, plan, tick, now, done)
             except (StoreError, NotDurable) as error:
                 logger.error("schedule %s: queue %r refuses its job: %s", name, plan.schedule.queue, error)
                 refused += 1
@@ -150,7 +178,10 @@ def run_due(ops: Operations) -> Flow[Round]:
                 logger.error("schedule %s: no job is made of its tick, trying again: %s", name, error)
                 refused += 1
                 continue
-            yield commands.advance(s, name, raw, tick, plan.schedule.after(found.now_ms, plan.anchor_ms))
+            yield commands.advance(s, name, raw, tick, plan.schedule.after(now, plan.anchor_ms))
+        found = yield commands.due(s, skip=passed + refused)
+    if not found.ticks:
+        done = replace(done, wait=None if found.wait_ms is None else found.wait_ms / 1000)
     if refused:
         done = replace(done, wait=_AGAIN if done.wait is None else min(done.wait, _AGAIN))
     return done
@@ -195,9 +226,9 @@ def _register(ops: Operations, queue: str) -> Flow[None]:
     yield Raw(("SADD", keys.registry(ops.settings.prefix), keys.encode_queue(queue)))
 
 
-def _plan(name: str, raw: bytes) -> Plan | None:
+def _plan(name: str, raw: bytes, unread: Unread | None = None) -> Plan | None:
     try:
         return Plan.unpack(raw)
     except (InvalidRecord, InvalidArgument) as error:
-        logger.error("schedule %s is left alone: %s", name, error)
+        (unread or Unread()).tell(name, error)
         return None

@@ -38,6 +38,8 @@ class ScheduleRunner:
     def __init__(self, broker: Driver) -> None:
         self._broker = broker
         self._bell = broker.store.bell([ScheduleKeys(broker.settings.prefix).alarm])
+        self._unread = flows.Unread()
+        self._looked = False
         self._stopped = False
         self.enqueued = 0
 
@@ -57,7 +59,10 @@ class ScheduleRunner:
 
     def _look(self) -> float:
         try:
-            done = self._broker.drive(flows.run_due(self._broker.operations))
+            if not self._looked:
+                self._broker.drive(flows.tell_unread(self._broker.operations, self._unread))
+                self._looked = True
+            done = self._broker.drive(flows.run_due(self._broker.operations, self._unread))
         except RelayError as error:
             logger.warning("the schedules cannot be looked at, trying again: %s", error)
             return 1.0
