@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 
 from relay_core import Broker, Job, JobSpec, RetryPolicy, hookimpl
 from relay_core.errors import InvalidArgument, LayoutError
+from relay_core.testing import drain
 from relay_core.worker import Reject, Retry, Worker
 from relay_core.worker.held import Heartbeat
 from relay_core.worker.news import News
@@ -229,6 +231,59 @@ def test_an_async_handler_that_raises_has_its_job_retried(server: Server) -> Non
         with running(broker, handle):
             has_processed(broker, 1)
         assert broker.stats("mail").counters["retried"] == 1
+
+
+async def _async(job: Job) -> None:
+    raise AssertionError("nobody runs it")
+
+
+async def _forgets(job: Job) -> Any:
+    return _async(job)
+
+
+async def _async_generator(job: Job) -> AsyncIterator[None]:
+    yield
+
+
+def _generator(job: Job) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        (lambda job: _async(job), "returned a coroutine, which has not run; make it an async function"),
+        (lambda job: _generator(job), "returned a generator, which has not run; take out its yield"),
+        (lambda job: _async_generator(job), "returned an async_generator, which has not run"),
+        (_forgets, "handler _forgets returned a coroutine"),
+    ],
+)
+def test_a_handler_that_leaves_its_work_to_nobody_has_failed(
+    handler: Callable[[Job], Any], said: str, server: Server
+) -> None:
+    with Broker(server.url, retry=RetryPolicy(max_retries=0)) as broker:
+        broker.enqueue("mail", b"")
+        with running(broker, handler):
+            eventually(lambda: broker.stats("mail").dead == 1, "a dead job")
+        (dead,) = broker.dead("mail")
+        assert said in dead.error
+        broker.requeue("mail")
+        ((_job, error),) = drain(broker, handler, "mail").dead
+        assert said in str(error)
+
+
+class _Generates:
+    def __call__(self, job: Job) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("handler", [_generator, _async_generator, _Generates(), partial(_generator)])
+def test_a_generator_function_is_refused_as_a_handler(handler: Callable[[Job], Any]) -> None:
+    broker = Broker("relay://127.0.0.1:1/0")
+    with pytest.raises(InvalidArgument, match=r"generator function: calling it runs nothing of it; take out its yield"):
+        Worker(broker, handler, ["mail"])
+    with pytest.raises(InvalidArgument, match="generator function"):
+        drain(broker, handler, "mail")
 
 
 async def _exits() -> None:
@@ -785,6 +840,17 @@ def test_a_second_signal_hands_back_at_once(number: signal.Signals, processes: P
     worker.send_signal(number)
     finished(worker)
     assert [(job.payload, job.deliveries) for job in broker.claim("mail", count=9)] == [(b"0", 1), (b"1", 1)]
+
+
+def test_the_options_of_a_worker_say_when_its_failed_jobs_run_again(processes: Processes, broker: Broker) -> None:
+    broker.enqueue("mail", b"0")
+    processes.start("fail", "--max-retries", "2", "--retry-base", "1h", "--retry-ceiling", "1ms")
+    eventually(lambda: broker.stats("mail").dead == 1, "a dead job")
+    assert [(job.reason, job.retries) for job in broker.dead("mail")] == [("max_retries", 2)]
+    assert len(processes.ledger()) == 3
+    code, _out, err = finished(processes.start("fail", "--max-retries", "-1"))
+    assert code == 2
+    assert "max_retries must be a whole number of at least 0, got '-1'" in err
 
 
 def test_the_jobs_of_a_killed_worker_run_elsewhere_once_their_leases_are_over(

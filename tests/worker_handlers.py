@@ -44,3 +44,8 @@ def die(job: Job) -> None:
     note("start", job)
     if job.payload == b"poison":
         os._exit(1)
+
+
+def fail(job: Job) -> None:
+    note("start", job)
+    raise ValueError("no luck")

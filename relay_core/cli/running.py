@@ -21,6 +21,7 @@ from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.errors import InvalidArgument, RelayError
+from relay_core.retry import RetryPolicy
 
 logger = logging.getLogger("relay.cli")
 
@@ -98,6 +99,29 @@ def _broken(name: str, module: str, error: Exception) -> InvalidArgument:
 @click.option(
     "--max-deliveries", type=int, default=5, show_default=True, help="Of a job that names none, until it is dead."
 )
+@click.option(
+    "--max-retries",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Failures of a job that names none, until it is dead.",
+)
+@click.option(
+    "--retry-base",
+    type=values.duration,
+    metavar="DURATION",
+    default=1.0,
+    show_default=True,
+    help="Longest first wait of a failed job; it doubles with each retry.",
+)
+@click.option(
+    "--retry-ceiling",
+    type=values.duration,
+    metavar="DURATION",
+    default=600.0,
+    show_default=True,
+    help="Longest wait of all of a failed job.",
+)
 @click.option("--prefetch", type=int, help="Jobs held beyond those that run. Default: 50 ms of work.")
 @click.option(
     "--metrics-addr", metavar="HOST:PORT", help="Serve Prometheus metrics there at /metrics. Default: nowhere."
@@ -122,6 +146,9 @@ def worker(
     grace: float,
     lease: float,
     max_deliveries: int,
+    max_retries: int,
+    retry_base: float,
+    retry_ceiling: float,
     prefetch: int | None,
     metrics_addr: str | None,
     metrics_tasks: int,
@@ -139,7 +166,13 @@ def worker(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     function = load_handler(handler)
-    broker = session.open(retry_for=_RETRY_FOR, lease=lease, max_deliveries=max_deliveries, client_name="relay-worker")
+    broker = session.open(
+        retry_for=_RETRY_FOR,
+        lease=lease,
+        max_deliveries=max_deliveries,
+        retry=RetryPolicy(base=retry_base, ceiling=retry_ceiling, max_retries=max_retries),
+        client_name="relay-worker",
+    )
     broker.store.raw("PING")  # a wrong URL ends it here; later on a worker waits for its server
     logger.info("serving %s, %d at a time, on %s", ", ".join(queues), concurrency, broker.url.safe())
     made = Worker(

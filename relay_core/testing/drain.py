@@ -13,7 +13,7 @@ from relay_core.errors import RelayError
 from relay_core.job import Claimed, Job
 from relay_core.testing.times import advance
 from relay_core.worker import Reject, Retry
-from relay_core.worker.pools import Handler, is_async
+from relay_core.worker.handlers import Handler, check_result, checked_handler, is_async
 
 
 class NotDrained(RelayError):
@@ -55,9 +55,10 @@ def drain(
     :param raise_errors: what a handler raises ends it, once the job is nacked
     :param limit: calls of the handler after which it gives up
 
-    Raises NotDrained.
+    Raises NotDrained, and InvalidArgument for a handler that cannot be one.
     """
     queues = names(queues)
+    checked_handler(handler)
     drained = Drained()
     loop = asyncio.new_event_loop() if is_async(handler) else None
     try:
@@ -82,7 +83,9 @@ def _run(broker: Broker, handler: Handler, job: Job, loop: asyncio.AbstractEvent
     try:
         result = handler(job)
         if loop is not None:
-            loop.run_until_complete(result)
+            result = loop.run_until_complete(result)
+        if loop is None or not isinstance(result, asyncio.Future):
+            check_result(handler, result)
     except Exception as error:
         return error
     except BaseException:  # Ctrl-C: as if it had never begun

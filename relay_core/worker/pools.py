@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import queue
 import threading
@@ -13,12 +12,12 @@ from typing import Any, Protocol
 
 from relay_core.job import Job
 from relay_core.plugins import Plugins
+from relay_core.worker.handlers import Handler, check_result
 from relay_core.worker.held import Held
 from relay_core.worker.outcome import Outcome
 
 logger = logging.getLogger("relay.worker")
 
-Handler = Callable[[Job], Any]
 Done = Callable[[Outcome], None]
 
 
@@ -29,11 +28,6 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Start nothing more. Running handlers are not waited for; coroutines are cancelled."""
-
-
-def is_async(handler: Handler) -> bool:
-    """True for an async function, and for an object whose call is one."""
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
 
 
 class ThreadPool:
@@ -66,7 +60,7 @@ class ThreadPool:
             began = time.monotonic()
             error: BaseException | None = None
             try:
-                self._handler(job)
+                check_result(self._handler, self._handler(job))
             except BaseException as raised:  # SystemExit in a handler is a failed job, not the end of the worker
                 error = raised
             seconds = time.monotonic() - began
@@ -118,7 +112,9 @@ class LoopPool:
             began = time.monotonic()
             error: BaseException | None = None
             try:
-                await self._handler(job)
+                result = await self._handler(job)
+                if not isinstance(result, asyncio.Future):  # such as a task, which runs by itself
+                    check_result(self._handler, result)
             except BaseException as raised:
                 error = raised
             seconds = time.monotonic() - began

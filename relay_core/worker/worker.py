@@ -19,10 +19,11 @@ from relay_core.errors import InvalidArgument, LayoutError, LeaseLost, RelayErro
 from relay_core.job import Job
 from relay_core.presence import Load, Presence, worker_name
 from relay_core.validation import seconds, whole
+from relay_core.worker.handlers import Handler, checked_handler, is_async
 from relay_core.worker.held import Heartbeat, Held
 from relay_core.worker.news import News
 from relay_core.worker.outcome import Outcome, Reject, Retry
-from relay_core.worker.pools import Handler, LoopPool, Pool, ThreadPool, is_async
+from relay_core.worker.pools import LoopPool, Pool, ThreadPool
 
 if TYPE_CHECKING:
     from relay_core.metrics import MetricsServer
@@ -50,7 +51,8 @@ class Worker:
     """Runs a handler on the jobs of some queues.
 
     A handler is a plain or an async function that gets the Job. Returning acks; raising nacks by the retry
-    policy; raising Retry or Reject says how. Plain handlers run on threads, async ones on one event loop.
+    policy; raising Retry or Reject says how. Plain handlers run on threads, async ones on one event loop. One that
+    returns a coroutine or a generator, which nobody runs, has failed; a generator function is refused.
 
     :param queues: asked in this order, so that the first is served first
     :param concurrency: handlers at a time. Default 1
@@ -75,8 +77,6 @@ class Worker:
     ) -> None:
         if isinstance(queues, str) or not queues:
             raise InvalidArgument(f"queues must be a list of at least one name, got {queues!r}")
-        if not callable(handler):
-            raise InvalidArgument(f"handler must be a function that takes a Job, got {handler!r}")
         self.broker = broker
         self.queues = tuple(dict.fromkeys(queues))
         self.concurrency = whole("concurrency", concurrency, least=1, most=10_000)
@@ -84,7 +84,7 @@ class Worker:
         self.prefetch = None if prefetch is None else whole("prefetch", prefetch, least=0, most=10_000)
         self.processed = 0
         self.name = worker_name()
-        self._handler = handler
+        self._handler = checked_handler(handler)
         self._metrics = _metrics_server(metrics_addr, broker, self.queues, metrics_tasks) if metrics_addr else None
         self._held = Held()
         self._ended: deque[Outcome] = deque()
