@@ -69,13 +69,13 @@ class Presence:
         self._thread = threading.Thread(target=self._run, name="relay-presence", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Sign off, if the server is there."""
+    def stop(self, within: float = 2.0) -> None:
+        """Sign off, if the server is there. Waits for that for `within` seconds, default 2."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stopping.set()
             # a beat that hangs at a server that is away must not hold up the end of the process
-            thread.join(timeout=2.0)
+            thread.join(timeout=within)
 
     def _run(self) -> None:
         while True:

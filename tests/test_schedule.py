@@ -525,6 +525,20 @@ def test_a_runner_waits_for_a_server_that_is_away(server: Server, caplog: pytest
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_runner_whose_server_is_away_stops_all_the_same(server: Server) -> None:
+    with Broker(server.url, retry_for=3600) as broker:
+        broker.schedule("a", "q", every=0.1)
+        runner = ScheduleRunner(broker)
+        thread = threading.Thread(target=runner.run)
+        thread.start()
+        eventually(lambda: runner.enqueued, "it begins")
+        server.kill()
+        runner.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_the_async_broker_has_the_same_schedules(server: Server) -> None:
     async def scenario() -> None:
         async with AsyncBroker(server.url) as broker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import signal
 import socket
@@ -563,6 +564,33 @@ def test_an_idle_worker_stops_at_once(server: Server, monkeypatch: pytest.Monkey
         worker.ended(30)
 
 
+def test_an_idle_worker_whose_server_is_away_stops_all_the_same(server: Server) -> None:
+    with Broker(server.url, retry_for=3600) as broker, running(broker, print) as worker:
+        eventually(lambda: server.info("clients")["blocked_clients"] == "1", "a blocked worker")
+        server.kill()
+        eventually(lambda: worker.worker._asked is not None, "that it tries to reach it")
+        worker.worker.stop()
+        worker.ended(30)
+
+
+def test_the_log_says_what_a_stop_waits_for_and_what_was_handed_back(
+    broker: Broker, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.enqueue_many("mail", [b"0", b"1", b"2"])
+    with caplog.at_level(logging.INFO, "relay.worker"), running(broker, gate, prefetch=2) as worker:
+        eventually(lambda: broker.stats("mail").inflight == 3, "prefetched jobs")
+        gate.wait_for(1)
+        worker.worker.stop()
+        eventually(lambda: broker.stats("mail").inflight == 1, "the release of what was prefetched")
+        eventually(lambda: "stopping: 1 job runs, up to 30 s; stop again to hand it back" in caplog.text, "the log")
+        worker.worker.stop()
+        worker.ended(30)
+    assert [r.message for r in caplog.records if "handed back" in r.message] == [
+        "2 jobs handed back",
+        "1 job handed back",
+    ]
+
+
 # --- limits and queues
 
 
@@ -840,6 +868,30 @@ def test_a_second_signal_hands_back_at_once(number: signal.Signals, processes: P
     worker.send_signal(number)
     finished(worker)
     assert [(job.payload, job.deliveries) for job in broker.claim("mail", count=9)] == [(b"0", 1), (b"1", 1)]
+
+
+def test_a_second_signal_ends_a_worker_whose_server_does_not_answer(server: Server) -> None:
+    """However long a reply may take."""
+    code = (
+        "import signal, sys; from relay_core import Broker; from relay_core.worker import Worker;"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN);"  # after its end, and while Python ends
+        "Worker(Broker(sys.argv[1], retry_for=3600, socket_timeout=3600), print, ['mail']).run()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, server.url], cwd=ROOT)
+    try:
+        eventually(lambda: server.info("clients")["blocked_clients"] == "1", "a blocked worker")
+        server.pause()
+
+        def ended() -> bool:
+            process.send_signal(signal.SIGINT)
+            return process.poll() is not None
+
+        eventually(ended, "its end")
+        assert process.returncode == 0
+    finally:
+        server.resume()
+        process.kill()
+        process.wait()
 
 
 def test_the_options_of_a_worker_say_when_its_failed_jobs_run_again(processes: Processes, broker: Broker) -> None:

@@ -6,6 +6,7 @@ Every call ends with a result or an error. A call that has a good reply is never
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -51,6 +52,7 @@ class Policy:
         :ivar confirm: the command that asks for the confirmation of what was just written; None for none
         """
         self.retry_for = settings.retry_for
+        self._until: Callable[[], float] = lambda: math.inf
         self.any_server = settings.any_server
         self.durability: Durability = parse_durability(settings.durability)
         self.timeout = settings.durability_timeout
@@ -61,11 +63,17 @@ class Policy:
         elif self.durability.replicas:
             self.confirm = (_WAIT[False], self.durability.replicas, wait_ms)
 
-    def at_most(self, seconds: float) -> Policy:
-        """The same, but that commands are repeated for so long at most."""
+    def at_most(self, seconds: float, until: Callable[[], float] | None = None) -> Policy:
+        """The same, but that commands are repeated for so long at most, and until that monotonic time, which is asked
+        for each time, for it may change."""
         other = copy.copy(self)
         other.retry_for = min(self.retry_for, seconds)
+        other._until = until or self._until
         return other
+
+    def left(self, started: float) -> float:
+        """Seconds for which a command that was first sent then is still repeated."""
+        return min(started + self.retry_for, self._until()) - time.monotonic()
 
     def unconfirmed(self, reply: Any, at: Address) -> NotDurable | None:
         """The error for an answer to `confirm` that falls short, else None."""
@@ -233,13 +241,13 @@ def settle(
         yield from _take_in(calls, pairs, first[1], first[0], router)
     while pending := [call for call in calls if not call.done]:
         if any(call.trouble for call in pending):
-            seconds = time.monotonic() - started
-            if seconds >= policy.retry_for:
+            left = policy.left(started)
+            if left <= 0:
                 for call in pending:
                     if call.trouble:
-                        call.fail(_given_up(call, seconds))
+                        call.fail(_given_up(call, time.monotonic() - started))
                 continue
-            yield Pause(min(policy.retry_for - seconds, pause * random.uniform(0.5, 1.0)))
+            yield Pause(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(LONGEST_PAUSE, 2 * pause)
         yield from _round(pending, router, policy)
 

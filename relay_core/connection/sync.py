@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -97,18 +98,21 @@ class SyncStore:
         return {name: call.outcome() for name, call in self._drive(flow).items()}
 
     @contextmanager
-    def hurried(self, seconds: float) -> Iterator[None]:
+    def hurried(self, seconds: float = math.inf, until: Callable[[], float] | None = None) -> Iterator[None]:
         """What this thread runs meanwhile is repeated for so long at most, whatever `retry_for` says: it has others to
-        turn to."""
-        before, self._hurry.seconds = getattr(self._hurry, "seconds", None), seconds
+        turn to.
+
+        :param until: asked for the monotonic time from which on nothing is repeated. Default: no such time
+        """
+        before, self._hurry.limits = getattr(self._hurry, "limits", None), (seconds, until)
         try:
             yield
         finally:
-            self._hurry.seconds = before
+            self._hurry.limits = before
 
     def _patience(self) -> attempts.Policy:
-        seconds: float | None = getattr(self._hurry, "seconds", None)
-        return self._policy if seconds is None else self._policy.at_most(seconds)
+        limits: tuple[float, Callable[[], float] | None] | None = getattr(self._hurry, "limits", None)
+        return self._policy if limits is None else self._policy.at_most(*limits)
 
     def bell(self, markers: Sequence[bytes]) -> Bell:
         """A bell that rings when one of the markers is set. It has connections of its own."""

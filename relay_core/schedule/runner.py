@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Protocol, TypeVar
 
@@ -18,6 +19,10 @@ logger = logging.getLogger("relay.schedule")
 
 _LONGEST = 5.0
 """Seconds after which it looks again, whatever it knows: another process may have taken the wake-up and died."""
+
+
+_FAREWELL = 1.0
+"""Seconds after a stop for which what is under way is still repeated."""
 
 
 class Driver(Protocol):
@@ -41,19 +46,22 @@ class ScheduleRunner:
         self._unread = flows.Unread()
         self._looked = False
         self._stopped = False
+        self._until = math.inf
         self.enqueued = 0
 
     def run(self) -> int:
         """Work until `stop`: how many jobs it enqueued. A server that cannot be reached is waited for."""
         try:
-            while not self._stopped:
-                self._rest(self._look())
+            with self._broker.store.hurried(until=lambda: self._until):
+                while not self._stopped:
+                    self._rest(self._look())
         finally:
             self._bell.close()
         return self.enqueued
 
     def stop(self) -> None:
-        """End `run` soon. From any thread, or a signal handler."""
+        """End `run` soon: a server that is away is tried for another second. From any thread, or a signal handler."""
+        self._until = time.monotonic() + _FAREWELL
         self._stopped = True
         self._bell.wake()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -34,6 +35,13 @@ _HOLD = 0.05
 """Seconds of work that a worker holds beyond what runs: short jobs come in large batches, long ones one by one."""
 
 _MOST_PREFETCHED = 150
+
+_FAREWELL = 1.0
+"""Seconds for which a worker that stops tries to tell what is left to tell, where the server is away."""
+
+
+class _Cut(BaseException):
+    """Raised by a signal's handler into a command that waits for a server which does not answer."""
 
 
 def _metrics_server(address: str, broker: Broker, queues: Sequence[str], tasks: int) -> MetricsServer:
@@ -92,6 +100,9 @@ class Worker:
         self._unsent: dict[str, tuple[list[Job], list[tuple[Job, Nack]]]] = {q: ([], []) for q in self.queues}
         self._news = News()
         self._stops = 0
+        self._until = math.inf  # monotonic; from then on nothing is repeated
+        self._away = False  # whether the server was, when it was last asked
+        self._asked: float | None = None  # monotonic; since when a command is under way
         self._idle = False
         self._mean = 0.0
         self._bell: Bell | None = None
@@ -106,7 +117,7 @@ class Worker:
         presence = Presence(
             self.broker, "worker", lambda: Load(self.queues, self.concurrency, len(self._held)), self.name
         )
-        with self._signals():
+        with self._signals(), self.broker.store.hurried(until=lambda: self._until):
             pool: Pool = (LoopPool if is_async(self._handler) else ThreadPool)(
                 self._handler, self.concurrency, self._held, self._done, self.broker.plugins
             )
@@ -127,8 +138,8 @@ class Worker:
             finally:
                 pool.close()
                 heartbeat.stop()
-                self._release(started=True)
-                presence.stop()
+                self._hand_back(started=True)
+                presence.stop(0.0 if self._away else 2.0)
                 self.broker.plugins.notify(
                     "relay_worker_stopped", worker=self.name, queues=self.queues, processed=self.processed
                 )
@@ -139,6 +150,7 @@ class Worker:
     def stop(self) -> None:
         """Stop as a signal would; the second call releases at once. From any thread, or a signal handler."""
         self._stops += 1
+        self._until = time.monotonic() + _FAREWELL if self._stops == 1 else 0.0
         self._news.tell()
         if self._bell is not None:
             self._bell.wake()
@@ -265,36 +277,68 @@ class Worker:
         if not acks and not nacks and not room and not woken:
             return [], None
         now_acks, now_nacks = acks[:200], nacks[:200]
-        acked, _nacked, jobs = self.broker.finish(queue, now_acks, now_nacks, min(200, room), woken)
+        with self._asking():
+            acked, _nacked, jobs = self.broker.finish(queue, now_acks, now_nacks, min(200, room), woken)
         del acks[:200], nacks[:200]
         self.processed += sum(1 for verdict in acked if verdict)
         return jobs, 0.0 if acks or nacks else jobs.retry_after
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Around what is asked of the server, which may be away, or not answer."""
+        self._asked = time.monotonic()
+        try:
+            yield
+            self._away = False
+        except _Cut:
+            self._away = True
+            raise Unavailable("given up at the second signal") from None
+        except Unavailable:
+            self._away = True
+            raise
+        finally:
+            self._asked = None
+
+    @property
+    def _hopeless(self) -> bool:
+        """The server is away, and there is no more time to try."""
+        return self._away and time.monotonic() >= self._until
 
     def _drain(self) -> None:
         """Hand back what was not started, and give what runs its grace."""
         assert self._bell is not None
         self._bell.close()
-        self._release(started=False)
+        self._hand_back(started=False)
         with suppress(RelayError):
-            for queue in self.queues:
+            for queue in () if self._hopeless else self.queues:
                 self._exchange(queue, 0, woken=True)  # a wake-up that came too late is for another worker
+        if (running := len(self._held)) and self._stops < 2:
+            jobs, them = ("1 job runs", "it") if running == 1 else (f"{running} jobs run", "them")
+            logger.info("stopping: %s, up to %g s; stop again to hand %s back", jobs, self.grace, them)
         deadline = time.monotonic() + self.grace
         while len(self._held) and self._stops < 2 and time.monotonic() < deadline:
             self._news.wait(max(0.0, min(0.5, deadline - time.monotonic())))
             self._news.forget()
             self._settle()
-        self._settle()
+        if running and self._stops < 2:
+            self._until = time.monotonic() + _FAREWELL
+        self._settle(last=True)
 
-    def _settle(self) -> None:
+    def _settle(self, *, last: bool = False) -> None:
+        """Tell what ended. What cannot be told now is told the next time, unless this is the last."""
         self._sort_ended()
         for queue, (acks, nacks) in self._unsent.items():
             while acks or nacks:
+                level = logging.DEBUG if self._away and not last else logging.ERROR  # not twice a second
                 try:
+                    if self._stops >= 2 and self._hopeless:
+                        raise Unavailable("the server is away")
                     self._exchange(queue, 0, False)
                 except LayoutError:
                     self._end_by_hand(acks, nacks)
                 except RelayError as error:
-                    logger.error("%d ended jobs of %r could not be told: %s", len(acks) + len(nacks), queue, error)
+                    count = len(acks) + len(nacks)
+                    logger.log(level, "%d ended jobs of %r could not be told: %s", count, queue, error)
                     break
 
     def _end_by_hand(self, acks: list[Job], nacks: list[tuple[Job, Nack]]) -> None:
@@ -307,13 +351,24 @@ class Worker:
             with suppress(LeaseLost):
                 self.broker.nack(job, item.error, None if dead else item.delay_ms / 1000, dead=dead, reason=item.reason)
 
-    def _release(self, *, started: bool, but: Job | None = None) -> None:
+    def _hand_back(self, *, started: bool) -> None:
+        """At the end, as `_release` does, and told of."""
+        if count := self._release(started=started):
+            logger.info("%d %s handed back", count, "job" if count == 1 else "jobs")
+
+    def _release(self, *, started: bool, but: Job | None = None) -> int:
+        """Let go of jobs: how many the store has taken back."""
         jobs = self._held.take_all(started=started, but=but)
-        if jobs:
-            try:
-                self.broker.release(jobs)
-            except RelayError as error:
-                logger.error("%d jobs could not be released, their leases will run out: %s", len(jobs), error)
+        if not jobs:
+            return 0
+        try:
+            if self._hopeless:
+                raise Unavailable("the server is away")
+            with self._asking():
+                return sum(1 for verdict in self.broker.release(jobs) if verdict)
+        except RelayError as error:
+            logger.error("%d jobs could not be released, their leases will run out: %s", len(jobs), error)
+            return 0
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -323,6 +378,10 @@ class Worker:
 
         def on_signal(_number: int, _frame: FrameType | None) -> None:
             self.stop()
+            asked = self._asked
+            if self._stops >= 2 and asked is not None and time.monotonic() - asked > _FAREWELL:
+                self._asked = None  # once is enough
+                raise _Cut
 
         before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
