@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import tempfile
 import threading
@@ -155,6 +156,27 @@ def test_the_demo_fails_and_names_the_file_when_a_job_is_really_lost(
     (home,) = scratch.glob("relay-demo-*")  # kept, and named, for whoever wants to know why
     assert f"The workers' logs and the data are in {home}" in told.stdout
     assert (home / "relay.log").stat().st_size > 0
+
+
+def test_the_demo_without_a_framework_names_it_and_leaves_nothing(
+    folder: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_core.cli.demo.find_spec", lambda name: None)
+    told = Cli("relay://127.0.0.1:1").run("demo", str(folder), code=2)
+    assert "the demo needs celery and dramatiq: pip install 'relay-queue[all]'" in told.stderr
+    assert list(scratch.iterdir()) == []
+
+
+def test_an_interrupted_demo_leaves_nothing(folder: Path, scratch: Path) -> None:
+    process = spawn("demo", str(folder), *QUICK, url=None, cwd=scratch)
+    eventually(lambda: list(scratch.glob("relay-demo-*/relay.log")), "that its workers are started")
+    process.send_signal(signal.SIGINT)
+    code, _out, err = finished(process, 60)
+    assert code == 1
+    assert "Aborted!" in err
+    assert "Traceback" not in err
+    assert list(scratch.glob("relay-demo-*")) == []
+    eventually(lambda: not left_behind(scratch), "an end of all processes")
 
 
 # --- what counts as lost

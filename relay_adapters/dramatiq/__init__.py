@@ -13,12 +13,19 @@ __all__ = ["RelayBroker", "WorkerLost"]
 
 def __getattr__(name: str) -> Any:
     # Every relay Broker loads `plugin` from this package, also where Dramatiq is not installed.
-    if name == "RelayBroker":
-        from relay_adapters.dramatiq.broker import RelayBroker
+    try:
+        if name == "RelayBroker":
+            from relay_adapters.dramatiq.broker import RelayBroker
 
-        return RelayBroker
-    if name == "WorkerLost":
-        from relay_adapters.dramatiq.burial import WorkerLost
+            return RelayBroker
+        if name == "WorkerLost":
+            from relay_adapters.dramatiq.burial import WorkerLost
 
-        return WorkerLost
+            return WorkerLost
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "dramatiq":
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs Dramatiq ({error}): pip install 'relay-queue[dramatiq]'", name=error.name
+        ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

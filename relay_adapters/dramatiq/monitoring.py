@@ -34,6 +34,8 @@ class Monitoring:
         if self._address is None:
             return None
         try:
+            import prometheus_client  # noqa: F401, its own error says the least
+
             from relay_core.metrics import MetricsServer
         except ImportError as error:
             raise InvalidArgument(

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -297,9 +298,8 @@ class Demo:
 
 
 def _faces(lease: float) -> list[Face]:
-    bin_folder = Path(sys.executable).parent
-    celery = [str(bin_folder / "celery"), "-A", "celery_app", "worker", "--concurrency", "2", "-l", "WARNING"]
-    dramatiq = [str(bin_folder / "dramatiq"), "dramatiq_app", "--processes", "1", "--threads", "4"]
+    celery = [sys.executable, "-m", "celery", "-A", "celery_app", "worker", "--concurrency", "2", "-l", "WARNING"]
+    dramatiq = [sys.executable, "-m", "dramatiq", "dramatiq_app", "--processes", "1", "--threads", "4"]
     # else its master waits for 30 s for a child that a task has killed before it could say that it is up
     dramatiq += ["--worker-fork-timeout", "2000"]
     relay = [
@@ -325,11 +325,17 @@ def _digest(path: Path) -> str:
 def run(
     folder: Path | None = None, *, keep: bool = False, lease: float = LEASE, console: Console | None = None
 ) -> Outcome:
-    """Run the demo. `keep` leaves its folder, with logs and data; so does a run that lost something."""
+    """Run the demo. `keep` leaves its folder, with logs and data; so does a run that lost something.
+
+    Raises InvalidArgument where a framework is not installed, or there is nothing to index.
+    """
+    missing = [name for name in ("celery", "dramatiq") if find_spec(name) is None]
+    if missing:
+        raise InvalidArgument(f"the demo needs {' and '.join(missing)}: pip install 'relay-queue[all]'")
     console = console or Console()
     files = real_files(folder)
     home = Path(tempfile.mkdtemp(prefix="relay-demo-"))
-    fine = False
+    wanted = keep
     try:
         demo = Demo(files, home, console, lease)
         try:
@@ -337,8 +343,8 @@ def run(
         finally:
             demo.stop()
             demo.broker.close()
-        fine = not outcome.problems
-    finally:
-        if fine and not keep:
+        wanted |= bool(outcome.problems)
+        return outcome
+    finally:  # also after Ctrl-C
+        if not wanted:
             shutil.rmtree(home, ignore_errors=True)
-    return outcome

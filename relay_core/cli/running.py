@@ -233,10 +233,7 @@ def demo(session: Session, folder: Path | None, keep: bool, lease: float) -> Non
 
     from relay_core.cli.demo import run
 
-    try:
-        outcome = run(folder, keep=keep, lease=lease, console=Console(stderr=session.json))
-    except ImportError as error:
-        raise InvalidArgument(f"the demo needs {error.name}: pip install 'relay-queue[all]'") from error
+    outcome = run(folder, keep=keep, lease=lease, console=Console(stderr=session.json))
     if session.json:
         emit(session, outcome.to_json())
     if outcome.problems:

@@ -47,6 +47,8 @@ class _Cut(BaseException):
 def _metrics_server(address: str, broker: Broker, queues: Sequence[str], tasks: int) -> MetricsServer:
     """Imported only here, so that a worker without metrics needs no prometheus-client."""
     try:
+        import prometheus_client  # noqa: F401, its own error says the least
+
         from relay_core.metrics import MetricsServer
     except ImportError as error:
         raise InvalidArgument(
