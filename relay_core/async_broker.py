@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
-from relay_core.broker_base import BrokerBase, as_jobs, names
+from relay_core.broker_base import BrokerBase, as_jobs, job_spec, nack_options, names, schedule_of
 from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import AsyncBell, AsyncStore
@@ -18,7 +18,7 @@ from relay_core.maintenance import AuditReport, Progress
 from relay_core.operations import Flow, Raw, Step, Wait
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
-from relay_core.schedule.plan import Schedule, Scheduled
+from relay_core.schedule.plan import Scheduled
 from relay_core.validation import JobSpec
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class AsyncBroker(BrokerBase):
         """See Broker.enqueue."""
         command = self.operations.straight(queue, payload, **options)
         if command is None:
-            return await self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+            return await self.drive(self.operations.enqueue(queue, job_spec(payload, options)))
         sent_at = sent_now()
         answer = await self.store.run(command)
         if isinstance(answer, LongWay):
@@ -135,7 +135,7 @@ class AsyncBroker(BrokerBase):
         self, job: Job, error: BaseException | str | None = None, delay: float | None = None, **options: Any
     ) -> Verdict:
         """See Broker.nack."""
-        return await self.drive(self.operations.nack(job, error, delay, **options))
+        return await self.drive(self.operations.nack(job, error, delay, **nack_options(options)))
 
     async def finish(
         self,
@@ -221,7 +221,7 @@ class AsyncBroker(BrokerBase):
 
     async def schedule(self, name: str, queue: str, payload: bytes = b"", **options: Any) -> Scheduled:
         """See Broker.schedule."""
-        return await self.drive(schedule_flows.schedule(self.operations, Schedule(name, queue, payload, **options)))
+        return await self.drive(schedule_flows.schedule(self.operations, schedule_of(name, queue, payload, options)))
 
     async def unschedule(self, name: str) -> bool:
         """See Broker.unschedule."""

@@ -10,20 +10,26 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from relay_core import adoption, inspector, maintenance
-from relay_core.broker_base import BrokerBase, as_jobs, names
+from relay_core.broker_base import BrokerBase, as_jobs, job_spec, nack_options, names, schedule_of
 from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
 from relay_core.connection import Bell, Sender, SyncStore
-from relay_core.errors import RelayError, Unavailable
+from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
 from relay_core.operations import Flow, Raw, Step, Wait
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
-from relay_core.schedule.plan import Schedule, Scheduled
+from relay_core.schedule.plan import Scheduled
 from relay_core.validation import JobSpec
 
 T = TypeVar("T")
+
+
+def check_blocking(owner: str, broker: object) -> None:
+    """Refuse, with InvalidArgument, what is no Broker: an AsyncBroker, or a URL."""
+    if not isinstance(broker, Broker):
+        raise InvalidArgument(f"{owner} needs a Broker, as Broker(url) makes it, got {broker!r}")
 
 
 class Broker(BrokerBase):
@@ -140,7 +146,7 @@ class Broker(BrokerBase):
         """
         command = self.operations.straight(queue, payload, **options)
         if command is None:
-            return self.drive(self.operations.enqueue(queue, JobSpec(payload, **options)))
+            return self.drive(self.operations.enqueue(queue, job_spec(payload, options)))
         sent_at = sent_now()
         answer = self.store.run(command)
         if isinstance(answer, LongWay):
@@ -189,7 +195,7 @@ class Broker(BrokerBase):
 
         Raises LeaseLost.
         """
-        return self.drive(self.operations.nack(job, error, delay, **options))
+        return self.drive(self.operations.nack(job, error, delay, **nack_options(options)))
 
     def finish(
         self,
@@ -303,7 +309,7 @@ class Broker(BrokerBase):
 
         Raises InvalidArgument, Unavailable, NotDurable.
         """
-        return self.drive(schedule_flows.schedule(self.operations, Schedule(name, queue, payload, **options)))
+        return self.drive(schedule_flows.schedule(self.operations, schedule_of(name, queue, payload, options)))
 
     def unschedule(self, name: str) -> bool:
         """Remove the recurring job called `name`: whether there was one. What is enqueued stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from relay_core import embedded
 from relay_core.connection import forks
 from relay_core.job import Job
 from relay_core.operations import Operations, Settings
+from relay_core.options import refuse_unknown
 from relay_core.plugins import Plugins
 from relay_core.retry import RetryPolicy
+from relay_core.schedule.plan import Schedule
 from relay_core.settings import StoreSettings, StoreUrl, parse_url
-from relay_core.validation import MAX_PAYLOAD
+from relay_core.validation import MAX_PAYLOAD, JobSpec
 
 _NOTICE = "relay: using the embedded server in {} (give a URL such as relay://localhost:6379/0 for another)"
 
@@ -54,6 +57,7 @@ class BrokerBase:
         quiet: bool = False,
         **connection: Any,
     ) -> None:
+        refuse_unknown(type(self).__name__, connection, OPTIONS)
         self.url: StoreUrl = parse_url(url)
         self.settings = Settings(
             prefix=prefix,
@@ -88,6 +92,33 @@ class BrokerBase:
             if not self._quiet:
                 print(_NOTICE.format(self._directory), file=sys.stderr)
         return self.url.at_socket(self._lease.socket_path)
+
+
+_SETTINGS = [field.name for field in fields(StoreSettings)]
+OPTIONS = frozenset(["url", *(BrokerBase.__init__.__kwdefaults__ or {}), *_SETTINGS])
+"""Names of all that can be given to a broker."""
+
+_JOB_OPTIONS = [field.name for field in fields(JobSpec) if field.name != "payload"]
+_NACK_OPTIONS = ("dead", "reason", "payload", "error", "delay")
+_SCHEDULE_OPTIONS = [field.name for field in fields(Schedule) if field.name not in ("name", "queue", "payload")]
+
+
+def job_spec(payload: bytes, options: Mapping[str, Any]) -> JobSpec:
+    """Of what was given to `enqueue`. Raises TypeError for an option that is none."""
+    refuse_unknown("enqueue", options, _JOB_OPTIONS)
+    return JobSpec(payload, **options)
+
+
+def nack_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was given to `nack`. Raises TypeError for an option that is none."""
+    refuse_unknown("nack", options, _NACK_OPTIONS)
+    return options
+
+
+def schedule_of(name: str, queue: str, payload: bytes, options: Mapping[str, Any]) -> Schedule:
+    """Of what was given to `schedule`. Raises TypeError for an option that is none."""
+    refuse_unknown("schedule", options, _SCHEDULE_OPTIONS)
+    return Schedule(name, queue, payload, **options)
 
 
 def names(queues: Sequence[str] | str) -> Sequence[str]:

@@ -10,7 +10,7 @@ from relay_core.commands.workers import PAGE as WORKERS_PAGE
 from relay_core.errors import InvalidArgument
 from relay_core.job import STATES, State, StoredJob
 from relay_core.operations import Flow, Operations, Raw
-from relay_core.validation import whole
+from relay_core.validation import job_ids, whole
 
 PAGE = 200
 
@@ -57,6 +57,7 @@ def list_jobs(ops: Operations, queue: str, state: State, skip: int, limit: int) 
 
 def show(ops: Operations, queue: str, ids: Sequence[str]) -> Flow[list[StoredJob | None]]:
     found: list[StoredJob | None] = []
+    ids = job_ids(ids)
     for at in range(0, len(ids), PAGE):
         page = yield commands.show(ops.settings.keys(queue), ids[at : at + PAGE])
         found += [job and readable(ops, job) for job in page]

@@ -13,7 +13,7 @@ from relay_core.errors import InvalidArgument
 from relay_core.job import State
 from relay_core.keys import QueueKeys
 from relay_core.operations import Flow, Operations, Raw
-from relay_core.validation import whole
+from relay_core.validation import job_ids, whole
 
 Progress = Callable[[int], None]
 """Called with the number of jobs handled since the last call."""
@@ -68,6 +68,7 @@ def limits(rate: float | None, burst: int | None, max_inflight: int | None) -> d
 
 def cancel(ops: Operations, queue: str, ids: Sequence[str]) -> Flow[list[State | None]]:
     states: list[State | None] = []
+    ids = job_ids(ids)
     for at in range(0, len(ids), MAX_BATCH):
         states += yield commands.cancel(ops.settings.keys(queue), ids[at : at + MAX_BATCH])
     return states
@@ -80,6 +81,7 @@ def requeue(
     q = ops.settings.keys(queue)
     done = 0
     if ids is not None:
+        ids = job_ids(ids)
         for at in range(0, len(ids), MAX_BATCH):
             done += sum((yield commands.requeue(q, ids[at : at + MAX_BATCH])))
         return done

@@ -52,6 +52,13 @@ def _load(entry: EntryPoint) -> object:
         ) from error
 
 
+def listed(plugins: Iterable[object]) -> list[object]:
+    """As a list. Raises TypeError for one plugin that is in none."""
+    if not isinstance(plugins, Iterable) or isinstance(plugins, (str, bytes, Mapping)):
+        raise TypeError(f"plugins must be a list of objects or modules, got {plugins!r}; write plugins=[...]")
+    return list(plugins)
+
+
 class Plugins:
     """The plugins of one broker.
 
@@ -72,13 +79,13 @@ class Plugins:
         if installed:
             for entry in _entry_points():
                 self.register(_load(entry))
-        for plugin in plugins:
+        for plugin in listed(plugins):
             self.register(plugin)
 
     def register(self, plugin: object) -> None:
         """Add a plugin; what it says wrong is a PluginError, and it is not added."""
         try:
-            name = self._manager.register(plugin)
+            name = self._manager.register(plugin, self._name(plugin))
             self._known = {}
         except (ValueError, pluggy.PluginValidationError) as error:
             raise PluginError(f"plugin {plugin!r} cannot be registered: {error}") from error
@@ -91,6 +98,16 @@ class Plugins:
             raise
         mine = [impl for impl in self._impls("relay_register_adapter") if impl.plugin is plugin]
         self._call_each(mine, "relay_register_adapter", register=self._register_adapter)
+
+    def _name(self, plugin: object) -> str:
+        """Of a module its path, else that of the class; further ones of a class are numbered."""
+        kind = type(plugin)
+        name = first = getattr(plugin, "__name__", None) or f"{kind.__module__}.{kind.__qualname__}"
+        count = 1
+        while self._manager.has_plugin(name):
+            count += 1
+            name = f"{first}#{count}"
+        return str(name)
 
     def _register_adapter(self, name: str, description: str, internal: Iterable[str] = ()) -> None:
         self.adapters[name] = description
@@ -193,8 +210,14 @@ class Plugins:
         """The queue to use. What a plugin raises goes to the caller."""
         for impl in self._in_order("relay_route_job"):
             answer = self._call(impl, {"queue": queue, "payload": payload, "headers": headers})
-            if answer is not None:
-                return str(answer)
+            if answer is None:
+                continue
+            if not isinstance(answer, str):
+                raise PluginError(
+                    f"plugin {impl.plugin_name}: relay_route_job must return a queue's name or None, "
+                    f"got {type(answer).__name__}"
+                )
+            return answer
         return queue
 
     def headers(self, queue: str, payload: bytes, headers: Mapping[str, str]) -> Mapping[str, str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from relay_core.commands import NewJob
 from relay_core.errors import InvalidArgument
-from relay_core.job import Options, Record, new_id
+from relay_core.job import Job, Options, Record, new_id
 from relay_core.keys import LEVELS
 from relay_core.retry import MAX_DELAY, RetryPolicy
 
@@ -59,6 +59,31 @@ def _storable(text: Any, most: int) -> bool:
         return isinstance(text, str) and 0 < len(text.encode()) <= most
     except UnicodeEncodeError:
         return False
+
+
+def job_ids(ids: Any) -> Sequence[str]:
+    """Ids of jobs, in a list."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise InvalidArgument(f"ids must be a list of job ids, got {_shown(ids)}; write [id] for one")
+    ids = list(ids)
+    for id in ids:
+        if not isinstance(id, str):
+            raise InvalidArgument(f"a job's id is a text, got {_shown(id)}")
+    return ids  # type: ignore[no-any-return]
+
+
+def check_job(move: str, job: Any) -> None:
+    """Refuse what is no claimed job."""
+    if not isinstance(job, Job):
+        raise InvalidArgument(f"{move} takes the Job that claim gave, got {_shown(job)}")
+
+
+def check_jobs(move: str, jobs: Any) -> None:
+    """Refuse what is no list of claimed jobs."""
+    if isinstance(jobs, str) or not isinstance(jobs, Sequence):
+        raise InvalidArgument(f"{move} takes the Jobs that claim gave, got {_shown(jobs)}")
+    for job in jobs:
+        check_job(move, job)
 
 
 def payload_bytes(payload: Any) -> bytes:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from relay_core import Broker, JobSpec, RetryPolicy, hookimpl
+from relay_core import AsyncBroker, Broker, JobSpec, RetryPolicy, hookimpl
 from relay_core.errors import AuthError, InvalidArgument, InvalidUrl, LayoutError, LeaseLost, Unavailable
 from relay_core.job import new_id
+from relay_core.schedule import ScheduleRunner
+from relay_core.testing import drain
+from relay_core.worker import Worker
 from tests.servers import AclServer, Server, free_port
 
 HUGE = 10**400
@@ -528,6 +533,87 @@ def test_a_url_that_names_no_store_is_refused_with_advice_and_without_secrets(ur
     with pytest.raises(InvalidUrl, match=said) as caught:
         Broker(url)
     assert "secret" not in str(caught.value)
+
+
+async def _awaits(url: str, broken: Callable[[AsyncBroker], Any]) -> None:
+    async with AsyncBroker(url) as broker:
+        await broken(broker)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda broker: broker.enqueue("q", b"", prio=5), "enqueue has no option 'prio'; did you mean 'priority'?"),
+        (lambda broker: broker.nack(None, reasn="x"), "nack has no option 'reasn'; did you mean 'reason'?"),
+        (
+            lambda broker: broker.schedule("a", "q", corn="* * * * *"),
+            "schedule has no option 'corn'; did you mean 'cron'?",
+        ),
+        (
+            lambda broker: broker.nack(None, xyz=1),
+            "nack has no option 'xyz'; it has dead, delay, error, payload, reason",
+        ),
+    ],
+)
+def test_an_option_that_nobody_knows_is_refused_in_the_words_of_the_call(
+    call: Callable[[Any], Any], said: str, server: Server
+) -> None:
+    with Broker(server.url) as broker, pytest.raises(TypeError, match=re.escape(said)):
+        call(broker)
+    with pytest.raises(TypeError, match=re.escape(said)):
+        asyncio.run(_awaits(server.url, call))
+    assert stored(server) == []
+
+
+@pytest.mark.parametrize("kind", [Broker, AsyncBroker])
+def test_a_setting_that_nobody_knows_is_refused_in_the_words_of_the_broker(kind: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{kind.__name__} has no option 'leese'; did you mean 'lease'\?$"):
+        kind(leese=1)
+    with pytest.raises(TypeError, match=r"plugins must be a list of .*, got <.*Unhooked.*>; write plugins=\[...\]"):
+        kind(plugins=Unhooked())
+
+
+class Unhooked:
+    """A plugin that was given by itself."""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda broker: broker.requeue("q", "abc"), "ids must be a list of job ids, got 'abc'; write [id] for one"),
+        (lambda broker: broker.cancel_many("q", "abc"), "ids must be a list of job ids, got 'abc'"),
+        (lambda broker: broker.cancel_many("q", 7), "ids must be a list of job ids, got 7"),
+        (lambda broker: broker.cancel("q", None), "a job's id is a text, got None"),
+        (lambda broker: broker.show("q", None), "a job's id is a text, got None"),
+        (lambda broker: broker.unschedule(None), "a schedule's name is a text, got None"),
+        (lambda broker: broker.ack(None), "ack takes the Job that claim gave, got None"),
+        (lambda broker: broker.ack("abc"), "ack takes the Job that claim gave, got 'abc'"),
+        (lambda broker: broker.ack_many("abc"), "ack_many takes the Jobs that claim gave, got 'abc'"),
+        (lambda broker: broker.nack("abc"), "nack takes the Job that claim gave, got 'abc'"),
+        (lambda broker: broker.extend(None), "extend takes the Jobs that claim gave, got None"),
+        (lambda broker: broker.release(["abc"]), "release takes the Job that claim gave, got 'abc'"),
+    ],
+)
+def test_what_is_no_job_and_no_list_of_ids_is_refused(
+    call: Callable[[Any], Any], said: str, broker: Broker, server: Server
+) -> None:
+    broker.enqueue("q", b"", id="a")
+    with pytest.raises(InvalidArgument, match=re.escape(said)):
+        call(broker)
+    with pytest.raises(InvalidArgument, match=re.escape(said)):
+        asyncio.run(_awaits(server.url, call))
+    assert broker.stats("q").ready == 1
+
+
+@pytest.mark.parametrize("given", ["relay://", AsyncBroker("relay://127.0.0.1:1/0")])
+def test_what_is_no_blocking_broker_is_refused_where_one_is_needed(given: Any) -> None:
+    for owner, make in (
+        ("Worker", lambda: Worker(given, print, ["q"])),
+        ("drain", lambda: drain(given, print, "q")),
+        ("ScheduleRunner", lambda: ScheduleRunner(given)),
+    ):
+        with pytest.raises(InvalidArgument, match=rf"^{owner} needs a Broker, .*got {re.escape(repr(given))}"):
+            make()
 
 
 @pytest.mark.parametrize("url", [None, 7, b"relay://localhost"])

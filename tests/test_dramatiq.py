@@ -413,6 +413,31 @@ def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(broker: Rel
         second.get_result(backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("host", "write it into url: relay://user:password@host:port/db"),
+        ("heartbeat_timeout", "it is lease here, in seconds"),
+        ("dead_message_ttl", "it is keep_dead here, in seconds"),
+        ("namespace", "it is prefix here"),
+        ("requeue_deadline", "leave it out"),
+    ],
+)
+def test_an_option_of_the_redis_broker_is_told_its_counterpart(option: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"^RelayBroker has no option '{option}' of RedisBroker; {said}"):
+        RelayBroker(**{option: 1})
+
+
+def test_an_unknown_option_is_told_the_nearest_one() -> None:
+    for given, near in (("leese", "lease"), ("metrics_adr", "metrics_addr"), ("max_deliverys", "max_deliveries")):
+        with pytest.raises(TypeError, match=rf"^RelayBroker has no option '{given}'; did you mean '{near}'\?$"):
+            RelayBroker(**{given: 1})
+    with pytest.raises(TypeError, match=r"no option 'ssl_ca_certs'; write it as ssl=\{'ssl_ca_certs': ...\}"):
+        RelayBroker(ssl_ca_certs="x")
+    with pytest.raises(TypeError, match="plugins must be a list"):
+        RelayBroker(plugins=7)  # type: ignore[arg-type]
+
+
 def test_two_brokers_in_one_process_keep_apart(server: Server) -> None:
     one = RelayBroker(url=server.url, prefix="one")
     two = RelayBroker(url=server.url, prefix="two")

@@ -904,6 +904,25 @@ def test_a_plugin_given_twice_is_refused() -> None:
         Plugins([plugin, plugin])
 
 
+def test_the_log_names_a_plugin_by_its_class_or_module(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        @hookimpl
+        def relay_job_acked(self) -> None:
+            raise RuntimeError
+
+    plugins = Plugins([Broken(), Broken()], installed=False)
+    plugins.notify("relay_job_acked", job=None, latency=0.0)
+    first = f"{__name__}.{Broken.__qualname__}"
+    assert [record.args for record in caplog.records] == [(name, "relay_job_acked") for name in (f"{first}#2", first)]
+
+
+def test_a_route_that_is_no_text_is_refused(server: Server) -> None:
+    plugin = impl("relay_route_job", lambda queue: 7)
+    said = r"plugin .*impl.<locals>.Plugin: relay_route_job must return a queue's name or None, got int"
+    with Broker(server.url, plugins=[plugin]) as broker, pytest.raises(PluginError, match=said):
+        broker.enqueue("q", b"")
+
+
 def test_what_was_refused_is_not_registered() -> None:
     found = Plugins(installed=False)
     bad = impl("relay_job_aked", lambda job: None)

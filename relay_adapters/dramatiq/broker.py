@@ -26,12 +26,14 @@ from relay_adapters.dramatiq.heartbeat import Heartbeat, extend
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import JOB_ID, RelayMessage, encoded, with_options
 from relay_adapters.dramatiq.monitoring import Monitoring
+from relay_adapters.dramatiq.options import check_options
 from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
 from relay_core import JobSpec
 from relay_core.errors import RelayError, StoreError, Unavailable
 from relay_core.job import new_id
 from relay_core.keys import LEVELS
 from relay_core.operations.ending import safe_repr
+from relay_core.plugins import listed
 
 PRIORITY = "broker_priority"
 """Actor and message option: 0 to 9, 9 is claimed first. Default 0. What is over 9 counts as 9."""
@@ -75,6 +77,9 @@ class RelayBroker(Broker):
     :param options: those of relay_core.Broker: `prefix`, `lease` (seconds after which the messages of a dead
         worker run again, default 15), `max_deliveries` (default 5), `keep_dead`, `durability`, ...
 
+    Raises InvalidArgument for a value that cannot be, and TypeError for an option that is none, which names the
+    counterpart of one of RedisBroker's.
+
     `core` is the relay_core.Broker underneath: its stats, dead letters, limits and pauses are at hand.
     """
 
@@ -88,7 +93,8 @@ class RelayBroker(Broker):
         metrics_tasks: int = 0,
         **options: Any,
     ) -> None:
-        self.core = relay_core.Broker(url, plugins=[*plugins, Burial(self)], **options)
+        check_options(options)
+        self.core = relay_core.Broker(url, plugins=[*listed(plugins), Burial(self)], **options)
         self._current = _Current()
         batches.install(RelayBroker)
         self._forget_threads()

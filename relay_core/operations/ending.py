@@ -12,7 +12,7 @@ from relay_core.errors import LeaseLost, RelayError
 from relay_core.job import Job, Record
 from relay_core.operations.base import Base
 from relay_core.operations.steps import Flow
-from relay_core.validation import payload_bytes, payload_size, seconds
+from relay_core.validation import check_job, check_jobs, payload_bytes, payload_size, seconds
 
 MAX_ERROR = 4096
 """Bytes of an error text that are kept."""
@@ -57,12 +57,14 @@ class Ending(Base):
     """ack, nack, extend and release."""
 
     def ack_many(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
+        check_jobs("ack_many", jobs)
         verdicts = yield from self._by_queue(jobs, lambda q, batch: commands.ack(q, [ack_of(job) for job in batch]))
         for job, verdict in zip(jobs, verdicts, strict=True):
             self._tell_acked(job, verdict)
         return verdicts
 
     def ack(self, job: Job) -> Flow[None]:
+        check_job("ack", job)
         verdict = yield from self._ack_one(job)
         self._tell_acked(job, verdict)
         if verdict is Verdict.LOST:
@@ -122,6 +124,7 @@ class Ending(Base):
         payload: bytes | None = None,
         lenient: bool = False,
     ) -> Flow[Verdict]:
+        check_job("nack", job)
         item = self.nack_of(job, error, delay, reason=reason, dead=dead, payload=payload)
         (verdict,) = yield commands.nack(self.settings.keys(job.queue), [item])
         self._tell_nacked(job, item, verdict)
@@ -139,6 +142,7 @@ class Ending(Base):
             self._tell_lost(job, "nack")
 
     def extend(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict]]:
+        check_jobs("extend", jobs)
         lease = self.settings.lease if lease is None else seconds("lease", lease, least=0.1, most=86400)
         ms = int(lease * 1000)
         verdicts = yield from self._by_queue(
@@ -150,6 +154,7 @@ class Ending(Base):
         return verdicts
 
     def release(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
+        check_jobs("release", jobs)
         verdicts = yield from self._by_queue(
             jobs, lambda q, batch: commands.release(q, [(job.id, job.token) for job in batch])
         )

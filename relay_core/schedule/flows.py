@@ -96,6 +96,8 @@ def _same(ops: Operations, old: Schedule, new: Schedule) -> bool:
 
 def unschedule(ops: Operations, name: str) -> Flow[bool]:
     """Remove a schedule: whether there was one. No tick of it is enqueued from then on; jobs that are there stay."""
+    if not isinstance(name, str):
+        raise InvalidArgument(f"a schedule's name is a text, got {name!r}")
     now, raw = yield commands.unschedule(ScheduleKeys(ops.settings.prefix), name)
     plan = _plan(name, raw) if raw else None
     if plan is not None:

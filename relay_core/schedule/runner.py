@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+from inspect import iscoroutinefunction
 from typing import Protocol, TypeVar
 
 from relay_core.connection import SyncStore
-from relay_core.errors import RelayError
+from relay_core.errors import InvalidArgument, RelayError
 from relay_core.keys import ScheduleKeys
 from relay_core.operations import Flow, Operations, Settings
 from relay_core.schedule import flows
@@ -41,6 +42,11 @@ class ScheduleRunner:
     """Enqueues the job of each tick when it comes. Run as many of them as you like: each tick gets one job."""
 
     def __init__(self, broker: Driver) -> None:
+        drive = getattr(broker, "drive", None)
+        if drive is None or iscoroutinefunction(drive):
+            raise InvalidArgument(
+                f"ScheduleRunner needs a Broker, got {broker!r}; with an AsyncBroker, await broker.run_due() in a loop"
+            )
         self._broker = broker
         self._bell = broker.store.bell([ScheduleKeys(broker.settings.prefix).alarm])
         self._unread = flows.Unread()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from relay_core.broker import Broker
+from relay_core.broker import Broker, check_blocking
 from relay_core.broker_base import names
 from relay_core.commands import Verdict
 from relay_core.errors import RelayError
@@ -58,6 +58,7 @@ def drain(
     Raises NotDrained, and InvalidArgument for a handler that cannot be one.
     """
     queues = names(queues)
+    check_blocking("drain", broker)
     checked_handler(handler)
     drained = Drained()
     loop = asyncio.new_event_loop() if is_async(handler) else None

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from relay_core.broker import Broker
+from relay_core.broker import Broker, check_blocking
 from relay_core.commands import Nack
 from relay_core.connection import Bell
 from relay_core.errors import InvalidArgument, LayoutError, LeaseLost, RelayError, Unavailable
@@ -85,6 +85,7 @@ class Worker:
         metrics_addr: str | None = None,
         metrics_tasks: int = 0,
     ) -> None:
+        check_blocking("Worker", broker)
         if isinstance(queues, str) or not queues:
             raise InvalidArgument(f"queues must be a list of at least one name, got {queues!r}")
         self.broker = broker

@@ -1,0 +1,40 @@
+"""Options of Dramatiq's RedisBroker, and what stands for them here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from relay_core.broker_base import OPTIONS
+from relay_core.options import refuse_unknown
+
+_OWN = ("middleware", "plugins", "metrics_addr", "metrics_tasks")
+
+_URL = "write it into url: relay://user:password@host:port/db"
+_BY_ITSELF = "leave it out: leases that are over end by themselves, within a second"
+_RETRY = "commands are repeated for retry_for seconds"
+
+_INSTEAD = {
+    **dict.fromkeys(("host", "port", "db", "username", "password"), _URL),
+    "unix_socket_path": "write it into url: relay+unix:///path?db=0",
+    **dict.fromkeys(("client", "connection_pool"), "relay makes its own connections: give url"),
+    "namespace": "it is prefix here",
+    "heartbeat_timeout": "it is lease here, in seconds",
+    "dead_message_ttl": "it is keep_dead here, in seconds",
+    **dict.fromkeys(("maintenance_chance", "requeue_deadline", "requeue_interval"), _BY_ITSELF),
+    "socket_connect_timeout": "it is connect_timeout here",
+    **dict.fromkeys(("retry_on_timeout", "retry_on_error"), _RETRY),
+    **dict.fromkeys(("socket_keepalive", "socket_keepalive_options"), "leave it out: TCP keepalive is on"),
+    "health_check_interval": "leave it out: a connection is looked at before it is used after a rest",
+}
+
+
+def check_options(given: Iterable[str]) -> None:
+    """Raises TypeError for an option that is none, with relay's counterpart of one of RedisBroker's."""
+    for name in given:
+        if name in OPTIONS:
+            continue
+        if name.startswith("ssl_"):
+            raise TypeError(f"RelayBroker has no option {name!r}; write it as ssl={{{name!r}: ...}}")
+        if name in _INSTEAD:
+            raise TypeError(f"RelayBroker has no option {name!r} of RedisBroker; {_INSTEAD[name]}")
+        refuse_unknown("RelayBroker", [name], [*OPTIONS, *_OWN])
