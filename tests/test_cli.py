@@ -10,8 +10,9 @@ from typing import Any
 import click
 import pytest
 
-from relay_core import Broker, hookimpl
+from relay_core import Broker, __version__, hookimpl
 from relay_core.cli.app import COMMANDS, relay
+from relay_core.cli.session import Session
 from relay_core.job import Arrival
 from relay_core.keys import LAYOUT
 from relay_core.migration import Found, Migration, SourceStore
@@ -74,6 +75,33 @@ def test_an_error_is_a_json_document_too_and_a_line_on_stderr(cli: Cli) -> None:
 
 def test_a_misused_option_is_a_json_document_too(cli: Cli) -> None:
     assert "--limit" in cli.json("job", "ls", "-q", "mail", "--limit", "0", code=2)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("stats --limt --json", "--limt"),
+        ("job ls --limt 3 --json", "--limt"),
+        ("--limt stats --json", "--limt"),
+        ("jub --json", "jub"),
+    ],
+)
+def test_what_cannot_be_parsed_is_a_json_document_too(cli: Cli, line: str, said: str) -> None:
+    assert said in json.loads(cli.run(*line.split(), code=2).stdout)["error"]["message"]
+
+
+def test_json_behind_two_dashes_is_an_argument(cli: Cli) -> None:
+    assert cli.run("stats", "--limt", "--", "--json", code=2).stdout == ""
+
+
+def test_the_version_is_an_option_too(cli: Cli) -> None:
+    assert cli.run("--version").stdout == f"relay {__version__}\n"
+    assert cli.json("--version") == {"relay": __version__}
+
+
+def test_the_timeout_holds_for_replies_too() -> None:
+    for given, expected in ((None, 5.0), (0.1, 1.0), (2.0, 2.0), (60.0, 5.0)):
+        assert Session("relay://127.0.0.1:1", timeout=given).open()._store_settings.socket_timeout == expected
 
 
 # --- exit codes

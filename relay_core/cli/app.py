@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from relay_core import __version__
 from relay_core.cli.output import emit
 from relay_core.cli.session import Group, Session, shared_options
 from relay_core.errors import EmbeddedError, InvalidArgument, PluginError, RelayError, Unavailable
@@ -48,7 +49,26 @@ class Relay(click.Group):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.params += shared_options(environment=True)
+        self.params.append(
+            click.Option(
+                ["--version"],
+                is_flag=True,
+                is_eager=True,
+                expose_value=False,
+                callback=_version,
+                help="Say which version of relay this is, and end; `relay version` says more.",
+            )
+        )
         self._extras: Group | None = None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        session = ctx.ensure_object(Session)
+        session.wants_json = "--json" in args[: args.index("--") if "--" in args else None]
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _answer(session, error, error.format_message())
+            raise
 
     def _added(self) -> dict[str, click.Command]:
         """Commands of plugins. Looking for them reads the metadata of all distributions, so it is done late."""
@@ -128,9 +148,20 @@ class Relay(click.Group):
             raise
 
 
+def _version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        session = ctx.ensure_object(Session)
+        if session.wants_json:
+            emit(session, {"relay": __version__})
+        else:
+            click.echo(f"relay {__version__}")
+        ctx.exit()
+
+
 def _answer(session: Session, error: Exception, message: str) -> None:
     """With --json an error is a document too, unless the answer is out already."""
-    if session.json and not session.answered:
+    unread = session.wants_json and isinstance(error, click.UsageError)  # it may come before --json
+    if (session.json or unread) and not session.answered:
         emit(session, {"error": {"type": type(error).__name__, "message": message}})
 
 

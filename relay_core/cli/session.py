@@ -26,6 +26,7 @@ class Session:
     :ivar prefix: what every key begins with
     :ivar json: answer with one JSON document on stdout
     :ivar timeout: seconds for which an unreachable server is tried; None: the command's default
+    :ivar wants_json: `--json` was typed, whether or not the line could be read up to there
     """
 
     url: str = "relay://"
@@ -33,6 +34,7 @@ class Session:
     json: bool = False
     timeout: float | None = None
     answered: bool = False
+    wants_json: bool = False
     _broker: Broker | None = None
 
     def open(self, *, retry_for: float = TIMEOUT, **options: Any) -> Broker:
@@ -41,6 +43,8 @@ class Session:
             if self.timeout is not None:
                 retry_for = self.timeout
                 options.setdefault("connect_timeout", max(self.timeout, 0.1))
+                # of a server that hangs, too; but each script has a second, which the largest on a slow one may need
+                options.setdefault("socket_timeout", min(max(self.timeout, 1.0), TIMEOUT))
             options.setdefault("client_name", "relay-cli")
             self._broker = Broker(self.url, prefix=self.prefix, quiet=self.json, retry_for=retry_for, **options)
         return self._broker
