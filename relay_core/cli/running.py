@@ -204,7 +204,7 @@ def _schedules(broker: Broker) -> Iterator[None]:
         yield
     finally:
         runner.stop()
-        thread.join()
+        thread.join(timeout=1.0)  # one that is held up by its server may be left like this, as a kill would leave it
 
 
 class JobsLost(RelayError):

@@ -57,6 +57,10 @@ def _metrics_server(address: str, broker: Broker, queues: Sequence[str], tasks: 
     return MetricsServer(address, broker, queues, tasks=tasks)
 
 
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
+
+
 class Worker:
     """Runs a handler on the jobs of some queues.
 
@@ -316,8 +320,9 @@ class Worker:
             for queue in () if self._hopeless else self.queues:
                 self._exchange(queue, 0, woken=True)  # a wake-up that came too late is for another worker
         if (running := len(self._held)) and self._stops < 2:
-            jobs, them = ("1 job runs", "it") if running == 1 else (f"{running} jobs run", "them")
-            logger.info("stopping: %s, up to %g s; stop again to hand %s back", jobs, self.grace, them)
+            run, them = ("runs", "it") if running == 1 else ("run", "them")
+            told = f"{_jobs(running)} {run}, up to {self.grace:g} s; stop again to hand {them} back"
+            logger.info("stopping: %s", told)
         deadline = time.monotonic() + self.grace
         while len(self._held) and self._stops < 2 and time.monotonic() < deadline:
             self._news.wait(max(0.0, min(0.5, deadline - time.monotonic())))
@@ -357,7 +362,7 @@ class Worker:
     def _hand_back(self, *, started: bool) -> None:
         """At the end, as `_release` does, and told of."""
         if count := self._release(started=started):
-            logger.info("%d %s handed back", count, "job" if count == 1 else "jobs")
+            logger.info("%s handed back", _jobs(count))
 
     def _release(self, *, started: bool, but: Job | None = None) -> int:
         """Let go of jobs: how many the store has taken back."""
@@ -370,7 +375,7 @@ class Worker:
             with self._asking():
                 return sum(1 for verdict in self.broker.release(jobs) if verdict)
         except RelayError as error:
-            logger.error("%d jobs could not be released, their leases will run out: %s", len(jobs), error)
+            logger.error("not handed back: %s, to run elsewhere once the leases are over: %s", _jobs(len(jobs)), error)
             return 0
 
     @contextmanager
