@@ -145,7 +145,8 @@ def relay_retry_delay(job: Job, error: BaseException | str | None, delay: float)
 def relay_route_job(queue: str, payload: bytes, headers: Mapping[str, str]) -> str | None:
     """The queue that a job goes to instead. First answer that is not None wins; None keeps `queue`.
 
-    What it raises reaches the caller of `enqueue`; nothing was stored.
+    What it raises reaches the caller of `enqueue`, as does a PluginError for an answer that is no text; nothing was
+    stored.
     """
 
 
