@@ -329,7 +329,8 @@ class Worker:
             self._news.forget()
             self._settle()
         if running and self._stops < 2:
-            self._until = time.monotonic() + _FAREWELL
+            # what has run by now shall not run again for want of patience
+            self._until = time.monotonic() + self.broker.store.settings.retry_for
         self._settle(last=True)
 
     def _settle(self, *, last: bool = False) -> None:
