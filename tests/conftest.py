@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Protocol, TypeVar, cast
@@ -22,6 +23,13 @@ from tests.topologies import Cluster, SentinelTrio
 
 # Threads of an adapter live as long as their process. What they log when pytest has ended shall not follow its summary.
 logging.getLogger("relay").addHandler(logging.NullHandler())
+
+
+def pytest_configure() -> None:
+    """Shells have what they start in the background ignore interrupts, and so would all that tests start, and send
+    interrupts to."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

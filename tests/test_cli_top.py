@@ -198,15 +198,10 @@ def on_a_terminal(server: Server, folder: Path, kind: str) -> Iterator[tuple[sub
     """`relay top` on a terminal of this kind (TERM): the process, the terminal, and whether it has shown a text."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 60, 0, 0))
-
-    def log_in() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have what they start in the background ignore it
-
     process = subprocess.Popen(
         [sys.executable, "-m", "relay_core.cli", "top", "--interval", "100ms"],
         cwd=folder, env=environment(server.url) | {"TERM": kind}, stdin=other, stdout=other, stderr=other,
-        start_new_session=True, preexec_fn=log_in,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(other)
     seen = b""

@@ -71,9 +71,9 @@ class Policy:
         other._until = until or self._until
         return other
 
-    def left(self, started: float) -> float:
+    def left(self, started: float, now: float) -> float:
         """Seconds for which a command that was first sent then is still repeated."""
-        return min(started + self.retry_for, self._until()) - time.monotonic()
+        return min(started + self.retry_for, self._until()) - now
 
     def unconfirmed(self, reply: Any, at: Address) -> NotDurable | None:
         """The error for an answer to `confirm` that falls short, else None."""
@@ -241,11 +241,12 @@ def settle(
         yield from _take_in(calls, pairs, first[1], first[0], router)
     while pending := [call for call in calls if not call.done]:
         if any(call.trouble for call in pending):
-            left = policy.left(started)
+            now = time.monotonic()
+            left = policy.left(started, now)
             if left <= 0:
                 for call in pending:
                     if call.trouble:
-                        call.fail(_given_up(call, time.monotonic() - started))
+                        call.fail(_given_up(call, now - started))
                 continue
             yield Pause(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(LONGEST_PAUSE, 2 * pause)
