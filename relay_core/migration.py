@@ -60,8 +60,16 @@ class Migration(click.Command):
 
     :param open: `open(store, **options)`, options being the parsed `params`; no I/O
     :param params: click options of this migration's own; `--from`, `--dry-run` and the shared ones are added
+    :param prefix: `prefix(**options)`, the prefix to move to where `--prefix` names none; None: relay's default
     """
 
-    def __init__(self, name: str, open: Callable[..., Source], help: str, params: Sequence[click.Option] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        open: Callable[..., Source],
+        help: str,
+        params: Sequence[click.Option] = (),
+        prefix: Callable[..., str | None] = lambda **_options: None,
+    ) -> None:
         super().__init__(name, help=help, params=list(params))
-        self.open = open
+        self.open, self.prefix = open, prefix

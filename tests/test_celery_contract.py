@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import kombu
@@ -248,6 +248,43 @@ def test_a_failed_task_of_a_queue_with_a_dead_letter_exchange_goes_there_at_once
     held.task, held.cause = True, ValueError("no")
     message.reject()
     assert engine.stats(name).pending == 0
+    assert got(here, dead) == [1]
+
+
+def test_a_message_that_another_consumer_has_meanwhile_is_no_dead_letter(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    exchange, dead = dead_letter_queue(here)
+    name = queue(here, x_dead_letter_exchange=exchange)
+    send(here, 1, key=name)
+    message = here.default_channel.basic_get(name)
+    held = here.default_channel.leases.get(message.delivery_tag)
+    engine.release(held.job)  # as when its lease is over
+    (elsewhere,) = engine.claim(name)
+    message.reject()
+    assert engine.stats(dead).ready == 0
+    engine.ack(elsewhere)
+
+
+def test_a_reject_holds_up_no_event_loop(here: kombu.Connection, engine: Broker, server: Server) -> None:
+    """Where the server is full, which lets a message leave its queue and takes no dead letter."""
+    exchange, dead = dead_letter_queue(here)
+    name = queue(here, x_dead_letter_exchange=exchange)
+    send(here, 1, key=name)
+    message, store = here.default_channel.basic_get(name), here.default_channel.broker.store
+    hurries: list[float] = []
+
+    @contextmanager
+    def hurried(seconds: float) -> Iterator[None]:
+        hurries.append(seconds)
+        yield
+
+    here.transport._loop = object()
+    store.hurried = hurried
+    message.reject()
+    here.transport._loop = None
+    del store.hurried
+    assert hurries == [0.0]
     assert got(here, dead) == [1]
 
 

@@ -366,6 +366,19 @@ def runs(client: Celery, job: Job) -> Iterator[None]:
         _task_stack.pop()
 
 
+@pytest.mark.since("celery", "5.7")
+def test_the_next_try_that_a_worker_sends_for_a_lost_child_is_the_one_that_the_child_has_sent(
+    kept: Server, broker: Broker, client: Celery, tmp_path: Path
+) -> None:
+    with CeleryWorker(kept.url, tmp_path, "-P", "prefork", "-c", "1"):
+        send(client, "celery", "retry_lost", "t")
+        eventually(lambda: broker.stats("celery").counters.get("processed"), "the next try to be done")
+        eventually(lambda: broker.stats("celery").pending == 0, "nothing to be left")
+    assert lines(tmp_path, start="t") == ["t 0", "t 1"]
+    counters = broker.stats("celery").counters
+    assert (counters["enqueued"], counters["retried"], counters["processed"]) == (1, 1, 1)
+
+
 def test_a_retry_of_another_priority_has_it(kept: Server, broker: Broker, tmp_path: Path) -> None:
     client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "other-priority"})
     client.send_task("pay", [1], task_id="t", priority=9)

@@ -186,11 +186,15 @@ def test_topic_routes_prefixes_and_other_queues_are_told_apart(server: Server, r
         pools.reset()
     cli = Cli(server.url)
     prefixed = ("migrate", "celery-redis", "--from", origin, "--key-prefix", "my[1]*app:")
-    assert cli.json(*prefixed, "--queue", "celery")["migrated"] == 1
-    assert cli.json(*prefixed)["migrated"] == 3
+    assert cli.json(*prefixed, "--queue", "celery", "--prefix", "relay")["migrated"] == 1
+    assert cli.json("--prefix", "relay", *prefixed)["migrated"] == 3
     assert [relay.stats(queue).ready for queue in ("sport", "all", "celery")] == [1, 2, 1]
     assert left(server, "my[[]1[]][*]app:") == []
     assert len(left(server, "my1xapp:")) == 3
+    # where no prefix is named, it is the one that an app with this global_keyprefix reads
+    assert cli.json("migrate", "celery-redis", "--from", origin, "--key-prefix", "my1xapp:")["migrated"] == 4
+    with Broker(server.url, prefix="my1xapp:relay") as there:
+        assert [there.stats(queue).ready for queue in ("sport", "all", "celery")] == [1, 2, 1]
 
 
 def test_tasks_of_one_id_are_all_kept_and_what_is_no_message_is_put_aside(

@@ -573,6 +573,35 @@ def test_an_idle_worker_whose_server_is_away_stops_all_the_same(server: Server) 
         worker.ended(30)
 
 
+def test_what_has_run_is_acked_though_the_server_is_away_at_the_stop(server: Server, gate: Gate) -> None:
+    with Broker(server.url, lease=60, retry_for=600, socket_timeout=0.3) as broker, running(broker, gate) as worker:
+        broker.enqueue("mail", b"")
+        gate.wait_for(1)
+        server.pause()
+        gate.opened.set()
+        eventually(lambda: len(worker.worker._held) == 0, "the job to end")
+        worker.worker.stop()
+        eventually(lambda: 60 < worker.worker._until - time.monotonic() < 601, "the patience for its ack")
+        server.resume()
+        worker.ended(30)
+        assert worker.worker.processed == 1
+        assert broker.stats("mail").pending == 0
+
+
+def test_a_server_that_was_away_at_the_first_stop_is_asked_at_the_second(server: Server, gate: Gate) -> None:
+    with Broker(server.url, lease=60, retry_for=1, socket_timeout=0.3) as broker, running(broker, gate) as worker:
+        broker.enqueue("mail", b"")
+        gate.wait_for(1)
+        server.pause()
+        worker.worker.stop()
+        eventually(lambda: worker.worker._away, "that it is found away")
+        server.resume()
+        eventually(lambda: not worker.worker._away, "that to be the past")
+        worker.worker.stop()
+        worker.ended(30)
+        assert (broker.stats("mail").ready, broker.stats("mail").inflight) == (1, 0)
+
+
 def test_the_log_says_what_a_stop_waits_for_and_what_was_handed_back(
     broker: Broker, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:

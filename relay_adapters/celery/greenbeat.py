@@ -56,6 +56,13 @@ def end() -> None:
 
 def _work(reference: weakref.ref[Leases], beside: object, told: Any, ended: Any) -> None:
     """For as long as that thread keeps these leases. The sockets of gevent, and so its store, are this thread's own."""
+    try:
+        _keep(reference, beside, told)
+    finally:
+        ended.release()
+
+
+def _keep(reference: weakref.ref[Leases], beside: object, told: Any) -> None:
     store: SyncStore | None = None
     pid, over = os.getpid(), False
     while not over and (leases := reference()) is not None and leases.thread is beside and os.getpid() == pid:
@@ -71,7 +78,6 @@ def _work(reference: weakref.ref[Leases], beside: object, told: Any, ended: Any)
     if store is not None:
         store.close()
         sys.modules["gevent"].get_hub().destroy(destroy_loop=True)
-    ended.release()
 
 
 def _impatient(settings: StoreSettings) -> StoreSettings:

@@ -10,7 +10,9 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery import children
@@ -48,10 +50,25 @@ def job_of(lease: Any) -> Job:
     )  # fmt: skip
 
 
+_lent: ContextVar[Any] = ContextVar("relay_lent_lease", default=None)
+
+
+@contextmanager
+def lent(lease: Any) -> Iterator[None]:
+    """For a worker that sends the next try of a task whose process died: the lease is the task's."""
+    token = _lent.set(lease)
+    try:
+        yield
+    finally:
+        _lent.reset(token)
+
+
 def lease_here(headers: Mapping[str, Any]) -> Any:
     """The lease of the task that runs here, where a message with these headers may be its next try; else None."""
     if not headers.get("retries") or (state := sys.modules.get("celery._state")) is None:
         return None
+    if (lease := _lent.get()) is not None:
+        return lease
     task = state.get_current_task()
     return None if task is None else (task.request.properties or {}).get(LEASE)
 

@@ -73,10 +73,15 @@ def relay_register_commands(group: Any) -> None:
         ),
     ]
     help = "Move the messages of a Celery app on Redis: queued ones with their priorities, unacked ones, and ETA tasks."
-    group.add_command(Migration("celery-redis", _open_redis, help, params))
+    group.add_command(Migration("celery-redis", _open_redis, help, params, _prefix))
 
 
 def _open_redis(store: SourceStore, **options: Any) -> Source:
     from relay_adapters.celery.redis_source import RedisSource
 
     return RedisSource(store, **options)
+
+
+def _prefix(key_prefix: str = "", **_options: Any) -> str | None:
+    """An app with this `global_keyprefix` reads another prefix on relay, too."""
+    return f"{key_prefix}relay" if key_prefix else None

@@ -14,7 +14,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.worker.request import Request as Stock
 from celery.worker.state import task_ready
 
-from relay_adapters.celery.inhand import LEASE, lease_of
+from relay_adapters.celery.inhand import LEASE, lease_of, lent
 from relay_adapters.celery.leases import Leases
 from relay_core import Job
 
@@ -101,6 +101,11 @@ class Request(Stock):
         if self.time_start is not None:
             self._ran(time.time() - self.time_start, error)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def _retry_worker_lost(self, *args: Any) -> Any:
+        """Celery 5.7 sends the next try of a task whose process died from here (`retry_on_worker_lost`)."""
+        with lent((self.request_dict.get("properties") or {}).get(LEASE)):
+            return super()._retry_worker_lost(*args)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from relay_adapters.celery.deadletters import DeadLetters
 from relay_adapters.celery.held import Held
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.workerstate import running_tags
-from relay_core import Broker
+from relay_core import Broker, Verdict
 from relay_core.errors import LeaseLost, Unavailable
 
 logger = logging.getLogger("relay.celery")
@@ -48,10 +49,13 @@ class Settling(DeadLetters):
         that keeps the leases does it later."""
         self._unacked.discard(tag)
         held = self.leases.pop(tag)
-        if held is None or held.expected:
+        if held is None or held.expected or held.lost or self.leases.moved(held):
             return
+        # an event loop waits for no server that is away or full: the thread does it later
+        looping = self.connection is not None and self.connection.looping
         try:
-            wait = self._refuse(held, requeue)
+            with self.broker.store.hurried(0.0 if looping else math.inf):
+                wait = self._refuse(held, requeue)
         except Unavailable as error:
             logger.warning("message %s is rejected when the server is there again: %s", held.job.id, error)
             self.leases.refuse_later(held, partial(self._refuse, held, requeue))
@@ -63,12 +67,19 @@ class Settling(DeadLetters):
         """Seconds until the message may come again, or None. Raises Unavailable."""
         try:
             # a failed task, too: who names an exchange for dead letters wants it there, as over AMQP, and not retried
-            if not requeue and self.dead_letter(held.job, "rejected"):
-                return None
+            if not requeue and self._has_dead_letters(held.job.queue):
+                if Verdict.LOST in self.broker.extend(held.job):  # whoever has it now decides
+                    raise LeaseLost(held.job.queue, held.job.id, "dead letter")
+                if self.dead_letter(held.job, "rejected"):
+                    return None
             return failing.refuse(self.broker, held, requeue)
         except LeaseLost as error:
             logger.warning("%s", error)
             return None
+
+    def _has_dead_letters(self, queue: str) -> bool:
+        terms = self.topology.terms(queue)
+        return terms is not None and terms.dead_exchange is not None
 
     def credit_freed(self) -> None:
         if self.connection is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from relay_core.cli.output import emit, plural, printable, progress, table
 from relay_core.cli.session import TIMEOUT, Group, Session, shared_options
@@ -91,6 +92,10 @@ def _command(migration: Migration) -> click.Command:
         url = source_url(origin)
         store = _From(url, settings)
         context.call_on_close(store.close)
+        prefix = migration.prefix(**options)
+        if prefix is not None and not _names_prefix(context):
+            session.prefix = prefix
+            click.echo(f"Moving to the prefix {prefix!r}; name another one with --prefix.", err=True)
         looked_for = " ".join([f"--from {url.safe()}", *_choices(migration, options)])
         left = _run(session, _opened(migration, store, options), dry_run, looked_for)
         if left:
@@ -98,6 +103,15 @@ def _command(migration: Migration) -> click.Command:
 
     params = [origin, *migration.params, dry_run, *shared_options()]
     return click.Command(migration.name, callback=run, help=migration.help, params=params)
+
+
+def _names_prefix(context: click.Context | None) -> bool:
+    """Whether `--prefix` or RELAY_PREFIX was given, here or before the command."""
+    while context is not None:
+        if context.get_parameter_source("prefix") not in (None, ParameterSource.DEFAULT):
+            return True
+        context = context.parent
+    return False
 
 
 def _opened(migration: Migration, store: SyncStore, options: dict[str, Any]) -> Source:

@@ -108,7 +108,7 @@ class Worker:
         self._news = News()
         self._stops = 0
         self._until = math.inf  # monotonic; from then on nothing is repeated
-        self._away = False  # whether the server was, when it was last asked
+        self._away_at: float | None = None  # monotonic; when the server was asked last, if it was away
         self._asked: float | None = None  # monotonic; since when a command is under way
         self._idle = False
         self._mean = 0.0
@@ -296,15 +296,20 @@ class Worker:
         self._asked = time.monotonic()
         try:
             yield
-            self._away = False
+            self._away_at = None
         except _Cut:
-            self._away = True
+            self._away_at = time.monotonic()
             raise Unavailable("given up at the second signal") from None
         except Unavailable:
-            self._away = True
+            self._away_at = time.monotonic()
             raise
         finally:
             self._asked = None
+
+    @property
+    def _away(self) -> bool:
+        """The server was away just now."""
+        return self._away_at is not None and time.monotonic() - self._away_at < _FAREWELL
 
     @property
     def _hopeless(self) -> bool:
@@ -328,7 +333,9 @@ class Worker:
             self._news.wait(max(0.0, min(0.5, deadline - time.monotonic())))
             self._news.forget()
             self._settle()
-        if running and self._stops < 2:
+        self._sort_ended()
+        ran = running or any(acks or nacks for acks, nacks in self._unsent.values())
+        if ran and self._stops < 2:
             # what has run by now shall not run again for want of patience
             self._until = time.monotonic() + self.broker.store.settings.retry_for
         self._settle(last=True)
