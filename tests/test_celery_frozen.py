@@ -44,8 +44,9 @@ class Site:
         self.signal(signal.SIGSTOP, self.children)
         self.send(key)
         eventually(lambda: self.broker.stats("celery").inflight == len(TASKS), "the messages to be fetched")
-        # an answer is another turn of its loop: by then it has written to its children
-        assert self.app.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
+        # each answer is a turn of its loop: in the third one after the tasks came it has written to its children
+        for _ in range(3):
+            assert self.app.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
         self.signal(signal.SIGSTOP, [self.worker.process.pid])
 
     def resume_children(self) -> None:

@@ -36,8 +36,9 @@ def test_what_a_child_begins_when_the_connection_is_lost_runs_once(
             client.send_task(f"tests.celery_app.{name}", [name, "go"])
         client.send_task("tests.celery_app.run", ["waits"])  # for a child that is free
         eventually(lambda: broker.stats("celery").inflight == 3, "the tasks to be fetched")
-        # an answer is another turn of its loop: by then it has written to its children
-        assert client.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
+        # each answer is a turn of its loop: in the third one after the tasks came it has written to its children
+        for _ in range(3):
+            assert client.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
         client.close()
 
         server.cli("CLIENT", "KILL", "TYPE", "normal")
