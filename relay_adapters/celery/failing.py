@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from relay_adapters.celery import burial
 from relay_adapters.celery.held import Held
-from relay_adapters.celery.inhand import NO_LIMIT
+from relay_adapters.celery.inhand import nack_uncounted
 from relay_core import Broker, Verdict
 from relay_core.errors import LeaseLost
 
@@ -32,8 +32,7 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
     job, cause = held.job, held.cause
     if is_returned(held, requeue):
         item = broker.operations.nack_of(job, "requeued by its consumer", 0.0, reason="requeued")
-        _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=NO_LIMIT))])
-        if verdict is Verdict.LOST:
+        if nack_uncounted(broker, job, item) is Verdict.LOST:
             raise LeaseLost(job.queue, job.id, "nack")
         return 0.0
     kind = "" if cause is None else type(cause).__name__

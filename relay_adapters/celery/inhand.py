@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery import children
 from relay_core import Broker, Job, Verdict
+from relay_core.commands import Nack
 from relay_core.job import Options
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ logger = logging.getLogger("relay.celery")
 LEASE = "relay_lease"
 """The property, of the request only. A header would go along with whatever a task sends on with its own headers."""
 
-NO_LIMIT = 10**6
+_NO_LIMIT = 10**6
 """Of retries that are not relay's to count: Celery counts those of its tasks itself."""
 
 _moved: deque[str] = deque(maxlen=1000)
@@ -83,6 +84,12 @@ def retried(lease: Any, queues: Sequence[str], headers: Mapping[str, Any]) -> Jo
     return job if next_try and list(queues) == [job.queue] else None
 
 
+def nack_uncounted(broker: Broker, job: Job, item: Nack) -> Verdict:
+    """Nack a job whose retries are not relay's to count, so that it never goes to dead for them."""
+    _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=_NO_LIMIT))])
+    return verdict
+
+
 def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: float) -> bool:
     """Give the job its new payload and let it wait, in one move that ends its delivery. False: there is no such job.
 
@@ -90,7 +97,7 @@ def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: fl
     dropped. To store it would make two of one task.
     """
     item = broker.operations.nack_of(job, "retried by the task", delay, payload=payload, reason="retry")
-    _acked, (verdict,), _claimed = broker.finish(job.queue, (), [(job, item._replace(max_retries=NO_LIMIT))])
+    verdict = nack_uncounted(broker, job, item)
     if verdict in (Verdict.DONE, Verdict.ALREADY):
         _moved.append(job.token)
         leases.drop(job)

@@ -156,16 +156,19 @@ class Leases:
             held = self._held.get(tag)
             if held is None or held.acked:
                 return False
-            if self.moved(held):
+            over = self.moved(held)
+            if over:
                 del self._held[tag]
                 self._row.done(tag)
-                return False
-            held.acked = True
-            self.owed.ack(held)
-            watching, self._watching = self._watching, True
-        if not watching:
+            else:
+                held.acked = True
+                self.owed.ack(held)
+                watching, self._watching = self._watching, True
+        if over:
+            self.apart.changed()
+        elif not watching:
             self._event.set()
-        return True
+        return not over
 
     def sent(self, taken: Sequence[Held], verdicts: Iterable[Verdict]) -> None:
         """What became of acks that were taken from what is owed."""

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from kombu.utils.imports import symbol_by_name
 
 from relay_adapters.celery.burial import Burial
+from relay_adapters.celery.plugin import prefix_of
 from relay_core import Broker, RetryPolicy
 from relay_core.connection import forks
 from relay_core.errors import InvalidArgument, InvalidUrl, RelayError
@@ -124,8 +125,8 @@ def options_of(client: Any) -> dict[str, Any]:
     given: Mapping[str, Any] = client.transport_options or {}
     _check_names(given)
     options = {name: value for name, value in given.items() if name in _BROKER_OPTIONS}
-    if "prefix" not in given and given.get("global_keyprefix"):
-        options["prefix"] = _prefix(given["global_keyprefix"])
+    if "prefix" not in given and (prefix := prefix_of(given.get("global_keyprefix") or "")) is not None:
+        options["prefix"] = _checked(prefix)
     if "connect_timeout" not in given and given.get("socket_connect_timeout") is not None:
         options["connect_timeout"] = given["socket_connect_timeout"]
     options.setdefault("retry_for", RETRY_IN_LIST if len(client.alt or ()) > 1 else RETRY_FOR)
@@ -149,13 +150,12 @@ def options_of(client: Any) -> dict[str, Any]:
     return options
 
 
-def _prefix(key_prefix: Any) -> str:
+def _checked(prefix: str) -> str:
     """Apps that kombu's redis transport keeps apart by a key prefix stay apart."""
-    prefix = f"{key_prefix}relay"
     if not prefix.isprintable() or set(prefix) & set("{} "):
         raise InvalidArgument(
             f"{_WHERE}['global_keyprefix'] becomes the beginning of relay's prefix, which has no braces or spaces, got "
-            f"{key_prefix!r}; give 'prefix' instead"
+            f"{prefix.removesuffix('relay')!r}; give 'prefix' instead"
         )
     return prefix
 

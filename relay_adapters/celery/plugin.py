@@ -73,7 +73,7 @@ def relay_register_commands(group: Any) -> None:
         ),
     ]
     help = "Move the messages of a Celery app on Redis: queued ones with their priorities, unacked ones, and ETA tasks."
-    group.add_command(Migration("celery-redis", _open_redis, help, params, _prefix))
+    group.add_command(Migration("celery-redis", _open_redis, help, params, prefix_of))
 
 
 def _open_redis(store: SourceStore, **options: Any) -> Source:
@@ -82,6 +82,6 @@ def _open_redis(store: SourceStore, **options: Any) -> Source:
     return RedisSource(store, **options)
 
 
-def _prefix(key_prefix: str = "", **_options: Any) -> str | None:
-    """An app with this `global_keyprefix` reads another prefix on relay, too."""
+def prefix_of(key_prefix: str = "", **_options: Any) -> str | None:
+    """Relay's prefix of an app with this `global_keyprefix`; None: the default."""
     return f"{key_prefix}relay" if key_prefix else None
