@@ -214,6 +214,18 @@ def test_a_suspect_that_celery_does_not_start_lets_others_through_after_a_while(
     leases.hand_back([tag])
 
 
+def test_a_suspect_whose_task_ended_its_delivery_wakes_who_waits_for_it(store: Broker) -> None:
+    leases, woken = Leases(store), list[bool]()
+    store.enqueue("q", b"")
+    job = store.claim("q")[0]
+    leases.add(tag := new_tag(job), job)
+    assert leases.apart.take(tag, lambda: woken.append(leases.apart.shut))
+    leases.drop(job)  # as its retry does
+    assert not leases.ack_later(tag)
+    assert woken == [False]
+    store.ack(job)
+
+
 def test_a_heartbeat_that_comes_late_says_so(
     store: Broker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
