@@ -65,11 +65,11 @@ def job_ids(ids: Any) -> Sequence[str]:
     """Ids of jobs, in a list."""
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise InvalidArgument(f"ids must be a list of job ids, got {_shown(ids)}; write [id] for one")
-    ids = list(ids)
-    for id in ids:
+    found: list[str] = list(ids)
+    for id in found:
         if not isinstance(id, str):
             raise InvalidArgument(f"a job's id is a text, got {_shown(id)}")
-    return ids  # type: ignore[no-any-return]
+    return found
 
 
 def check_job(move: str, job: Any) -> None:

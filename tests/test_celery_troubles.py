@@ -15,11 +15,11 @@ import pytest
 from celery import Celery
 from celery.worker.request import Request as Stock
 
-from relay_adapters.celery import burial, worker
+from relay_adapters.celery import burial, inhand, worker
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.request import Request
 from relay_adapters.celery.tags import new_tag
-from relay_core import Broker, Job
+from relay_core import Broker, Job, Verdict, hookimpl
 from relay_core.connection import forks
 from relay_core.errors import Unavailable
 from relay_core.job import Options
@@ -214,13 +214,50 @@ def test_a_suspect_that_celery_does_not_start_lets_others_through_after_a_while(
     leases.hand_back([tag])
 
 
+@pytest.mark.parametrize("verdict", [Verdict.DONE, Verdict.LOST])
+def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
+    tcp_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, verdict: Verdict
+) -> None:
+    lost: list[str] = []
+
+    class Watcher:
+        @hookimpl
+        def relay_lease_lost(self, move: str) -> None:
+            lost.append(move)
+
+    with Broker(tcp_server.url, plugins=[Watcher()]) as broker:
+        leases, finish = Leases(broker), broker.finish
+        broker.enqueue("q", b"")
+        (job,) = broker.claim("q")
+        leases.add(tag := new_tag(job), job)
+        if verdict is Verdict.LOST:
+            broker.release(job)
+
+        def crossed(*args: Any) -> Any:
+            answer = finish(*args)
+            leases.extend()
+            return answer
+
+        monkeypatch.setattr(broker, "finish", crossed)
+        assert inhand.put_back(broker, leases, job, b"", 60.0)
+        held = leases.get(tag)
+        assert held is not None
+        assert held.moved is (verdict is Verdict.DONE)
+        assert lost == ([] if verdict is Verdict.DONE else ["nack"])
+        assert ("while it was held" in caplog.text) is False
+        if verdict is Verdict.LOST:
+            leases.extend()
+            assert lost == ["nack", "extend"]
+        leases.pop(tag)
+
+
 def test_a_suspect_whose_task_ended_its_delivery_wakes_who_waits_for_it(store: Broker) -> None:
     leases, woken = Leases(store), list[bool]()
     store.enqueue("q", b"")
     job = store.claim("q")[0]
     leases.add(tag := new_tag(job), job)
     assert leases.apart.take(tag, lambda: woken.append(leases.apart.shut))
-    leases.drop(job)  # as its retry does
+    leases.moving(job, True)  # as its retry does
     assert not leases.ack_later(tag)
     assert woken == [False]
     store.ack(job)

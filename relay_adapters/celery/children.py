@@ -106,6 +106,11 @@ class Board:
 
         return run
 
+    def moving(self, begun: bool) -> None:
+        """In a child: the task that runs is about to end its delivery by itself, or could not."""
+        if self._running is not None:
+            self.memory[_does(self._running)] = MOVED if begun else RUNS
+
     def _end(self, how: int) -> None:
         """In a child: the delivery that runs is over, or its task is."""
         if self._running is not None:
@@ -201,6 +206,12 @@ def install(prefork: Any) -> None:
 def here() -> bool:
     """True in a child of a prefork pool."""
     return _child == os.getpid()
+
+
+def moving(begun: bool) -> None:
+    """In a child, by the task that it runs: it is about to end its delivery, or could not."""
+    if here() and _board is not None:
+        _board.moving(begun)
 
 
 def moved() -> None:

@@ -97,10 +97,17 @@ def put_back(broker: Broker, leases: Leases, job: Job, payload: bytes, delay: fl
     dropped. To store it would make two of one task.
     """
     item = broker.operations.nack_of(job, "retried by the task", delay, payload=payload, reason="retry")
-    verdict = nack_uncounted(broker, job, item)
-    if verdict in (Verdict.DONE, Verdict.ALREADY):
+    done = False
+    leases.moving(job, True)
+    children.moving(True)
+    try:
+        done = nack_uncounted(broker, job, item) in (Verdict.DONE, Verdict.ALREADY)
+    finally:
+        if not done:
+            leases.moving(job, False)
+            children.moving(False)
+    if done:
         _moved.append(job.token)
-        leases.drop(job)
         children.moved()
         return True
     stored = broker.show(job.queue, job.id)

@@ -104,12 +104,13 @@ class Leases:
         self.apart.changed()
         return held
 
-    def drop(self, job: Job) -> None:
-        """A delivery was ended by the task itself."""
+    def moving(self, job: Job, begun: bool) -> None:
+        """A task is about to end its delivery by itself, or could not. Said before it does: a heartbeat that crosses
+        its move finds no lease any more, and that is no loss."""
         with self._lock:
             for held in self._held.values():
                 if held.job.id == job.id and held.job.token == job.token:
-                    held.moved = held.expected = True
+                    held.moved = begun
 
     def moved(self, held: Held) -> bool:
         """Whether the task that ran ended the delivery by itself, here or in a pool's child."""
@@ -318,12 +319,14 @@ class Leases:
         with self._lock:
             batch = [held for held in self._held.values() if not (held.lost or self.moved(held))]
         until = time.monotonic() + self.broker.settings.lease
-        verdicts = self.broker.extend([held.job for held in batch]) if batch else []
+        operations = self.broker.operations
+        verdicts = self.broker.drive(operations.extend([held.job for held in batch], tell=False)) if batch else []
         for held, verdict in zip(batch, verdicts, strict=True):
             if verdict is not Verdict.LOST:
                 held.until = until
-            elif self._held.get(held.tag) is held and not (held.acked or held.expected):
+            elif self._held.get(held.tag) is held and not (held.acked or held.expected or self.moved(held)):
                 held.lost = True
+                operations.tell_lost(held.job, "extend")
                 self._row.lost(held.tag)
                 _warn_lost(held, "its lease was lost while it was held")
         with self._lock:

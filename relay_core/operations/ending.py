@@ -84,9 +84,10 @@ class Ending(Base):
             if self.plugins.wants("relay_job_acked"):
                 self.plugins.notify("relay_job_acked", job=job, latency=job.age())
         elif verdict is Verdict.LOST:
-            self._tell_lost(job, "ack")
+            self.tell_lost(job, "ack")
 
-    def _tell_lost(self, job: Job, move: str) -> None:
+    def tell_lost(self, job: Job, move: str) -> None:
+        """The plugins hear of a lease that was over before its move."""
         self.plugins.notify("relay_lease_lost", queue=job.queue, id=job.id, move=move)
 
     def nack_of(
@@ -139,9 +140,10 @@ class Ending(Base):
         elif verdict is Verdict.DEAD:
             self.plugins.notify("relay_job_dead", job=job, reason=item.reason, error=error)
         elif verdict is Verdict.LOST:
-            self._tell_lost(job, "nack")
+            self.tell_lost(job, "nack")
 
-    def extend(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict]]:
+    def extend(self, jobs: Sequence[Job], lease: float | None = None, tell: bool = True) -> Flow[list[Verdict]]:
+        """:param tell: False: the caller tells the plugins of those that were lost"""
         check_jobs("extend", jobs)
         lease = self.settings.lease if lease is None else seconds("lease", lease, least=0.1, most=86400)
         ms = int(lease * 1000)
@@ -149,8 +151,8 @@ class Ending(Base):
             jobs, lambda q, batch: commands.extend(q, [(job.id, job.token) for job in batch], ms)
         )
         for job, verdict in zip(jobs, verdicts, strict=True):
-            if verdict is Verdict.LOST:
-                self._tell_lost(job, "extend")
+            if tell and verdict is Verdict.LOST:
+                self.tell_lost(job, "extend")
         return verdicts
 
     def release(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
@@ -160,7 +162,7 @@ class Ending(Base):
         )
         for job, verdict in zip(jobs, verdicts, strict=True):
             if verdict is Verdict.LOST:
-                self._tell_lost(job, "release")
+                self.tell_lost(job, "release")
         return verdicts
 
     def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Verdict]]:
