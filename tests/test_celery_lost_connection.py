@@ -122,6 +122,32 @@ def test_a_child_that_is_frozen_as_it_is_about_to_start_holds_nobody_up(held: He
     assert not board.may_start(tag), "when it looks later"
 
 
+def test_to_hand_back_a_server_that_was_just_away_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stops does so channel by channel, and would wait for each."""
+    with Server("redis", tcp=True) as own, Broker(own.url, retry_for=0.1, socket_timeout=0.1) as broker:
+        leases, here, flush, waited = Leases(broker), threading.get_ident(), Leases.flush, []
+        broker.enqueue_many("q", [b"1", b"2"])
+        tags = []
+        for job in broker.claim("q", 2):
+            tags.append(new_tag(job))
+            leases.add(tags[-1], job)
+
+        def flushes(self: Leases) -> None:
+            waited.append(threading.get_ident())
+            flush(self)
+
+        monkeypatch.setattr(Leases, "flush", flushes)
+        own.pause()
+        leases.hand_back(tags[:1])
+        assert here in waited
+        waited.clear()
+        leases.hand_back(tags[1:])
+        assert here not in waited
+        own.resume()
+        eventually(lambda: broker.stats("q").ready == 2, "both to be handed back")
+        eventually(lambda: not leases.owed.away, "the server to be known as there")
+
+
 @pytest.mark.parametrize("macos", [False, True])
 def test_who_is_handed_the_descriptor_of_the_shared_memory_shares_it(
     macos: bool, monkeypatch: pytest.MonkeyPatch

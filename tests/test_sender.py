@@ -99,6 +99,22 @@ def test_a_server_that_is_gone_is_told_of_when_the_reply_is_taken() -> None:
             take()
 
 
+def test_a_server_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for the reply is a part of the time for which a command is repeated."""
+    again: list[Any] = []
+    with Server("valkey", tcp=True) as own, Broker(own.url, retry_for=0.2, socket_timeout=0.2) as broker:
+        sender = broker.store.sender()
+        broker.stats("q")
+        begun(broker, sender)()
+        own.pause()
+        take = begun(broker, sender)
+        monkeypatch.setattr(broker.store, "_exchange", lambda *args: again.append(args))
+        with pytest.raises(Unavailable, match="may have been executed"):
+            take()
+        assert again == []
+        own.resume()
+
+
 def test_each_server_of_a_cluster_has_a_connection_of_its_own(cluster: Cluster) -> None:
     with Broker(cluster.url) as broker:
         queues = [f"q{n}" for n in range(12)]

@@ -205,8 +205,8 @@ class Leases:
 
         :param started: also what was started, and is being ended without an answer; but not what a pool's child has
             run to its end, though this process has not heard of it yet: its ack comes
-        :param wait: until the server has been told. False: the thread tells it, for one that is away would hold up an
-            event loop that has others to turn to
+        :param wait: until the server has been told, unless it was away just now. False: the thread tells it, for one
+            that is away would hold up an event loop that has others to turn to
         """
         with self._lock:
             found = [held for tag in tags if (held := self._held.get(tag)) is not None]
@@ -218,7 +218,7 @@ class Leases:
         self.apart.changed()
         if not gone:
             return  # a server that is away is not waited for on account of what it was owed before
-        if not wait:
+        if self.owed.away or not wait:
             self._event.set()
             return
         try:

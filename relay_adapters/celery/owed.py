@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from relay_adapters.celery.held import Held
 from relay_core import Broker, Job, Verdict
+from relay_core.errors import Unavailable
 
 LINGER = 0.01
 """Seconds for which an ack may be pending, so that many go in one round trip."""
@@ -17,12 +18,16 @@ _MOST = 200
 
 
 class Owed:
-    """Acks by queue, releases and refusals. For any thread."""
+    """Acks by queue, releases and refusals. For any thread.
+
+    :ivar away: True while the server could not be told of them when that was tried last
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._paying = 0
+        self.away = False
         self._acks: dict[str, list[Held]] = {}
         self._acks_since = 0.0
         self._releases: list[Job] = []
@@ -102,6 +107,10 @@ class Owed:
             self._paying += 1
         try:
             self._pay(broker, acked, refused)
+            self.away = False
+        except Unavailable:
+            self.away = True
+            raise
         finally:
             with self._lock:
                 self._paying -= 1

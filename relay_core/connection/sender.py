@@ -52,12 +52,12 @@ class Sender:
     def result(self, command: Command[T]) -> T:
         """What `parse` makes of the reply to the command that was sent. Waits for it, and repeats the command, as `run`
         would, and raises the same."""
-        outcome = None
+        outcome, started = None, time.monotonic()
         if self._to is not None:
             outcome = self._failed or self._links[self._to].receive(1)
             if outcome.failure is None and not isinstance(reply := outcome.replies[0], Exception):
                 return command.parse(reply, False)
-        return self._store.settle(command, time.monotonic(), self._sent_at, self._to, outcome)
+        return self._store.settle(command, started, self._sent_at, self._to, outcome)
 
     def rest(self) -> None:
         """Between two commands: close what the server has closed, which a loop would find readable again and again."""
