@@ -262,7 +262,7 @@ def test_a_delay_waits_in_the_store_and_is_never_cut_short(face: Face, operator:
         face.send("later", delay=0.7)
         face.send("now")
         eventually(lambda: "now" in notes.bodies, "a run of what is not delayed")
-        assert depths(operator)[1:3] == (1, 0) or "later" in notes.bodies
+        assert depths(operator)[1] == 1 or "later" in notes.bodies  # the ack of the other one may be on its way
         all_over(operator)
     assert notes.bodies == ["now", "later"]
     assert notes.times["later"] - sent > 0.69  # the store counts in whole milliseconds
