@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import types
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.connection import resolve_aliases
+from kombu.exceptions import ChannelError
 
+from relay_adapters.celery.kombu_alias import NAMES
 from relay_core import Broker
 from tests.celery_workers import ROOT, CeleryWorker, client_of, lines, results_of
 from tests.command_line import Cli
@@ -101,6 +105,32 @@ def test_flower_shows_workers_tasks_and_queue_lengths(site: Site, flower: Flower
     finally:
         site.broker.resume("celery")
         site.broker.purge("celery", ("delayed",))
+
+
+def test_celery_exporter_counts_what_waits_and_who_consumes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for its module, which is on no package index, and what that asks a connection."""
+    for name in NAMES:  # as it was before, afterwards
+        monkeypatch.setitem(resolve_aliases, name, name)
+    module = types.ModuleType("src.exporter")
+    monkeypatch.setitem(sys.modules, "src.exporter", module)
+    with site.app.connection() as connection:
+        assert connection.transport.driver_name == "relay-queue"
+        assert connection.info()["transport"] == "relay", "a project's own module of that name"
+    vars(module).update(dict.fromkeys(("Exporter", "queue_length", "rabbitmq_queue_length")))
+    site.broker.pause("celery")
+    try:
+        result = site.app.send_task("tests.celery_app.add", (1, 1))
+        with site.app.connection() as connection:
+            channel = connection.default_channel
+            assert connection.info()["transport"] == "amqp"
+            found = channel.queue_declare(queue="celery", passive=True)
+            assert (found.message_count, found.consumer_count) == (1, 1)
+            with pytest.raises(ChannelError) as refused:
+                channel.queue_declare(queue="nowhere", passive=True)
+            assert "NOT_FOUND" in refused.value.message
+    finally:
+        site.broker.resume("celery")
+    assert result.get(timeout=20) == 2
 
 
 def test_flower_controls_a_worker(site: Site, flower: Flower) -> None:

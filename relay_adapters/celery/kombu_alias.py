@@ -5,15 +5,16 @@ module is there for that. An error here would break every program that uses komb
 kombu's own table, and guards even that. SERIALIZER is a serializer that nobody asks for.
 """
 
+# with their topologies too: kombu looks these up when it switches to the next URL of a failover list
+NAMES = [word + kind for word in ("relay", "relays") for kind in ("", "+unix", "+sentinel", "+cluster")]
+
 
 def _add_aliases():  # type: ignore[no-untyped-def]
     try:
         from kombu.transport import TRANSPORT_ALIASES
 
-        # with their topologies too: kombu looks these up when it switches to the next URL of a failover list
-        kinds = ("", "+unix", "+sentinel", "+cluster")
-        for alias in [word + kind for word in ("relay", "relays") for kind in kinds]:
-            TRANSPORT_ALIASES.setdefault(alias, "relay_adapters.celery.transport:Transport")
+        for name in NAMES:
+            TRANSPORT_ALIASES.setdefault(name, "relay_adapters.celery.transport:Transport")
     except Exception:  # whatever kombu becomes, it must go on without us
         return
 
