@@ -84,7 +84,9 @@ _AUTH: tuple[type[Exception], ...] = (
 _REPLIES: tuple[type[Exception], ...] = (redis_errors.ResponseError, redis_errors.BusyLoadingError, *_AUTH)
 _TOO_MANY = "max number of clients reached"
 
-LOST: tuple[type[Exception], ...] = (redis_errors.RedisError, OSError, asyncio.TimeoutError)
+_TIMED_OUT: tuple[type[Exception], ...] = (TimeoutError, asyncio.TimeoutError)  # the same from Python 3.11 on
+
+LOST: tuple[type[Exception], ...] = (redis_errors.RedisError, OSError, *_TIMED_OUT)
 """What a network and a protocol raise. Anything else comes from elsewhere, such as the soft time limit of a task, which
 a handler of signals raises wherever the thread happens to be: it is for the caller, and the connection is closed."""
 
@@ -109,7 +111,7 @@ def tls_hint(error: BaseException, tls: bool, kind: str = "") -> str:
     :param kind: what follows the first word of the URL's scheme, such as `+cluster`
     """
     causes = (error, error.__context__)
-    if tls and any(isinstance(one, TimeoutError) or "WRONG_VERSION" in str(one) for one in causes):
+    if tls and any(isinstance(one, _TIMED_OUT) or "WRONG_VERSION" in str(one) for one in causes):
         return f"; if the server speaks no TLS there, use relay{kind}:// in place of relays{kind}://"
     told = "closed by server" in str(error) or "CERTIFICATE_REQUIRED" in str(error)
     if told or any(isinstance(one, _CLOSED) for one in causes):
@@ -151,7 +153,7 @@ def judge_connect(error: BaseException, at: str) -> Judgement:
     if isinstance(cause, (FileNotFoundError, PermissionError)) and not at.startswith("unix:"):
         problem = StoreError(f"{at}: a file named by an ssl_ option cannot be read: {cause}")
         return Judgement(Verdict.PERMANENT, str(error), error=problem)
-    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)):
+    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError, *_TIMED_OUT)):
         return Judgement(Verdict.NOT_EXECUTED, _words(error))
     problem = StoreError(f"{at}: cannot connect: {type(error).__name__}: {error}")
     return Judgement(Verdict.PERMANENT, str(error), error=problem)
