@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -110,3 +111,31 @@ def test_a_suspect_that_waits_goes_back_uncounted_when_its_consumer_closes(broke
     there.ack(running)
     assert key_of(next(there)) == "t1", "the gate is open"
     there.close()
+
+
+def test_a_suspect_that_waits_goes_back_uncounted_when_its_worker_ends(broker: RelayBroker, server: Server) -> None:
+    started, let_go = threading.Event(), threading.Event()
+
+    @dramatiq.actor(actor_name="any", broker=broker, queue_name="there")
+    def long(key: str) -> None:
+        started.set()
+        let_go.wait(60)
+
+    left_by_a_dead_worker(broker, server, "here", "s0")
+    broker.core.pause("here")
+    send(broker, "there", "t0")
+    worker = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
+    worker.start()
+    assert started.wait(10)
+    broker.core.resume("here")
+    eventually(lambda: broker.core.stats("here").inflight == 1, "the suspect to be claimed")
+    stop = threading.Thread(target=worker.stop)
+    stop.start()
+    try:
+        eventually(lambda: broker.core.stats("here").ready == 1, "the suspect to be handed back")
+        assert stop.is_alive()
+        [job] = broker.core.jobs("here", "ready")
+        assert job.deliveries == 1
+    finally:
+        let_go.set()
+        stop.join(30)

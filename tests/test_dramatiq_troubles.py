@@ -472,3 +472,46 @@ def test_acks_that_a_worker_could_not_send_when_it_ended_are_sent_when_its_broke
     broker.close()
     with relay_core.Broker(server.url) as core:
         assert [core.stats(one.queue_name).counters["processed"] for one in held] == [1, 1]
+
+
+def test_a_worker_that_ends_leaves_to_others_what_it_has_not_started(server: Server) -> None:
+    let_go, started = threading.Event(), threading.Event()
+    ran: list[tuple[str, str]] = []
+    old, new = new_broker(server.url), new_broker(server.url)
+    for broker, name in ((old, "old"), (new, "new")):
+
+        def note(what: str, name: str = name) -> None:
+            ran.append((name, what))
+
+        def long() -> None:
+            started.set()
+            let_go.wait(60)
+
+        dramatiq.actor(note, broker=broker)
+        dramatiq.actor(long, broker=broker)
+    old.enqueue(message(name="long"))
+    old.enqueue(message("fetched", name="note"))
+    worker = dramatiq.Worker(old, worker_threads=1, worker_timeout=100)
+    worker.start()
+    assert started.wait(10)
+    eventually(lambda: old.held() == 2, "one runs, one is fetched")
+    stop = threading.Thread(target=worker.stop)
+    stop.start()
+    try:
+        eventually(lambda: old.held() == 1, "what was fetched is handed back")
+        for n in range(4):
+            new.enqueue(message(f"later {n}", name="note"))
+        with running(new):
+            eventually(lambda: len(ran) == 5, "the others run elsewhere, while the old worker is still busy")
+        assert stop.is_alive()
+        assert new.core.stats("default").counters["claimed"] == 1 + 1 + 5, "nor has it claimed any"
+    finally:
+        let_go.set()
+        stop.join(30)
+    assert {name for name, _what in ran} == {"new"}
+    assert new.core.stats("default").inflight == 0
+    with running(old):
+        old.enqueue(message("again", name="note"))
+        eventually(lambda: ran[-1] == ("old", "again"), "another worker of the same broker claims as ever")
+    old.close()
+    new.close()

@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dramatiq.broker import Broker
-from dramatiq.common import current_millis
+from dramatiq.common import current_millis, iter_queue
 from dramatiq.errors import QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, SkipMessage
+from dramatiq.worker import Worker
 
 import relay_core
 from relay_adapters.dramatiq import batch as batches
@@ -292,17 +293,19 @@ class RelayBroker(Broker):
         if signal == "worker_boot":
             self._monitoring.boot(args[0])
         elif signal == "worker_shutdown":
-            self._errors.worker_ends()
+            self._errors.worker_ends(args[0])
         super().emit_before(signal, *args, **kwargs)
         if signal == "process_message":
             self._monitoring.run_started(args[0])
+        elif signal == "worker_shutdown":
+            self._hand_back(args[0])
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         """Dramatiq's signals. During `after_process_message`, an enqueue of that message is its retry."""
         if signal in ("process_message", "skip_message"):
             self._monitoring.run_ended(args[0], kwargs.get("exception"))
         elif signal == "worker_shutdown":
-            self._errors.worker_ended()
+            self._errors.worker_ended(args[0])
             self._monitoring.shutdown(args[0])
         if signal == "process_message" and isinstance(args[0], RelayMessage):
             current = self._current
@@ -313,6 +316,19 @@ class RelayBroker(Broker):
                 current.message = None
         elif signal != "skip_message" or not isinstance(args[0], RelayMessage) or not args[0].lease.lost:
             super().emit_after(signal, *args, **kwargs)
+
+    def _hand_back(self, worker: Worker) -> None:
+        """What a worker that ends has fetched and not started. Dramatiq would keep it until the last message is done,
+        which may take as long as `--worker-shutdown-timeout`, ten minutes by default."""
+        waiting: dict[str, list[Any]] = {}
+        for item in iter_queue(worker.work_queue):  # type: ignore[no-untyped-call]
+            message = item[1] if isinstance(item, tuple) else item.message  # a tuple before Dramatiq 2.2
+            waiting.setdefault(message.queue_name, []).append(message)
+        for queue_name, messages in waiting.items():
+            try:
+                worker.consumers[queue_name].requeue_messages(messages)
+            except Exception as error:  # it is to stop all the same, and their leases end
+                self.logger.warning("what was fetched of queue %r is not handed back: %s", queue_name, error)
 
     def held(self) -> int:
         """How many messages this process has claimed and not yet settled."""

@@ -54,7 +54,8 @@ class RelayConsumer(Consumer):
         self._holding: Holding = Holding()
         self._buffer: deque[Lease] = deque()
         # Dramatiq's own consumer threads come back for more or close; whoever else iterates may do neither.
-        self._steady = isinstance(threading.current_thread(), _ConsumerThread)
+        self._thread = threading.current_thread()
+        self._steady = isinstance(self._thread, _ConsumerThread)
         self._attending = False
         self._closed = False
         # Until then only a wake-up can bring work: an idle worker listens, and asks nothing.
@@ -70,7 +71,9 @@ class RelayConsumer(Consumer):
         deadline = time.monotonic() + self.timeout / 1000
         with self._errors:
             while True:
-                if self._suspect is not None and self._line.gate.is_clear():
+                if self._ends() and (self._buffer or self._suspect is not None):
+                    self._give_up()
+                elif self._suspect is not None and self._line.gate.is_clear():
                     self._buffer.append(self._suspect)
                     self._suspect = None
                 elif self._buffer and self._line.gate.is_shut:
@@ -170,12 +173,23 @@ class RelayConsumer(Consumer):
         self._quiet_until = 0.0
         self._release(leases)
 
+    def _give_up(self) -> None:
+        """Hand back all that was not given out."""
+        if self._suspect is not None:
+            self._buffer.append(self._suspect)
+            self._suspect = None
+        self._hand_back()
+
+    def _ends(self) -> bool:
+        """Whether its worker does: that one starts nothing any more, though it may run for long."""
+        return self._errors.ends(self._thread)
+
     def _due(self) -> bool:
         return self._suspect is not None and self._line.gate.is_clear()
 
     def _pass_on(self) -> None:
-        """A wake-up that a shut gate keeps this consumer from following is for another process."""
-        if self._woken and self._line.gate.is_shut:
+        """A wake-up that this consumer does not follow, for a shut gate or its worker's end, is for another process."""
+        if self._woken and (self._line.gate.is_shut or self._ends()):
             self._core.finish(self.queue_name, (), (), 0, woken=True)
             self._woken = False
 
@@ -193,7 +207,7 @@ class RelayConsumer(Consumer):
                 self._line.leave()
 
     def _free(self) -> int:
-        if self._line.gate.is_shut:
+        if self._line.gate.is_shut or self._ends():
             return 0
         return min(self.prefetch - len(self._holding) - self._line.left_running(), MAX_BATCH)
 
@@ -277,12 +291,9 @@ class RelayConsumer(Consumer):
             return
         self._closed = self._holding.closed = True
         self._attend(False)
-        if self._suspect is not None:
-            self._buffer.append(self._suspect)
-            self._suspect = None
         try:
             try:
-                self._hand_back()
+                self._give_up()
             finally:
                 if not self._errors.in_vain:
                     with self._errors:

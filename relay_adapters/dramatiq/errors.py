@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from threading import Thread
+from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
 
 from relay_core.errors import RelayError, StoreError, Unavailable
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
 
 logger = logging.getLogger("relay.dramatiq")
 
@@ -38,7 +43,7 @@ class WorkerErrors(DramatiqErrors):
     kinds = (Unavailable, StoreError)
 
     def __init__(self) -> None:
-        self._ending = False
+        self._ending: list[Worker] = []
         self.in_vain = False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -47,10 +52,15 @@ class WorkerErrors(DramatiqErrors):
             logger.warning("what this worker holds is not handed back, but runs when its leases have ended: %s", error)
         super().__exit__(kind, error, trace)
 
-    def worker_ends(self) -> None:
-        """A worker was told to stop."""
-        self._ending = True
+    def worker_ends(self, worker: Worker) -> None:
+        """It was told to stop."""
+        self._ending.append(worker)
 
-    def worker_ended(self) -> None:
+    def worker_ended(self, worker: Worker) -> None:
         """Nothing of it is left."""
-        self._ending = self.in_vain = False
+        self._ending = [other for other in self._ending if other is not worker]
+        self.in_vain = False
+
+    def ends(self, thread: Thread) -> bool:
+        """Whether this is a consumer thread of a worker that ends."""
+        return any(thread in list(worker.consumers.values()) for worker in self._ending)
