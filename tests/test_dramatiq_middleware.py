@@ -100,6 +100,26 @@ def test_the_signals_of_declaring_and_of_a_worker_are_those_of_a_redis_broker_bu
     assert "after_worker_boot" in seen[1]
 
 
+def test_a_message_that_middleware_puts_in_the_place_of_another_is_the_one_that_runs(broker: RelayBroker) -> None:
+    ran: list[str] = []
+
+    class Decrypt(dramatiq.Middleware):
+        def before_process_message(self, broker: Any, message: Any) -> None:
+            message._message = message.copy(args=("plain",))  # Dramatiq offers no other way
+
+    @dramatiq.actor(max_retries=1, min_backoff=1, max_backoff=1)
+    def work(text: str) -> None:
+        ran.append(text)
+        raise ValueError("no")
+
+    broker.add_middleware(Decrypt())
+    work.send("secret")
+    finish(broker)
+    assert ran == ["plain", "plain"]
+    [letter] = broker.core.dead("default")
+    assert dramatiq.Message.decode(letter.payload).args == ("plain",)
+
+
 # retries, as the user configures them
 
 

@@ -63,8 +63,6 @@ class RelayMessage(MessageProxy):
 
     def __init__(self, message: Message[Any], lease: Lease, holding: Holding) -> None:
         super().__init__(message)
-        # Dramatiq looks these up some twenty times for each message, and its proxy finds each the long way
-        self.__dict__.update(vars(message))
         self.lease = lease
         self.pending: Nack | None = None
         self.exception: BaseException | None = None
@@ -74,6 +72,17 @@ class RelayMessage(MessageProxy):
     def __lt__(self, other: object) -> bool:
         """Before Dramatiq 2.2 a worker asks messages of one priority which is to run first: the one that came first."""
         return not isinstance(other, RelayMessage) or self._arrival < other._arrival
+
+    @property
+    def _message(self) -> Message[Any]:
+        return self._proxied
+
+    @_message.setter
+    def _message(self, message: Message[Any]) -> None:
+        """Set by MessageProxy, and by middleware that puts another one in its place."""
+        self._proxied = message
+        # Dramatiq looks these up some twenty times for each message, and its proxy finds each the long way
+        self.__dict__.update(vars(message))
 
     @property
     def settled(self) -> bool:
