@@ -11,7 +11,7 @@ import dramatiq
 import pytest
 from dramatiq.encoder import JSONEncoder
 from dramatiq.errors import ConnectionClosed
-from dramatiq.middleware import Middleware
+from dramatiq.middleware import Middleware, SkipMessage
 
 import relay_core
 from relay_adapters.dramatiq import RelayBroker
@@ -515,3 +515,30 @@ def test_a_worker_that_ends_leaves_to_others_what_it_has_not_started(server: Ser
         eventually(lambda: ran[-1] == ("old", "again"), "another worker of the same broker claims as ever")
     old.close()
     new.close()
+
+
+def test_middleware_that_heard_of_a_message_hears_that_it_is_skipped_though_its_lease_was_lost_meanwhile(
+    broker: RelayBroker,
+) -> None:
+    @dramatiq.actor(broker=broker, actor_name="any")
+    def work() -> None:
+        heard.append("run")
+
+    class Skip(Middleware):
+        def before_process_message(self, broker: Any, message: Any) -> None:
+            if not skipped:
+                skipped.append(message)
+                message.lease.lost = True  # as a heartbeat finds it
+                raise SkipMessage
+
+        def after_skip_message(self, broker: Any, message: Any) -> None:
+            broker.core.release([message.lease.job])  # at once, not after its lease
+
+    skipped: list[Any] = []
+    heard = signals_of(broker)
+    broker.add_middleware(Skip())
+    broker.enqueue(message())
+    with running(broker, threads=1):
+        broker.join("default", timeout=20_000)
+    ours = ("before_process_message", "after_skip_message", "run", "after_process_message")
+    assert [name for name in heard if name in ours] == [ours[0], ours[1], ours[0], ours[2], ours[3]]

@@ -314,7 +314,7 @@ class RelayBroker(Broker):
                 super().emit_after(signal, *args, **kwargs)
             finally:
                 current.message = None
-        elif signal != "skip_message" or not isinstance(args[0], RelayMessage) or not args[0].lease.lost:
+        elif signal != "skip_message" or not isinstance(args[0], RelayMessage) or not args[0].unheard:
             super().emit_after(signal, *args, **kwargs)
 
     def _hand_back(self, worker: Worker) -> None:
@@ -341,6 +341,7 @@ class RelayBroker(Broker):
         except RelayError:
             message.lease.lost = True  # not so in the store, perhaps: then the lease ends there by itself
         if message.lease.lost:
+            message.unheard = True
             raise SkipMessage(f"the lease of job {message.lease.job.id} was lost before it started")
 
     def close(self) -> None:

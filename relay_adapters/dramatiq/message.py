@@ -58,6 +58,7 @@ class RelayMessage(MessageProxy):
     """A message with its lease.
 
     :ivar pending: a retry that could not be sent when the message failed; it takes the place of the ack
+    :ivar unheard: True where it was skipped before any middleware heard of it, so that none is to hear of its end
     :ivar exception: what the worker reported of the run, or None
     """
 
@@ -65,6 +66,7 @@ class RelayMessage(MessageProxy):
         super().__init__(message)
         self.lease = lease
         self.pending: Nack | None = None
+        self.unheard = False
         self.exception: BaseException | None = None
         self._holding = holding
         self._arrival = next(_arrivals)
