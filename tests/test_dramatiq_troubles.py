@@ -542,3 +542,15 @@ def test_middleware_that_heard_of_a_message_hears_that_it_is_skipped_though_its_
         broker.join("default", timeout=20_000)
     ours = ("before_process_message", "after_skip_message", "run", "after_process_message")
     assert [name for name in heard if name in ours] == [ours[0], ours[1], ours[0], ours[2], ours[3]]
+
+
+def test_a_worker_that_has_ended_takes_nothing_of_a_queue_that_is_declared_later(broker: RelayBroker) -> None:
+    ran: list[int] = []
+    with running(broker, threads=1):
+        pass
+    dramatiq.actor(ran.append, broker=broker, actor_name="any", queue_name="later")
+    for n in range(6):
+        broker.enqueue(message(n, queue="later"))
+    with running(broker, threads=1):
+        broker.join("later", timeout=20_000)
+    assert sorted(ran) == list(range(6))

@@ -305,7 +305,7 @@ class RelayBroker(Broker):
         if signal in ("process_message", "skip_message"):
             self._monitoring.run_ended(args[0], kwargs.get("exception"))
         elif signal == "worker_shutdown":
-            self._errors.worker_ended(args[0])
+            self._errors.worker_ended()
             self._monitoring.shutdown(args[0])
         if signal == "process_message" and isinstance(args[0], RelayMessage):
             current = self._current

@@ -43,7 +43,8 @@ class WorkerErrors(DramatiqErrors):
     kinds = (Unavailable, StoreError)
 
     def __init__(self) -> None:
-        self._ending: list[Worker] = []
+        self._ending = False
+        self._stopped: list[Worker] = []  # no leak: a broker keeps its workers among its middleware
         self.in_vain = False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -54,13 +55,14 @@ class WorkerErrors(DramatiqErrors):
 
     def worker_ends(self, worker: Worker) -> None:
         """It was told to stop."""
-        self._ending.append(worker)
+        self._ending = True
+        self._stopped.append(worker)
 
-    def worker_ended(self, worker: Worker) -> None:
+    def worker_ended(self) -> None:
         """Nothing of it is left."""
-        self._ending = [other for other in self._ending if other is not worker]
-        self.in_vain = False
+        self._ending = self.in_vain = False
 
     def ends(self, thread: Thread) -> bool:
-        """Whether this is a consumer thread of a worker that ends."""
-        return any(thread in list(worker.consumers.values()) for worker in self._ending)
+        """Whether this is a consumer thread of a worker that was told to stop, which may be long ago: Dramatiq starts
+        one in each worker that there was, when a queue is declared."""
+        return any(thread in list(worker.consumers.values()) for worker in self._stopped)
