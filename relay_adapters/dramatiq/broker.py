@@ -322,6 +322,7 @@ class RelayBroker(Broker):
         which may take as long as `--worker-shutdown-timeout`, ten minutes by default."""
         waiting: dict[str, list[Any]] = {}
         for item in iter_queue(worker.work_queue):  # type: ignore[no-untyped-call]
+            worker.work_queue.task_done()  # who joins the worker does not wait for it any more
             message = item[1] if isinstance(item, tuple) else item.message  # a tuple before Dramatiq 2.2
             waiting.setdefault(message.queue_name, []).append(message)
         for queue_name, messages in waiting.items():

@@ -44,7 +44,7 @@ class WorkerErrors(DramatiqErrors):
 
     def __init__(self) -> None:
         self._ending = False
-        self._stopped: list[Worker] = []  # no leak: a broker keeps its workers among its middleware
+        self._left: set[object] = set()  # work queues; no leak, for a broker keeps its workers among its middleware
         self.in_vain = False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -56,7 +56,7 @@ class WorkerErrors(DramatiqErrors):
     def worker_ends(self, worker: Worker) -> None:
         """It was told to stop."""
         self._ending = True
-        self._stopped.append(worker)
+        self._left.add(worker.work_queue)
 
     def worker_ended(self) -> None:
         """Nothing of it is left."""
@@ -65,4 +65,4 @@ class WorkerErrors(DramatiqErrors):
     def ends(self, thread: Thread) -> bool:
         """Whether this is a consumer thread of a worker that was told to stop, which may be long ago: Dramatiq starts
         one in each worker that there was, when a queue is declared."""
-        return any(thread in list(worker.consumers.values()) for worker in self._stopped)
+        return getattr(thread, "work_queue", None) in self._left
