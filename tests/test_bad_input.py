@@ -490,6 +490,23 @@ def test_a_payload_that_a_plugin_cannot_decode_goes_to_dead_as_it_is_stored(serv
         assert [job.payload for job in mended.claim("mail")] == [b"bad"]
 
 
+def test_a_spoiled_job_that_cannot_be_ended_takes_no_others_with_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(server.url, plugins=[PickyDecoder()]) as broker:
+
+        def refused(*_: object, **__: object) -> None:
+            raise Unavailable("gone")
+
+        monkeypatch.setattr(broker.operations, "nack", refused)
+        broker.enqueue_many("mail", [b"one", b"bad"])
+        jobs = broker.claim("mail", count=10)
+        assert [job.payload for job in jobs] == [b"ONE"]
+        broker.enqueue("mail", b"bad")
+        with pytest.raises(Unavailable):
+            broker.claim("mail")
+
+
 def test_a_decoder_that_returns_no_bytes_spoils_only_its_job(server: Server) -> None:
     class Wrong:
         @hookimpl
@@ -709,6 +726,16 @@ def test_a_blocked_claim_learns_of_a_newer_layout_when_it_is_woken(broker: Broke
     server.cli("ZADD", keys.marker, 0, "w")
     with pytest.raises(LayoutError):
         broker.claim("mail", wait=30.0)
+
+
+def test_a_queue_that_refuses_a_claim_takes_no_jobs_of_another_with_it(broker: Broker, server: Server) -> None:
+    ids = [broker.enqueue(queue, b"").id for queue in ("mail", "newer")]
+    server.cli("HSET", broker.settings.keys("newer").config, "v", 99)
+    jobs = broker.claim(["mail", "newer"], count=2)
+    assert [job.id for job in jobs] == ids[:1]
+    broker.ack(jobs[0])
+    with pytest.raises(LayoutError):
+        broker.claim(["mail", "newer"], count=2)
 
 
 # --- receipts that are not, or no longer, good

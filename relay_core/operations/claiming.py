@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from relay_core import commands
 from relay_core.commands import ClaimReply, Finish, Grant, LongWay, Nack, Verdict
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import InvalidArgument, InvalidRecord
+from relay_core.errors import InvalidArgument, InvalidRecord, RelayError
 from relay_core.job import NO_OPTIONS, Claimed, Job, Record
 from relay_core.operations.ending import Ending, ack_of, are_plain
 from relay_core.operations.settings import Settings
@@ -38,7 +38,12 @@ class Claiming(Ending):
         while True:
             found = Claimed()
             for queue in queues:
-                got = yield from self._claim_one(queue, count - len(found), woken)
+                try:
+                    got = yield from self._claim_one(queue, count - len(found), woken)
+                except RelayError:
+                    if not found:
+                        raise
+                    break  # what is leased by now must reach its worker; the next claim meets the error again
                 found.extend(got)
                 if got.limited:
                     found.limited = got.limited
@@ -104,7 +109,12 @@ class Claiming(Ending):
             if tell:
                 self.plugins.notify("relay_job_claimed", job=job)
         for job, problem in spoiled:
-            yield from self.nack(job, problem, reason="undecodable", dead=True, lenient=True)
+            try:
+                yield from self.nack(job, problem, reason="undecodable", dead=True, lenient=True)
+            except RelayError:
+                if not jobs:
+                    raise
+                break  # their leases end by themselves; those of the others must reach their worker
         return jobs
 
     def _job(self, queue: str, grant: Grant, now_ms: int, sent: float) -> tuple[Job, str]:
