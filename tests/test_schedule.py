@@ -387,6 +387,15 @@ def test_a_full_server_refuses_a_tick_which_comes_when_there_is_room(server: Ser
         assert [id for _name, _queue, id in broker.run_due().enqueued] == [f"a@{tick}"]
 
 
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_schedule_can_be_removed_when_memory_is_full(server: Server) -> None:
+    with Broker(server.url, retry_for=0.0) as broker:
+        broker.schedule("a", "q", every=60.0)
+        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        assert broker.unschedule("a")
+        assert server.cli("ZCARD", broker.settings.keys("q").ticks) == 1, "ticks that are on their way are shut out"
+
+
 def test_a_client_whose_clock_is_a_day_off_changes_nothing(
     broker: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

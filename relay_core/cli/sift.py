@@ -115,7 +115,7 @@ class Run:
     def __init__(self, broker: Broker, verb: str, pick: Filter, *, resume: bool) -> None:
         self._broker = broker
         self._pick = pick
-        self._key = broker.settings.keys(pick.queue).bulk
+        self._keys = broker.settings.keys(pick.queue)
         self._now = known(broker, pick.queue).now
         since = None if pick.since is None else pick.since.text
         self._name = json.dumps([verb, pick.task, pick.error, since])
@@ -174,18 +174,18 @@ class Run:
                 self._point = page.end
                 note(page.looked_at)
                 page = None if most is not None and tally.done >= most else next(reading, None)
-        self._broker.store.raw("HDEL", self._key, self._name)
+        self._broker.store.raw("HDEL", self._keys.bulk, self._name)
         return tally
 
     def _saved(self) -> dict[str, Any] | None:
         """What is stored of this run; runs that were given up long ago are forgotten."""
-        flat = self._broker.store.raw("HGETALL", self._key)
+        flat = self._broker.store.raw("HGETALL", self._keys.bulk)
         found = {name.decode(): json.loads(text) for name, text in zip(flat[::2], flat[1::2], strict=True)}
         old = [name for name, saved in found.items() if self._now - float(saved["began"]) > _KEPT]
         if old:
-            self._broker.store.raw("HDEL", self._key, *old)
+            self._broker.store.raw("HDEL", self._keys.bulk, *old)
         return None if self._name in old else found.get(self._name)
 
     def _save(self, done: int) -> None:
         text = json.dumps({"at": self._point, "done": done, "began": self._began})
-        self._broker.store.raw("HSET", self._key, self._name, text)
+        self._broker.store.run(commands.bookmark(self._keys, self._name, text))

@@ -27,12 +27,13 @@ from relay_core.commands.moves import (
     reap,
     release,
 )
-from relay_core.commands.schedules import Due, advance, due, schedule, tick, unschedule
+from relay_core.commands.schedules import Due, advance, due, retire, schedule, tick, unschedule
 from relay_core.commands.upkeep import (
     Adopted,
     QueueStats,
     adopt,
     audit,
+    bookmark,
     cancel,
     configure,
     delete_queue,
@@ -68,6 +69,7 @@ __all__ = [
     "advance",
     "audit",
     "beat",
+    "bookmark",
     "cancel",
     "claim",
     "claim_one",
@@ -86,6 +88,7 @@ __all__ = [
     "reap",
     "release",
     "requeue",
+    "retire",
     "roster",
     "scan",
     "schedule",

@@ -59,6 +59,11 @@ def unschedule(s: ScheduleKeys, name: str) -> Command[tuple[int, bytes]]:
     return Command(scripts.load("unschedule"), (s.plans, s.next_ticks), (name,), parse)
 
 
+def retire(q: QueueKeys, name: str, until_ms: int) -> Command[int]:
+    """The queue takes no tick of a schedule up to this moment any more."""
+    return Command(scripts.load("retire"), (q.ticks,), (name, until_ms), lambda reply, _resent: int(reply))
+
+
 def advance(s: ScheduleKeys, name: str, plan: bytes, done_ms: int, tick_ms: int) -> Command[bool]:
     """A schedule waits for its next tick: False when its plan or tick is not what was seen."""
     args = (name, plan, done_ms, tick_ms)

@@ -202,6 +202,11 @@ def scan(
     return Command(scripts.load("scan"), keys, args, parse)
 
 
+def bookmark(q: QueueKeys, run: str, place: str) -> Command[int]:
+    """Keep how far a bulk run came."""
+    return Command(scripts.load("bookmark"), (q.bulk,), (run, place), lambda reply, _resent: int(reply))
+
+
 def drop(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
     """Dead jobs leave the store: True per id that was dead."""
     keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters)

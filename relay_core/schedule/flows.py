@@ -108,7 +108,7 @@ def unschedule(ops: Operations, name: str) -> Flow[bool]:
 def _retire(ops: Operations, plan: Plan, until_ms: int) -> Flow[None]:
     """A process that read the plan and was held up cannot store ticks of it any more."""
     q = ops.settings.keys(plan.schedule.queue)
-    yield Raw(("ZADD", q.ticks, "GT", until_ms, plan.schedule.name))
+    yield commands.retire(q, plan.schedule.name, until_ms)
 
 
 def schedules(ops: Operations) -> Flow[list[Scheduled]]:
