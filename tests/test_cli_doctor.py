@@ -16,9 +16,9 @@ from tests.servers import AclServer, Server, eventually, free_port
 from tests.topologies import Cluster
 
 
-def findings(cli: Cli, code: int) -> dict[str, tuple[str, str]]:
+def findings(cli: Cli, code: int, *options: str) -> dict[str, tuple[str, str]]:
     """Check -> (level, detail); of several servers the last."""
-    told: Any = cli.json("doctor", code=code)
+    told: Any = cli.json(*options, "doctor", code=code)
     assert told["ok"] is (code == 0)
     return {row["check"]: (row["level"], row["detail"]) for row in told["checks"]}
 
@@ -67,6 +67,17 @@ def test_snapshots_alone_are_a_warning_that_shows_them(server: Server) -> None:
         server.cli("CONFIG", "SET", "save", "")
     assert level == "warn"
     assert "900 1" in detail
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_memory_that_is_full_is_no_server_that_is_away(server: Server) -> None:
+    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    found = findings(Cli(server.url), 1, "--timeout", "0.1")
+    assert found["reachable"][0] == "ok"
+    assert found["memory"][0] == "warn"
+    level, detail = found["write"]
+    assert level == "error"
+    assert "maxmemory" in detail
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
