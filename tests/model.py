@@ -88,11 +88,7 @@ class Model:
 
     def enqueue(self, job: ModelJob, delay: int, resent: bool) -> int | str:
         """1 stored, 0 that id is taken, else the id that holds the dedup key."""
-        holder = None
-        if job.dedup_key and job.id not in self.jobs:
-            holder, until = self.dedup.get(job.dedup_key, (None, None))
-            if until is not None and until <= self.now:
-                holder = None
+        holder = self._holder(job.dedup_key) if job.id not in self.jobs else None
         if job.id in self.jobs or holder == job.id or (resent and job.id in {id for id, _token in self.finished}):
             return 0
         if holder is not None:
@@ -108,6 +104,11 @@ class Model:
             self.ready[job.level].append(job.id)
         self.counters["enqueued"] += 1
         return 1
+
+    def _holder(self, key: str) -> str | None:
+        """The id that has a dedup key, unless that key's time is over."""
+        holder, until = self.dedup.get(key, (None, None))
+        return None if until is not None and until <= self.now else holder
 
     def _bury(self, job: ModelJob, flag: str) -> None:
         job.flag = flag
@@ -282,6 +283,8 @@ class Model:
                 job = self.jobs[id]
                 job.deliveries, job.fence_and_nonce, job.retries, job.flag = 0, "", 0, "r"
                 self.ready[job.level].append(id)
+                if job.dedup_key and not job.dedup_units and self._holder(job.dedup_key) is None:
+                    self.dedup[job.dedup_key] = (id, None)
                 self.counters["requeued"] += 1
         return answers
 

@@ -132,6 +132,19 @@ def test_a_dedup_key_is_taken_until_its_job_is_over(broker: Broker, key: str, en
     assert not broker.enqueue("q", b"x", dedup_key=key).duplicate
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_a_job_that_is_requeued_takes_its_dedup_key_again_where_that_is_free(broker: Broker, key: str) -> None:
+    first = broker.enqueue("q", b"x", dedup_key=key)
+    broker.nack(broker.claim("q")[0], dead=True)
+    assert broker.requeue("q") == 1
+    assert broker.enqueue("q", b"x", dedup_key=key) == Enqueued(first.id, duplicate=True)
+    broker.nack(broker.claim("q")[0], dead=True)
+    second = broker.enqueue("q", b"x", dedup_key=key)
+    assert not second.duplicate
+    assert broker.requeue("q") == 1
+    assert broker.enqueue("q", b"x", dedup_key=key) == Enqueued(second.id, duplicate=True)
+
+
 def test_a_timed_dedup_key_is_taken_for_its_time_whether_the_job_is_done_or_not(broker: Broker) -> None:
     first = broker.enqueue("q", b"x", dedup_key="k", dedup_for=0.6)
     broker.ack(broker.claim("q")[0])

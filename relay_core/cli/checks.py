@@ -202,9 +202,7 @@ def _round_trip(broker: Broker) -> Iterator[Finding]:
         else:
             yield Finding("write", "error", f"a job was stored, but not claimed and acked: {jobs.limited or verdicts}")
     except (StoreError, Unavailable) as error:
-        broker.store.raw(
-            "PING"
-        )  # a server that is away is another finding than one whose memory is full
+        broker.store.raw("PING")  # a server that is away is another finding than one whose memory is full
         yield Finding("write", "error", f"a job could not be stored, claimed and acked: {error}")
     try:
         _empty(broker, q)

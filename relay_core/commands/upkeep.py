@@ -148,7 +148,7 @@ def show(q: QueueKeys, ids: Sequence[str]) -> Command[list[StoredJob | None]]:
 
 def requeue(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
     """Dead jobs become ready again: True per id that was dead."""
-    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.marker, *q.ready)
+    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.marker, q.dedup, q.dedup_expiry, *q.ready)
     return Command(scripts.load("requeue"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
 
 

@@ -1,14 +1,20 @@
--- dedup: free a dedup key that is held until its job is done
+-- dedup: a dedup key that is held until its job is done
 -- uses: dedup
+-- dedup_of(record): the key that the record names, or nil; none where the key is timed
 -- free_dedup(id, key): frees the key when this job holds it
--- free_dedup_of(id, record): the same, for the key that the record names; timed keys stay
+-- free_dedup_of(id, record): the same, for the key that the record names
+local function dedup_of(record)
+  local options = record and string.match(record, '^%d+ %d %d+ ([^\n]*"dedup_key"[^\n]*)\n')
+  if not options then return end
+  local fine, parsed = pcall(cjson.decode, options)
+  if fine and not parsed.dedup_ms then return parsed.dedup_key end
+end
+
 local function free_dedup(id, key)
   if redis.call('HGET', dedup, key) == id then redis.call('HDEL', dedup, key) end
 end
 
 local function free_dedup_of(id, record)
-  local options = record and string.match(record, '^%d+ %d %d+ ([^\n]*"dedup_key"[^\n]*)\n')
-  if not options then return end
-  local fine, parsed = pcall(cjson.decode, options)
-  if fine and parsed.dedup_key and not parsed.dedup_ms then free_dedup(id, parsed.dedup_key) end
+  local key = dedup_of(record)
+  if key then free_dedup(id, key) end
 end
