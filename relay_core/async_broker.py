@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,23 +24,31 @@ from relay_core.validation import JobSpec
 
 T = TypeVar("T")
 
+_FAREWELL = 1.0
+"""Seconds for which `close` waits until jobs are handed back, where the server is away."""
+
 
 class AsyncBroker(BrokerBase):
     """The asyncio broker: the methods of Broker, to be awaited. One per event loop."""
 
     _store: AsyncStore | None = None
+    _returning: set[asyncio.Future[None]]
+    """What hands back jobs that nobody waits for any more."""
 
     @property
     def store(self) -> AsyncStore:
         """The connection, opened at its first use."""
         if self._store is None:
             self._bells: dict[tuple[bytes, ...], list[AsyncBell]] = {}
+            self._returning = set()
             self._store = AsyncStore(self.address(), self._store_settings)
         return self._store
 
     async def close(self) -> None:
         """Give back all connections, and the embedded server."""
         if self._store is not None:
+            if mine := [task for task in self._returning if task.get_loop() is asyncio.get_running_loop()]:
+                await asyncio.wait(mine, timeout=_FAREWELL)
             for bells in self._bells.values():
                 for bell in bells:
                     await bell.close()
@@ -120,8 +129,48 @@ class AsyncBroker(BrokerBase):
         return await self.drive(adoption.adopt(self.operations, arrivals))
 
     async def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
-        """See Broker.claim."""
-        return await self.drive(self.operations.claim(names(queues), count, wait))
+        """See Broker.claim. What is on its way to a task that is cancelled is handed back, uncounted."""
+        flow = self.operations.claim(names(queues), count, wait)
+        rung: bool | None = None
+        while True:
+            asked = asyncio.ensure_future(self._until_wait(flow, rung))
+            try:
+                found = await asyncio.shield(asked)
+            except asyncio.CancelledError:
+                self._hand_back(asked)
+                raise
+            if isinstance(found, Claimed):
+                return found
+            rung = await self._wait(found)
+
+    async def _until_wait(self, flow: Flow[Claimed], answer: Any) -> Claimed | Wait:
+        """Carry out a claim up to its end, or to where it waits for work."""
+        try:
+            step = flow.send(answer)
+            while not isinstance(step, Wait):
+                try:
+                    answer = await self._perform(step)
+                except RelayError as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(answer)
+            return step
+        except StopIteration as stop:
+            found: Claimed = stop.value
+            return found
+
+    def _hand_back(self, asked: asyncio.Future[Claimed | Wait]) -> None:
+        """Nobody else knows of the leases that a cancelled task was about to get."""
+
+        async def release() -> None:
+            with suppress(RelayError):
+                found = await asked
+                if isinstance(found, Claimed) and found:
+                    await self.release(found)
+
+        task = asyncio.ensure_future(release())
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
 
     async def ack(self, job: Job) -> None:
         """See Broker.ack."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from relay_core import AsyncBroker
 from relay_core.broker import Broker
 from relay_core.job import Claimed
 from relay_core.validation import JobSpec
@@ -198,3 +201,31 @@ def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broke
         thread.join(40)
         assert [job.queue for job in found[0]] == [queue]
         assert time.monotonic() - began < 3.0
+
+
+def test_a_task_that_is_cancelled_in_a_claim_takes_no_lease_with_it(
+    broker: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut_short() -> None:
+        async with AsyncBroker(server.url, lease=60.0) as consumer:
+            (first,) = await consumer.claim("q")  # the connection is open from here on, the levels in use are known
+            await consumer.ack(first)
+            sent, run = asyncio.Event(), consumer.store.run
+
+            async def telling(command: Any) -> Any:
+                sent.set()
+                return await run(command)
+
+            monkeypatch.setattr(consumer.store, "run", telling)
+            server.pause()
+            task = asyncio.ensure_future(consumer.claim("q", wait=30.0))
+            await sent.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            server.resume()
+
+    broker.enqueue_many("q", [b"", b""])
+    asyncio.run(cut_short())
+    (job,) = broker.claim("q")
+    assert job.deliveries == 1
