@@ -1,5 +1,6 @@
 #!lua
--- requeue: dead jobs become ready again, with their retries and deliveries counted anew, and their dedup keys where these are free
+-- requeue: dead jobs become ready again, with their retries and deliveries counted anew; each takes its dedup key where
+--   that is free
 -- KEYS[1] c HASH settings
 -- KEYS[2] x ZSET id, score = time of death, unix ms
 -- KEYS[3] j HASH id -> record
