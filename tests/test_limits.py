@@ -44,6 +44,16 @@ def test_two_brokers_keep_to_one_rate_and_are_told_when_to_ask_again(broker: Bro
     assert len(other.claim("q", 10)) == 7
 
 
+def test_a_rate_that_is_set_again_as_it_was_fills_no_bucket(broker: Broker) -> None:
+    broker.enqueue_many("q", [b"x"] * 10)
+    broker.limit("q", rate=0.01, burst=3)
+    assert len(broker.claim("q", 10)) == 3
+    broker.limit("q", rate=0.01, burst=3, max_inflight=100)
+    assert broker.claim("q", 10).limited == "rate"
+    broker.limit("q", rate=0.02, burst=3)
+    assert len(broker.claim("q", 10)) == 3
+
+
 def test_a_rate_refills_as_time_passes(broker: Broker) -> None:
     broker.limit("q", rate=10.0, burst=1)
     broker.enqueue_many("q", [b"x"] * 3)

@@ -10,13 +10,15 @@ local layout, args = ARGV[1], ARGV
 local found = redis.call('HGET', config, 'v')
 --@include layout
 for at = 2, #args, 2 do
+  -- a changed rate starts with a full bucket; the same one is set again by each process that starts, perhaps
+  if args[at] == 'rate' and args[at + 1] ~= (redis.call('HGET', config, 'rate') or '') then
+    redis.call('HDEL', config, 'tokens', 'stamp')
+  end
   if args[at + 1] == '' then
     redis.call('HDEL', config, args[at])
   else
     redis.call('HSET', config, args[at], args[at + 1])
   end
-  -- a changed rate starts with a full bucket
-  if args[at] == 'rate' then redis.call('HDEL', config, 'tokens', 'stamp') end
 end
 -- claims read the settings below only where `gate` says that there are any
 local set = redis.call('HMGET', config, 'paused', 'rate', 'max_inflight')
