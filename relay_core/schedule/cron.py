@@ -50,7 +50,10 @@ class Cron:
 
     def after(self, ms: int) -> int:
         """The first tick after this moment. Both are unix ms."""
-        at, offset = _EPOCH + timedelta(milliseconds=ms), self._offset(_EPOCH + timedelta(milliseconds=ms))
+        start = at = _EPOCH + timedelta(milliseconds=ms)
+        offset, before = self._offset(at), self._offset(at - timedelta(days=1))
+        if self._once and before < offset and at < self._change(at, before) + offset - before:
+            offset = before  # times in the hour that is left out are still to come
         wall = at + offset  # what the clock on the wall shows, labelled as UTC
         while True:
             wall = self._walls(wall)
@@ -64,7 +67,7 @@ class Cron:
             if self._once and wall < change + later:
                 return round((at - _EPOCH).total_seconds() * 1000)  # in the hour that is left out
             offset = later
-            wall = change + offset - timedelta(milliseconds=1)
+            wall = max(change - timedelta(milliseconds=1), start) + offset
 
     def _walls(self, wall: datetime) -> datetime:
         """The next time on the wall, in ignorance of changes of the clock."""
