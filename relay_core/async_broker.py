@@ -129,7 +129,7 @@ class AsyncBroker(BrokerBase):
         return await self.drive(adoption.adopt(self.operations, arrivals))
 
     async def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
-        """See Broker.claim. What is on its way to a task that is cancelled is handed back, uncounted."""
+        """See Broker.claim."""
         flow = self.operations.claim(names(queues), count, wait)
         rung: bool | None = None
         while True:

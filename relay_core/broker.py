@@ -168,7 +168,7 @@ class Broker(BrokerBase):
 
     def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
         """Lease jobs for the broker's `lease`. An empty answer says in `limited` and `retry_after` whether a limit or a
-        pause held work back.
+        pause held work back. What is on its way to a task that is cancelled (AsyncBroker) is handed back.
 
         :param queues: asked in their order
         :param count: at most so many jobs, 1 to 200. Default 1

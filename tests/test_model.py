@@ -385,8 +385,10 @@ class Queue(RuleBasedStateMachine):
     @rule(rate=st.booleans(), burst=st.integers(1, 3), max_inflight=st.sampled_from([None, None, 1, 3]), twice=lost)
     def limit(self, rate: bool, burst: int, max_inflight: int | None, twice: bool) -> None:
         def move(_resent: bool) -> None:
+            if rate != self.model.rate:
+                self.model.tokens = None
             self.model.rate, self.model.burst = rate, burst
-            self.model.max_inflight, self.model.tokens = max_inflight, None
+            self.model.max_inflight = max_inflight
 
         per_second = 1000 / UNIT if rate else None
         changes = limits(per_second, burst if rate else None, max_inflight)
