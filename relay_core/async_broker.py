@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
@@ -133,12 +133,8 @@ class AsyncBroker(BrokerBase):
         flow = self.operations.claim(names(queues), count, wait)
         rung: bool | None = None
         while True:
-            asked = asyncio.ensure_future(self._until_wait(flow, rung))
-            try:
-                found = await asyncio.shield(asked)
-            except asyncio.CancelledError:
-                self._hand_back(asked)
-                raise
+            asking = self._until_wait(flow, rung)
+            found = await self._to_its_end(asking, lambda end: [] if isinstance(end, Wait) else end)
             if isinstance(found, Claimed):
                 return found
             rung = await self._wait(found)
@@ -159,18 +155,26 @@ class AsyncBroker(BrokerBase):
             found: Claimed = stop.value
             return found
 
-    def _hand_back(self, asked: asyncio.Future[Claimed | Wait]) -> None:
-        """Nobody else knows of the leases that a cancelled task was about to get."""
+    async def _to_its_end(self, asking: Coroutine[Any, Any, T], leased: Callable[[T], Sequence[Job]]) -> T:
+        """Carry out what leases jobs. Where its task is cancelled meanwhile, nobody else knows of the leases that it
+        was about to get: this goes on by itself, and hands them back.
 
-        async def release() -> None:
+        :param leased: the jobs in its result
+        """
+        asked = asyncio.ensure_future(asking)
+
+        async def hand_back() -> None:
             with suppress(RelayError):
-                found = await asked
-                if isinstance(found, Claimed) and found:
-                    await self.release(found)
+                if jobs := leased(await asked):
+                    await self.release(jobs)
 
-        task = asyncio.ensure_future(release())
-        self._returning.add(task)
-        task.add_done_callback(self._returning.discard)
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            task = asyncio.ensure_future(hand_back())
+            self._returning.add(task)
+            task.add_done_callback(self._returning.discard)
+            raise
 
     async def ack(self, job: Job) -> None:
         """See Broker.ack."""
@@ -195,7 +199,8 @@ class AsyncBroker(BrokerBase):
         woken: bool = False,
     ) -> tuple[list[Verdict], list[Verdict], Claimed]:
         """See Broker.finish."""
-        return await self.drive(self.operations.finish(queue, acks, nacks, count, woken))
+        flow = self.operations.finish(queue, acks, nacks, count, woken)
+        return await self._to_its_end(self.drive(flow), lambda end: end[2])
 
     async def extend(self, jobs: Job | Sequence[Job], lease: float | None = None) -> list[Verdict]:
         """See Broker.extend."""

@@ -79,6 +79,8 @@ def requeue(
 ) -> Flow[int]:
     """Requeue these dead jobs, or all that are dead now (at most `limit`), the oldest first."""
     q = ops.settings.keys(queue)
+    if limit is not None:
+        whole("limit", limit, least=0, most=2**53)
     done = 0
     if ids is not None:
         ids = job_ids(ids)

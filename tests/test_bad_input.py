@@ -597,6 +597,7 @@ class Unhooked:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda broker: broker.requeue("q", limit=-3), "limit must be a whole number from 0 to"),
         (lambda broker: broker.requeue("q", "abc"), "ids must be a list of job ids, got 'abc'; write [id] for one"),
         (lambda broker: broker.cancel_many("q", "abc"), "ids must be a list of job ids, got 'abc'"),
         (lambda broker: broker.cancel_many("q", 7), "ids must be a list of job ids, got 7"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -203,8 +203,13 @@ def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broke
         assert time.monotonic() - began < 3.0
 
 
+@pytest.mark.parametrize(
+    "claims",
+    [lambda consumer: consumer.claim("q", wait=30.0), lambda consumer: consumer.finish("q", count=1)],
+    ids=["claim", "finish"],
+)
 def test_a_task_that_is_cancelled_in_a_claim_takes_no_lease_with_it(
-    broker: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, server: Server, monkeypatch: pytest.MonkeyPatch, claims: Callable[[AsyncBroker], Any]
 ) -> None:
     async def cut_short() -> None:
         async with AsyncBroker(server.url, lease=60.0) as consumer:
@@ -218,7 +223,7 @@ def test_a_task_that_is_cancelled_in_a_claim_takes_no_lease_with_it(
 
             monkeypatch.setattr(consumer.store, "run", telling)
             server.pause()
-            task = asyncio.ensure_future(consumer.claim("q", wait=30.0))
+            task = asyncio.ensure_future(claims(consumer))
             await sent.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
