@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -220,6 +221,36 @@ def test_a_handler_that_raises_has_its_job_retried_and_the_worker_goes_on(server
         with running(broker, handle):
             has_processed(broker, 2)
         assert broker.stats("mail").counters["retried"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(None, 0), (SystemExit(), 0), (SystemExit(3), 3), (SystemExit("no"), 1), (ValueError("no"), 1)],
+    ids=repr,
+)
+def test_a_handler_that_comes_back_in_a_child_that_it_forked_ends_the_child(
+    broker: Broker, end: BaseException | None, code: int
+) -> None:
+    codes: list[int] = []
+
+    def handle(job: Job) -> None:
+        child = os.fork()
+        if child == 0:
+            if end is not None:
+                raise end
+            return
+        try:
+            eventually(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), "its end")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    broker.enqueue("mail", b"")
+    with running(broker, handle):
+        eventually(lambda: broker.stats("mail").counters["processed"] == 1, "the job's end")
+    assert codes == [code]
+    assert broker.stats("mail").counters.get("retried", 0) == 0
 
 
 def test_an_async_handler_that_raises_has_its_job_retried(server: Server) -> None:

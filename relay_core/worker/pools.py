@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, NoReturn, Protocol
 
 from relay_core.job import Job
 from relay_core.plugins import Plugins
@@ -38,6 +41,7 @@ class ThreadPool:
         self._held = held
         self._done = done
         self._plugins = plugins
+        self._pid = os.getpid()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"relay-handler-{i}", daemon=True) for i in range(concurrency)
@@ -63,9 +67,22 @@ class ThreadPool:
                 check_result(self._handler, self._handler(job))
             except BaseException as raised:  # SystemExit in a handler is a failed job, not the end of the worker
                 error = raised
+            if os.getpid() != self._pid:
+                _end_child(job, error)
             seconds = time.monotonic() - began
             self._plugins.notify("relay_run_ended", job=job, seconds=seconds, error=error)
             self._done(Outcome(job, error, seconds))
+
+
+def _end_child(job: Job, error: BaseException | None) -> NoReturn:
+    """A handler that forked has ended in its child, which has no worker around it and whose parent may wait for it."""
+    code = error.code if isinstance(error, SystemExit) else error is not None
+    if error is not None and not isinstance(error, SystemExit):
+        logger.error("a child that the handler of job %s forked has failed", job.id, exc_info=error)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
 
 
 class LoopPool:
