@@ -54,6 +54,15 @@ def test_a_rate_that_is_set_again_as_it_was_fills_no_bucket(broker: Broker) -> N
     assert len(broker.claim("q", 10)) == 3
 
 
+def test_a_rate_refills_though_the_servers_clock_went_back(broker: Broker, server: Server) -> None:
+    broker.limit("q", rate=1000.0, burst=1)
+    broker.enqueue_many("q", [b"x"] * 2)
+    assert len(broker.claim("q", 10)) == 1
+    tomorrow = int(server.cli("TIME")[0]) * 1000 + 86_400_000
+    server.cli("HSET", broker.settings.keys("q").config, "stamp", tomorrow)
+    eventually(lambda: broker.claim("q", 10), "a token")
+
+
 def test_a_rate_refills_as_time_passes(broker: Broker) -> None:
     broker.limit("q", rate=10.0, burst=1)
     broker.enqueue_many("q", [b"x"] * 3)

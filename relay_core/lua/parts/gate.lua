@@ -13,7 +13,12 @@ if limits[2] and want > 0 then
   rate = tonumber(limits[2])
   tokens = tonumber(limits[3])
   if limits[5] then
-    tokens = math.min(tokens, tonumber(limits[5]) + math.max(0, now - tonumber(limits[6])) * rate / 1000)
+    local since = tonumber(limits[6])
+    if since > now then -- the clock went back, as it may at a failover
+      since = now
+      redis.call('HSET', config, 'stamp', now)
+    end
+    tokens = math.min(tokens, tonumber(limits[5]) + (now - since) * rate / 1000)
   end
   if tokens < 1 then
     want, status, hint = 0, 2, math.ceil((1 - tokens) * 1000 / rate)
