@@ -16,7 +16,7 @@ from relay_core.connection import AsyncBell, AsyncStore
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
-from relay_core.operations import Flow, Raw, Step, Wait
+from relay_core.operations import Flow, Raw, Wait
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
 from relay_core.schedule.plan import Scheduled
@@ -68,27 +68,35 @@ class AsyncBroker(BrokerBase):
 
     async def drive(self, flow: Flow[T]) -> T:
         """Carry out a flow, step by step."""
+        rung: bool | None = None
+        while True:
+            end = await self._until_wait(flow, rung)
+            if not isinstance(end, Wait):
+                return end
+            rung = await self._wait(end)
+
+    async def _until_wait(self, flow: Flow[T], answer: Any) -> T | Wait:
+        """Carry out a flow up to its end, or to where it waits for work."""
         try:
-            step = next(flow)
-            while True:
+            step = flow.send(answer)
+            while not isinstance(step, Wait):
                 try:
                     answer = await self._perform(step)
                 except RelayError as error:
                     step = flow.throw(error)
                 else:
                     step = flow.send(answer)
+            return step
         except StopIteration as stop:
             result: T = stop.value
             return result
 
-    async def _perform(self, step: Step) -> Any:
+    async def _perform(self, step: Command[Any] | list[Command[Any]] | Raw) -> Any:
         if isinstance(step, Command):
             return await self.store.run(step)
-        if isinstance(step, list):
-            return await self.store.run_many(step)
         if isinstance(step, Raw):
             return await self.store.raw(*step.args)
-        return await self._wait(step)
+        return await self.store.run_many(step)
 
     async def _wait(self, step: Wait) -> bool:
         store = self.store
@@ -134,26 +142,10 @@ class AsyncBroker(BrokerBase):
         rung: bool | None = None
         while True:
             asking = self._until_wait(flow, rung)
-            found = await self._to_its_end(asking, lambda end: [] if isinstance(end, Wait) else end)
-            if isinstance(found, Claimed):
-                return found
-            rung = await self._wait(found)
-
-    async def _until_wait(self, flow: Flow[Claimed], answer: Any) -> Claimed | Wait:
-        """Carry out a claim up to its end, or to where it waits for work."""
-        try:
-            step = flow.send(answer)
-            while not isinstance(step, Wait):
-                try:
-                    answer = await self._perform(step)
-                except RelayError as error:
-                    step = flow.throw(error)
-                else:
-                    step = flow.send(answer)
-            return step
-        except StopIteration as stop:
-            found: Claimed = stop.value
-            return found
+            end = await self._to_its_end(asking, lambda end: [] if isinstance(end, Wait) else end)
+            if not isinstance(end, Wait):
+                return end
+            rung = await self._wait(end)
 
     async def _to_its_end(self, asking: Coroutine[Any, Any, T], leased: Callable[[T], Sequence[Job]]) -> T:
         """Carry out what leases jobs. Where its task is cancelled meanwhile, nobody else knows of the leases that it
