@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -209,6 +210,31 @@ def test_tasks_of_one_id_are_all_kept_and_what_is_no_message_is_put_aside(
     assert server.cli("SMEMBERS", "relay-refused\x06\x16celery")
     assert "same" in {job.id for job in relay.jobs("celery", "ready")}
     assert sorted(in_order(relay)) == ["(1,)", "(2,)", "(2,)"]
+
+
+def test_a_message_that_relay_cannot_take_holds_up_no_other(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    def odd() -> None:
+        send(stock, [0], eta=datetime(9999, 1, 1, tzinfo=timezone.utc))
+        send(stock, [1])
+        (text,) = server.cli("LRANGE", "celery", 0, 0)
+        message = json.loads(text)
+        message["headers"]["id"] = 7  # as a producer in another language may have it
+        server.cli("LSET", "celery", 0, json.dumps(message))
+
+    odd()
+    hold(origin, "celery", 2)
+    odd()
+    server.cli("LPUSH", "celery", b'{"headers": {}, "properties": ' + b"[" * 100_000)
+    send(stock, [2])
+    cli = Cli(server.url)
+    assert cli.json("migrate", "celery-redis", "--from", origin, "--dry-run", code=1)["migrated"] == 0
+    told = cli.json("migrate", "celery-redis", "--from", origin, code=1)
+    assert (told["migrated"], counts(told, "left")) == (3, {("celery", "ready"): 2, ("?", "ready"): 1})
+    assert all("due in more than 10 years" in one["note"] for one in told["left"])
+    assert sorted(in_order(relay)) == ["(1,)", "(1,)", "(2,)"]
+    assert (server.cli("LLEN", "celery"), server.cli("HLEN", "unacked")) == (0, 1)
 
 
 def test_a_queue_whose_binding_is_gone_is_known_by_its_messages_and_other_lists_are_left(

@@ -238,6 +238,30 @@ def test_messages_of_another_encoder_need_the_module_that_sets_it_only_where_the
     assert "nowhere" in cli.run("migrate", "dramatiq-redis", "--from", origin, "--app", "nowhere", code=2).stderr
 
 
+@pytest.mark.parametrize("queue", ["default", "default.DQ", "default.XQ"])
+def test_a_message_of_an_impossible_time_holds_up_no_other(
+    relay: Broker, server: Server, origin: str, queue: str
+) -> None:
+    """Producers in other languages write what they like, and JSON as Python has it knows NaN and Infinity."""
+    stamps: tuple[Any, ...] = (None, "now", float("nan"), float("inf"), 10**30, -1)
+    sent: list[dramatiq.Message[Any]]
+    sent = [dramatiq.Message("default", "note", (x,), {}, {}, f"stamp{x}", t) for x, t in enumerate(stamps)]
+    sent += [dramatiq.Message("default", "note", (x,), {}, {"eta": t}, f"eta{x}") for x, t in enumerate(stamps)]
+    sent.append(dramatiq.Message("default", "note", (0,), {}, {}, "last"))
+    for message in sent:
+        server.cli("HSET", f"dramatiq:{queue}.msgs", message.message_id, message.encode())
+        if queue.endswith(".XQ"):
+            server.cli("ZADD", f"dramatiq:{queue}", 1000 * time.time(), message.message_id)
+        else:
+            server.cli("RPUSH", f"dramatiq:{queue}", message.message_id)
+    assert Cli(server.url).json("migrate", "dramatiq-redis", "--from", origin)["migrated"] == len(sent)
+    assert left(server) == []
+    stats = relay.stats("default")
+    # later than relay can wait is as late as it can
+    never = 0 if queue.endswith(".XQ") else 2
+    assert (stats.delayed, stats.ready + stats.dead) == (never, len(sent) - never)
+
+
 def test_another_namespace_with_odd_characters_is_moved_and_its_neighbour_is_not(
     server: Server, relay: Broker, origin: str
 ) -> None:

@@ -26,7 +26,7 @@ from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import pack_stored, unpack
 from relay_adapters.celery.ids import job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
-from relay_core.errors import RelayError
+from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import Arrival, ArrivalState, new_id
 from relay_core.keys import LEVELS
 from relay_core.migration import BATCH, Found, SourceStore
@@ -37,6 +37,9 @@ _REFUSED = f"relay-refused{SEP}"
 _BINDING = "_kombu.binding."
 _OTHER_EXCHANGES = re.compile(r"celeryev|.*\.?celery\.pidbox|.*\.pidbox")
 """Exchanges of events and remote control: what lies there is of no use to another fleet."""
+
+_TOO_FAR = "due in more than 10 years"
+"""Why a message that is readable cannot be moved, see relay_core.retry.MAX_DELAY."""
 
 CLIENT_NAME = "relay-migrate"
 """How `relay migrate` calls its connection to the source."""
@@ -110,7 +113,7 @@ class RedisSource:
             yield from self._all_held()
 
     def left(self) -> list[Found]:
-        dark = "not readable as messages of kombu; they wait in the set {!r} of the old server"
+        dark = f"not readable as messages of kombu, or {_TOO_FAR}; they wait in the set {{!r}} of the old server"
         rows = []
         for name in self._names(f"{_REFUSED}*", "set"):
             queue = re.sub(f"{SEP}[0-9]+$", "", name.removeprefix(_REFUSED))
@@ -124,7 +127,12 @@ class RedisSource:
             rows += [Found(queue, state, count, why) for (queue, state), count in sorted(counts.items())]
         elif lost := self._unreadable["unacked"]:
             rows.append(
-                Found("?", "ready", lost, "unacked, and not readable or without a queue; they stay in 'unacked'")
+                Found(
+                    "?",
+                    "ready",
+                    lost,
+                    f"unacked, and not readable, without a queue or {_TOO_FAR}; they stay in 'unacked'",
+                )
             )
         return rows
 
@@ -309,26 +317,26 @@ class RedisSource:
 
 
 class Message(NamedTuple):
-    """One message: in kombu's envelope, and as relay's transport keeps it."""
+    """One message: in kombu's envelope, and as relay's transport keeps it.
+
+    :ivar wait: seconds until its ETA, 0 without one
+    """
 
     envelope: dict[str, Any]
     payload: bytes
-
-    @property
-    def wait(self) -> float:
-        """Seconds until its ETA, 0 without one."""
-        return wait_of(unpack(self.payload))
+    wait: float
 
 
 def _message(envelope: Any) -> Message | None:
-    """A message from its envelope or the JSON of that; None for what is none."""
+    """A message from its envelope or the JSON of that; None for what is none, or has an ETA beyond relay's limit."""
     try:
         if isinstance(envelope, bytes):
             envelope = json.loads(envelope, object_hook=object_hook)
         if not isinstance(envelope.get("headers"), dict) or "body" not in envelope:
             return None
-        return Message(envelope, pack_stored(envelope))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        payload = pack_stored(envelope)
+        return Message(envelope, payload, wait_of(unpack(payload)))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidArgument):
         return None
 
 
@@ -343,7 +351,7 @@ def _ids_of(envelope: dict[str, Any]) -> tuple[str, str]:
         return own, own
     own = hashlib.blake2b(json.dumps([tag, envelope["body"]], default=str).encode(), digest_size=13).hexdigest()
     id, task_id = job_id_of(envelope["headers"]), envelope["headers"].get("id")
-    return (id, own) if task_id and id.startswith(task_id) else (own, own)
+    return (id, own) if task_id and id.startswith(str(task_id)) else (own, own)
 
 
 def _workers(clients: bytes) -> int:

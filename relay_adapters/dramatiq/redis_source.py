@@ -40,6 +40,8 @@ return gone
 """
 _SCAN = 1000
 _MAX_TRACE = 3000
+_LATEST = 250_000_000_000
+"""Unix seconds of the last moment for which a job is stored here, in the year 9892: what is due later is due then."""
 
 
 class RedisSource:
@@ -176,18 +178,25 @@ def _arrival(id: str, name: str, body: bytes, died: float) -> Arrival | None:
         state: ArrivalState = "dead" if dead else "ready"
         return Arrival(queue, id, body, state, at=died, headers=headers, error="it does not decode here")
     trace, eta, priority = options.get("traceback"), options.get("eta"), options.get("broker_priority")
-    due = eta / 1000 if isinstance(eta, (int, float)) and not dead else None
+    due = None if dead else _seconds(eta)
     return Arrival(
         queue,
         id,
         payload,
         "dead" if dead else "ready" if due is None else "delayed",
-        at=died if dead else max(0.0, due or 0.0),
-        created_at=message.message_timestamp / 1000,
+        at=died if dead else due or 0.0,
+        created_at=_seconds(message.message_timestamp),
         priority=min(priority, LEVELS - 1) if isinstance(priority, int) and priority > 0 else 0,
         headers=headers,
         error=trace[-_MAX_TRACE:] if isinstance(trace, str) else "",
     )
+
+
+def _seconds(ms: Any) -> float | None:
+    """Unix seconds, at most _LATEST, of what a message has as milliseconds; None for what is no time."""
+    if not isinstance(ms, (int, float)) or ms != ms:  # JSON may have NaN
+        return None
+    return max(0, min(ms, _LATEST * 1000)) / 1000
 
 
 def _scored(flat: Any) -> list[tuple[bytes, float]]:
