@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from relay_core import Broker
+from relay_core.cli.migrate import source_url
 from tests.command_line import Cli
 from tests.servers import Server, free_port
 
@@ -37,6 +38,23 @@ def test_where_no_job_is_it_says_where_it_looked(server: Server, name: str, give
     assert result.stdout == "0 jobs migrated.\n"
     where = f"redis+unix://{server.socket}?db=3"
     assert f"No jobs were found with --from {where} {told}. If there are some" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("origin", "meant"),
+    [
+        ("redis://", "redis://localhost:6379/0"),
+        ("redis:///3", "redis://localhost:6379/3"),
+        ("redis://:secret@/3", "redis://***@localhost:6379/3"),
+        ("redis://:6380?db=3", "redis://localhost:6380/3"),
+        ("rediss://me:secret@:6380", "rediss://***@localhost:6380/0"),
+        ("redis://:secret@there:6380/3", "redis://***@there:6380/3"),
+        ("redis://there", "redis://there:6379/0"),
+        ("redis+socket://:secret@/run/s?virtual_host=3", "redis+unix://***@/run/s?db=3"),
+    ],
+)
+def test_a_source_is_named_as_celery_and_redis_py_name_it(origin: str, meant: str) -> None:
+    assert source_url(origin).safe() == meant
 
 
 @pytest.mark.parametrize("name", MIGRATIONS)

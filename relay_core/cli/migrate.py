@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,9 @@ _EXTRAS = {"kombu": "celery", "dramatiq": "dramatiq"}
 _OTHER_NAMES = {"unix": "redis+unix", "redis+socket": "redis+unix"}
 """How redis-py and Celery call a server on a unix socket."""
 
+_NO_HOST = re.compile(r"^([^/?#]*@|(?![^/?#]*@))(?=[:/?]|$)")
+"""What is before the host of a URL that has none."""
+
 
 class SourceUnavailable(click.ClickException):
     """The server that the jobs are on cannot be reached, as opposed to that of relay."""
@@ -46,8 +50,10 @@ class _From(SyncStore):
 
 
 def source_url(text: str) -> StoreUrl:
-    """Where the jobs are now, as the other system names it."""
+    """Where the jobs are now, as the other system names it. Without a host it means localhost."""
     scheme, separator, rest = text.partition("://")
+    if scheme.lower() in ("redis", "rediss"):
+        rest = _NO_HOST.sub(r"\1localhost", rest)
     return parse_url(f"{_OTHER_NAMES.get(scheme, scheme)}{separator}{rest.replace('virtual_host=', 'db=')}")
 
 
