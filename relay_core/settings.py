@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -141,7 +142,7 @@ def parse_url(url: str) -> StoreUrl:
         word=word,
     )
     if topology == "embedded":
-        return replace(made, path=options.get("dir", EMBEDDED_FOLDER))
+        return replace(made, path=os.path.expanduser(options.get("dir", EMBEDDED_FOLDER)))  # no shell does it in a URL
     if topology == "unix":
         if hosts or path in ("", "/"):
             raise InvalidUrl(

@@ -63,6 +63,11 @@ def test_the_embedded_server_may_have_another_folder() -> None:
     assert (url.topology, url.path) == ("embedded", "/var/lib/my jobs")
 
 
+def test_a_tilde_before_the_folder_means_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert parse_url("relay://?dir=~/jobs").path == "/home/ann/jobs"
+
+
 def test_an_embedded_url_becomes_one_of_a_unix_socket() -> None:
     url = parse_url("relay://?dir=/data").at_socket("/data/s.sock")
     assert (url.topology, url.path, url.db) == ("unix", "/data/s.sock", 0)
