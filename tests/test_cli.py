@@ -276,7 +276,7 @@ def test_a_migration_of_a_plugin_is_a_command_under_migrate(
         "dry_run": False, "found": [found], "migrated": 1, "left": [found | {"note": "it is nailed down"}],
     }  # fmt: skip
     assert cli.run("migrate", "elsewhere", "--from", "relay://127.0.0.1:1/0", "--timeout", "0", code=3)
-    assert "no host" in cli.run("migrate", "elsewhere", "--from", "redis://", code=2).stderr
+    assert "no host" in cli.run("migrate", "elsewhere", "--from", "redis+sentinel://", code=2).stderr
 
 
 # --- what lies in the store
