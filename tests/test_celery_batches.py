@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+from celery.utils.nodenames import gethostname
 
 from relay_core import Broker
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 
-FLAGS = ("--include", "tests.celery_batches_app", "--prefetch-multiplier", "3")
+FLAGS = ("--include", "tests.celery_batches_app,tests.celery_hold_close", "--prefetch-multiplier", "3")
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
-@pytest.mark.parametrize(
-    "kind",
-    # before, Celery's prefork pool forgets such a run when its connection is lost, and waits for it as it stops
-    [pytest.param("prefork", marks=pytest.mark.since("celery", "5.6")), "threads"],
-)
+@pytest.mark.parametrize("kind", ["prefork", "threads"])
 def test_a_batch_that_runs_as_its_worker_stops_or_loses_its_connection_runs_once(
     server: Server, broker: Broker, tmp_path: Path, kind: str
 ) -> None:
@@ -31,6 +29,7 @@ def test_a_batch_that_runs_as_its_worker_stops_or_loses_its_connection_runs_once
         eventually(lambda: broker.stats("celery").inflight == 3, "the third one to be fetched")
         server.cli("CLIENT", "KILL", "TYPE", "normal")
         eventually(lambda: first.logged("Connection to broker lost"), "the loss to be noticed")
+        (tmp_path / "see-to-it").touch()
         with CeleryWorker(server.url, tmp_path, *POOLS[kind], *FLAGS, name="second"):
             first.send(signal.SIGTERM)
             eventually(lambda: first.logged("Warm shutdown"), "the worker to be told")
@@ -41,4 +40,34 @@ def test_a_batch_that_runs_as_its_worker_stops_or_loses_its_connection_runs_once
             eventually(lambda: broker.stats("celery").pending == 0, "all to be done")
         assert sorted(lines(tmp_path, "started")) == ["a", "b", "c", "d"]
         assert broker.stats("celery").counters["released"] == 1
+    client.close()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_what_a_pool_has_not_begun_when_the_connection_is_lost_runs_once(
+    server: Server, broker: Broker, tmp_path: Path
+) -> None:
+    """Two batches that lie in the pipes of frozen children, and one that waits for a child."""
+    client = client_of(server.url, tmp_path)
+    with CeleryWorker(server.url, tmp_path, *POOLS["prefork"], *FLAGS) as worker:
+        pool = worker.children(client)
+        for child in pool:
+            os.kill(child, signal.SIGSTOP)
+        for key in "abcdef":
+            client.send_task("tests.celery_batches_app.batch", [key])
+        eventually(lambda: broker.stats("celery").inflight == 6, "the messages to be fetched")
+        # each answer is a turn of its loop: in the third one after the tasks came it has written to its children
+        for _ in range(3):
+            assert client.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
+        server.cli("CLIENT", "KILL", "TYPE", "normal")
+        eventually(lambda: lines(tmp_path, "connection"), "the loss to be noticed")
+        (tmp_path / "see-to-it").touch()
+        (tmp_path / "go").touch()
+        assert client.control.ping([f"w@{gethostname()}"], timeout=20, limit=1), "it is back"
+        for child in pool:
+            os.kill(child, signal.SIGCONT)
+        eventually(lambda: broker.stats("celery").pending == 0, "all to be done")
+        assert worker.stop() == 0
+    assert (sorted(lines(tmp_path)), sorted(lines(tmp_path, "started"))) == (list("abcdef"), list("abcdef"))
+    assert broker.stats("celery").counters["processed"] == 6
     client.close()

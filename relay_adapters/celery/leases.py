@@ -413,6 +413,11 @@ def leases_of(broker: Broker) -> Leases:
         return _all.setdefault(id(broker), Leases(broker))
 
 
+def any_untold() -> bool:
+    """True once this process took tasks over relay of which nobody tells when they start."""
+    return any(leases.untold for leases in _all.values())
+
+
 def _at_exit(pid: int) -> None:
     """The acks of the last milliseconds, and what was claimed in them."""
     for leases in _all.values() if pid == os.getpid() else ():
