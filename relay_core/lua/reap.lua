@@ -31,7 +31,7 @@ local found = redis.call('HGET', config, 'v')
 --@include layout
 local gone = {}
 local reaped = reap(limit, max_deliveries, gone)
-local dropped = forget(limit, keep_ms)
+local dropped, more = forget(limit, keep_ms)
 if reaped > 0 then redis.call('ZADD', marker, 0, 'w') end
-set_due()
+set_due(more)
 return {now, reaped, gone, dropped}

@@ -17,8 +17,9 @@ if due and due <= now then
   --@include sweep
   promoted = promote(200)
   reaped = reap(200, max_deliveries, gone)
-  forget(50, keep_ms)
-  due = set_due()
+  -- claims are soon enough again to keep up with what runs out only if they come back for the rest at once
+  local _, more = forget(200, keep_ms)
+  due = set_due(more)
 end
 local reply, status, hint, rate, tokens = {0, -1, now, promoted, reaped, gone, levels}, 0, -1, nil, nil
 if resent then

@@ -2,12 +2,13 @@
 -- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
 --       parse_owner, parse_record, bury
 -- moves: delayed -> ready | inflight -> ready (at the head: it waited longest), or dead past max deliveries
--- set_due(): writes the exact next due time, returns it or nil
+-- set_due(more): writes the exact next due time, which is now where there is more to forget, returns it or nil
 -- promote(limit): number promoted
 -- reap(limit, max_deliveries, gone): number of leases that had expired; rows of buried jobs go into `gone`
--- forget(limit, keep_ms): drops timed dedup keys that ran out and dead jobs older than keep_ms
-local function set_due()
-  local first
+-- forget(limit, keep_ms): drops timed dedup keys that ran out and dead jobs older than keep_ms: number of these jobs, and
+--   whether there may be more of either
+local function set_due(more)
+  local first = more and now or nil
   for _, key in ipairs({delayed, leases}) do
     local at = tonumber(redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2])
     if at and (not first or at < first) then first = at end
@@ -75,5 +76,5 @@ local function forget(limit, keep_ms)
     redis.call('ZREM', dead, unpack(ids))
     redis.call('HINCRBY', counters, 'forgotten', #ids)
   end
-  return #ids
+  return #ids, #keys == limit or #ids == limit
 end
