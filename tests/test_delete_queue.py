@@ -8,9 +8,10 @@ from contextlib import suppress
 
 import pytest
 
-from relay_core import Broker, JobSpec, maintenance
+from relay_core import Broker, JobSpec, maintenance, scripts
 from relay_core.operations import Raw
 from tests.command_line import Cli
+from tests.proxy import Proxy, to_port
 from tests.servers import Server
 
 
@@ -76,6 +77,35 @@ def test_who_has_enqueued_before_and_does_so_again_makes_a_new_queue_that_is_sho
         assert operator.queues() == ["q"]
         assert operator.stats("q").pending > 0
         assert operator.audit("q").clean
+
+
+@pytest.mark.parametrize("options", [{}, {"delay": 60.0}], ids=["straight", "delayed"])
+def test_settings_that_were_made_meanwhile_do_not_hide_the_new_queue(
+    server: Server, broker: Broker, options: dict[str, float]
+) -> None:
+    broker.enqueue("q", b"first")
+    with Broker(server.url) as operator:
+        broker.ack(broker.claim("q")[0])
+        assert operator.delete_queue("q")
+        operator.pause("q")
+        broker.enqueue("q", b"x", **options)
+        assert operator.queues() == ["q"]
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+def test_a_lost_reply_does_not_hide_the_new_queue(redis_server: Server, many: bool) -> None:
+    """The first send makes the queue, and the second one finds it."""
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(redis_server.url) as operator, Broker(proxy.url) as broker:
+        broker.enqueue("q", b"first")
+        operator.ack(operator.claim("q")[0])
+        assert operator.delete_queue("q")
+        proxy.cut_reply(scripts.load("enqueue").sha.encode())
+        if many:
+            broker.enqueue_many("q", [b"x", b"y"])
+        else:
+            broker.enqueue("q", b"x", delay=60.0)
+        assert proxy.pending == 0
+        assert operator.queues() == ["q"]
 
 
 def test_one_that_was_paused_or_limited_is_neither_any_more(broker: Broker) -> None:

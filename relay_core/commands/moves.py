@@ -157,7 +157,8 @@ def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
 class Stored(list[Enqueued]):
     """The answers to one enqueue of many.
 
-    :ivar founded: True where the queue was not there before: its name may not be among those that people are shown
+    :ivar founded: True where the queue had no job before, or where an earlier send may have been its first: its name may
+        not be among those that people are shown
     """
 
     __slots__ = ("founded",)
@@ -177,7 +178,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
     for job in jobs:
         args += job
 
-    def parse(reply: Sequence[Any], _resent: bool) -> Stored:
+    def parse(reply: Sequence[Any], resent: bool) -> Stored:
         founded, *answers = reply
         return Stored(
             (
@@ -186,7 +187,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
                 else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
                 for job, answer in zip(jobs, answers, strict=True)
             ),
-            bool(founded),
+            bool(founded) or resent or since is not None,
         )
 
     lists = [q.ready[int(level)] for level in levels]
