@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import signal
 import socket
 import threading
@@ -317,6 +318,36 @@ def test_an_event_loop_takes_no_more_than_one_block_off_a_sender_whose_server_do
     if streams.new_reader() is not None:
         assert written == [1 << 22]
     awaited.close()
+
+
+def test_a_connection_that_ends_as_the_last_bytes_leave_for_it_is_not_waited_for(tmp_path: Path) -> None:
+    """Within one turn of the event loop: the task is told to go on, and before it does the connection is lost."""
+    path = tmp_path / "half"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        awaited = awaited_link_to(path)
+
+        async def exchange(size: int) -> tuple[int, Outcome]:
+            """The server reads what it is given in one turn, and then says that it has no more to say."""
+            asked = asyncio.ensure_future(awaited.link.exchange([b"x" * size], 1))
+            await asyncio.to_thread(select.select, [listener], [], [], 10)
+            with listener.accept()[0] as client:
+                await asyncio.to_thread(select.select, [client], [], [], 10)
+                client.setblocking(False)
+                taken = 0
+                with suppress(BlockingIOError):
+                    while some := client.recv(1 << 20):
+                        taken += len(some)
+                client.shutdown(socket.SHUT_WR)
+                return taken, await asyncio.wait_for(asked, 30)
+
+        at_once, _outcome = awaited.loop.run_until_complete(exchange(1 << 22))
+        rest = 70_000  # more than asyncio keeps before it holds up who writes, and sent in one go
+        taken, outcome = awaited.loop.run_until_complete(exchange(at_once + rest))
+        assert taken == at_once
+        assert outcome.failure is not None
+        awaited.close()
 
 
 def test_large_commands_and_replies_pass_in_any_number_of_pieces(server: Server, connect: Connect) -> None:
