@@ -13,6 +13,7 @@ import pytest
 from relay_core import AsyncBroker
 from relay_core.broker import Broker
 from relay_core.job import Claimed
+from relay_core.operations import Wait
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
 
@@ -201,6 +202,23 @@ def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broke
         thread.join(40)
         assert [job.queue for job in found[0]] == [queue]
         assert time.monotonic() - began < 3.0
+
+
+def test_a_wake_up_of_one_queue_is_passed_on_by_who_finds_enough_in_another(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = broker.settings.keys("b").marker
+
+    def both_come(step: Wait) -> bool:
+        assert marker in step.markers
+        broker.enqueue("a", b"x")
+        broker.enqueue("b", b"y")
+        assert broker.store.raw("ZPOPMIN", marker), "the server wakes who waits with one of the markers, this one"
+        return True
+
+    monkeypatch.setattr(broker, "_wait", both_come)
+    assert [job.queue for job in broker.claim(["a", "b"], wait=30.0)] == ["a"]
+    assert broker.store.raw("EXISTS", marker), "another worker hears of the job in b"
 
 
 @pytest.mark.parametrize(

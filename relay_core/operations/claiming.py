@@ -49,8 +49,8 @@ class Claiming(Ending):
                     found.limited = got.limited
                 if got.retry_after is not None:
                     found.retry_after = min(got.retry_after, found.retry_after or got.retry_after)
-                if len(found) == count:
-                    break
+                if len(found) == count and not woken:
+                    break  # else the marker that was taken may be of one of the others, which have to be looked at
             left = deadline - time.monotonic()
             if found or left <= 0:
                 return found
