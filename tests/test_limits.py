@@ -151,6 +151,19 @@ def test_a_dedup_key_is_taken_until_its_job_is_over(broker: Broker, key: str, en
     assert not broker.enqueue("q", b"x", dedup_key=key).duplicate
 
 
+@pytest.mark.parametrize("key", [*KEYS, ',"headers":{'])
+@pytest.mark.parametrize("end", ["cancel", "purge", "dead"])
+def test_a_header_that_is_no_valid_text_keeps_no_dedup_key(broker: Broker, key: str, end: str) -> None:
+    first = broker.enqueue("q", b"x", dedup_key=key, headers={"file": "caf\udce9.txt", "dedup_key": "wrong"})
+    if end == "cancel":
+        assert broker.cancel("q", first.id) == "ready"
+    elif end == "purge":
+        assert broker.purge("q") == 1
+    else:
+        broker.nack(broker.claim("q")[0], dead=True)
+    assert not broker.enqueue("q", b"x", dedup_key=key).duplicate
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_a_job_that_is_requeued_takes_its_dedup_key_again_where_that_is_free(broker: Broker, key: str) -> None:
     first = broker.enqueue("q", b"x", dedup_key=key)

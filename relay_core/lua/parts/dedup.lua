@@ -6,7 +6,9 @@
 local function dedup_of(record)
   local options = record and string.match(record, '^%d+ %d %d+ ([^\n]*"dedup_key"[^\n]*)\n')
   if not options then return end
-  local fine, parsed = pcall(cjson.decode, options)
+  -- without the headers, which stand behind it: in them may be half a surrogate pair, which cjson refuses
+  local head = string.match(options, '^(.-),"headers":')
+  local fine, parsed = pcall(cjson.decode, head and head .. '}' or options)
   if fine and not parsed.dedup_ms then return parsed.dedup_key end
 end
 
