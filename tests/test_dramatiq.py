@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import dramatiq
@@ -88,6 +90,42 @@ def test_a_delay_waits_in_the_store_and_the_delivered_message_is_to_run_at_once(
     assert "eta" not in options
     assert queue_name == "default"
     assert broker.core.stats("default").counters["enqueued"] == 1, "the worker parked it, and sent it anew"
+
+
+@pytest.mark.parametrize("delay", [math.nan, math.inf])
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "in a batch"])
+def test_a_delay_that_is_no_time_is_refused(broker: RelayBroker, delay: float, together: bool) -> None:
+    @dramatiq.actor
+    def note() -> None: ...
+
+    with broker.batch() if together else nullcontext():
+        with pytest.raises(InvalidArgument, match=f"delay must be a finite number of seconds, got {delay}"):
+            note.send_with_options(delay=delay)  # type: ignore[arg-type]
+    assert broker.get_queue_message_counts("default") == (0, 0, 0)
+
+
+def test_a_message_whose_retry_has_a_delay_that_is_no_time_is_kept_among_the_dead(broker: RelayBroker) -> None:
+    ran: list[int] = []
+
+    @dramatiq.actor
+    def fail() -> None:
+        ran.append(1)
+        raise dramatiq.Retry(delay=math.nan)  # type: ignore[arg-type]
+
+    fail.send()
+    with running(broker):
+        eventually(lambda: broker.get_queue_message_counts("default") == (0, 0, 1), "it is dead")
+    (job,) = broker.core.dead("default")
+    assert "cannot be retried" in (job.error or "")
+    assert ran == [1]
+
+
+def test_an_eta_that_is_no_time_is_none(broker: RelayBroker) -> None:
+    @dramatiq.actor
+    def note() -> None: ...
+
+    note.send_with_options(eta=math.nan)
+    assert broker.get_queue_message_counts("default") == (1, 0, 0)
 
 
 def test_an_eta_that_the_user_set_waits_in_the_store_too(broker: RelayBroker) -> None:

@@ -51,7 +51,12 @@ def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
 def _until_eta(message: Message[Any]) -> float:
     """Milliseconds until its `eta` option. 0 if that is no number, or not set."""
     eta = message.options.get("eta")
-    return eta - current_millis() if isinstance(eta, (int, float)) else 0
+    return eta - current_millis() if isinstance(eta, (int, float)) and eta == eta else 0
+
+
+def _seconds(delay: float) -> float:
+    """A delay as relay_core takes it, which refuses what is not finite; one that is over is none."""
+    return 0.0 if delay < 0 else delay / 1000  # unlike max(), which would make 0 of NaN
 
 
 class _Current(threading.local):
@@ -182,8 +187,9 @@ class RelayBroker(Broker):
         """Store a message, which is ready after `delay` ms, or at its `eta` option (unix ms), or at once.
 
         Enqueuing the message that just failed, as Retries does, is one atomic retry of the same job. Raises
-        ConnectionClosed, or StoreError when the server refuses; then nothing is lost: a message whose follow-up could
-        not be stored is not acked, but runs again.
+        InvalidArgument for a `delay` that is no finite number or over ten years, ConnectionClosed, or StoreError when
+        the server refuses; then nothing is lost: a message whose follow-up could not be stored is not acked, but runs
+        again.
         """
         retried = self._current.failing(message)
         job_id = retried.lease.job.id if retried else new_id()
@@ -215,7 +221,7 @@ class RelayBroker(Broker):
         """True where a batch has taken it, and tells of it."""
         due: dict[str, Any] = {}
         if delay is not None:
-            due["delay"] = max(0, delay) / 1000
+            due["delay"] = _seconds(delay)
         elif _until_eta(message) > 0:
             due["at"] = message.options["eta"] / 1000
         payload, priority = encoded(message), self._priority(message)
@@ -244,7 +250,7 @@ class RelayBroker(Broker):
         job, nack_of = message.lease.job, self.core.operations.nack_of
         error = changed.options.get("traceback") or safe_repr(message.exception)
         try:
-            item = nack_of(job, error, max(0, delay) / 1000, payload=encoded(changed))
+            item = nack_of(job, error, _seconds(delay), payload=encoded(changed))
         except Exception as cause:
             # It cannot be retried as it is now, and Dramatiq would log that and ack it: keep it among the dead.
             told = f"cannot be retried: {safe_repr(cause)}\n{error}"
