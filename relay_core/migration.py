@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import click
 
+from relay_core.errors import InvalidArgument
 from relay_core.job import Arrival, ArrivalState
+from relay_core.keys import encode_queue
 
 BATCH = 200
 """Jobs that a source should give at a time: what one script call takes in."""
@@ -31,11 +33,23 @@ class Found:
     note: str = ""
 
 
+def why_not(queue: str) -> str:
+    """Why relay can have no queue of this name, as a note of Found has it; empty where it can."""
+    try:
+        encode_queue(queue)
+    except InvalidArgument as error:
+        return f"{error}; leave them to the old workers, or move them to another queue there"
+    return ""
+
+
 class SourceStore(Protocol):
     """The server that jobs are moved from. Any Redis or Valkey will do, whatever its version and settings."""
 
     def raw(self, *args: bytes | str | int) -> Any:
-        """Run a plain command. Replies hold bytes. It is repeated when its reply was lost. Raises RelayError."""
+        """Run a plain command. Replies hold bytes. It is repeated when its reply was lost. Raises RelayError.
+
+        A text may hold what is no UTF-8 as `surrogateescape` decodes it: the names of keys are anything.
+        """
 
 
 class Source(Protocol):
@@ -52,7 +66,8 @@ class Source(Protocol):
         """
 
     def left(self) -> Iterable[Found]:
-        """What stays in the source after `batches`, with a note each. Changes nothing."""
+        """What stays in the source after `batches`, with a note each: queues of a name for which there is a `why_not`, for
+        one. Changes nothing."""
 
 
 class Migration(click.Command):

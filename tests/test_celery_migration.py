@@ -237,6 +237,44 @@ def test_a_message_that_relay_cannot_take_holds_up_no_other(
     assert (server.cli("LLEN", "celery"), server.cli("HLEN", "unacked")) == (0, 1)
 
 
+def test_a_queue_that_relay_cannot_have_stays_and_holds_up_no_other(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    long = "q" * 256
+    send(stock, [1], "a")
+    send(stock, [2, 3], long)
+    send(stock, [4], long, priority=6)
+    send(stock, [5], "z")
+    hold(origin, long, 1)
+    cli = Cli(server.url)
+    for given in (("--dry-run",), ()):
+        told = cli.json("migrate", "celery-redis", "--from", origin, *given, code=1)
+        assert counts(told) == {("a", "ready"): 1, ("z", "ready"): 1}
+        assert counts(told, "left") == {(long, "ready"): 2, ("?", "ready"): 1}
+        assert "has 256 bytes, at most 255 are allowed" in told["left"][0]["note"]
+        assert "whose name relay cannot have" in told["left"][1]["note"]
+    assert relay.queues() == ["a", "z"]
+    assert [in_order(relay, queue) for queue in ("a", "z")] == [["(1,)"], ["(5,)"]]
+    assert sorted(left(server)) == [b"q" * 256, b"q" * 256 + b"\x06\x166", b"unacked", b"unacked_index"]
+
+
+@pytest.mark.parametrize("which", ["list", "binding"])
+def test_names_that_are_no_text_hold_up_no_other(
+    stock: Celery, relay: Broker, server: Server, origin: str, which: str
+) -> None:
+    send(stock, [1])
+    if which == "list":
+        server.cli("RENAME", "celery", b"caf\xe9")
+    else:
+        server.cli("SADD", "_kombu.binding.celery", b"caf\xe9\x06\x16\x06\x16caf\xe9")
+        server.cli("COPY", "celery", b"caf\xe9")
+    send(stock, [2])
+    told = Cli(server.url).json("migrate", "celery-redis", "--from", origin, code=1)
+    assert counts(told, "left") == {("caf\udce9", "ready"): 1}
+    assert "not valid text" in told["left"][0]["note"]
+    assert told["migrated"] == relay.stats("celery").ready == (1 if which == "list" else 2)
+
+
 def test_a_queue_whose_binding_is_gone_is_known_by_its_messages_and_other_lists_are_left(
     stock: Celery, relay: Broker, server: Server, origin: str
 ) -> None:

@@ -262,6 +262,34 @@ def test_a_message_of_an_impossible_time_holds_up_no_other(
     assert (stats.delayed, stats.ready + stats.dead) == (never, len(sent) - never)
 
 
+@pytest.mark.parametrize("name", [b"q" * 256, b"caf\xe9"], ids=["too long", "no text"])
+def test_a_queue_that_relay_cannot_have_stays_and_holds_up_no_other(
+    stock: RedisBroker, relay: Broker, server: Server, origin: str, name: bytes
+) -> None:
+    """In every place where its messages may lie."""
+    body = dramatiq.Message("default", "note", (1,), {}, {}, "id").encode()
+    for queue in (name, name + b".DQ", name + b".XQ"):
+        server.cli("HSET", b"dramatiq:" + queue + b".msgs", "id", body)
+    server.cli("RPUSH", b"dramatiq:" + name, "id")
+    server.cli("RPUSH", b"dramatiq:" + name + b".DQ", "id")
+    server.cli("ZADD", b"dramatiq:" + name + b".XQ", 1, "id")
+    server.cli("SADD", b"dramatiq:__acks__.gone." + name, "held")
+    send(stock, range(3), "a")
+    send(stock, range(3), "z")
+    before = {key: server.cli("DUMP", key) for key in left(server) if name in key}
+    cli = Cli(server.url)
+    for given in (("--dry-run",), ()):
+        told = cli.json("migrate", "dramatiq-redis", "--from", origin, *given, code=1)
+        assert {one["queue"] for one in told["found"] if one["count"]} == {"a", "z"}
+        stay = {(one["queue"].encode(errors="surrogateescape"), one["state"], one["count"]) for one in told["left"]}
+        assert stay == {(name, "ready", 2), (name, "delayed", 1), (name, "dead", 1)}
+        assert all("queue name" in one["note"] for one in told["left"])
+    assert cli.run("migrate", "dramatiq-redis", "--from", origin, code=1).stderr.count("left: queue name") == 3
+    assert {key: server.cli("DUMP", key) for key in left(server)} == before
+    assert relay.queues() == ["a", "z"]
+    assert [relay.stats(queue).ready for queue in ("a", "z")] == [3, 3]
+
+
 def test_another_namespace_with_odd_characters_is_moved_and_its_neighbour_is_not(
     server: Server, relay: Broker, origin: str
 ) -> None:

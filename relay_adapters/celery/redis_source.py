@@ -29,7 +29,7 @@ from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import Arrival, ArrivalState, new_id
 from relay_core.keys import LEVELS
-from relay_core.migration import BATCH, Found, SourceStore
+from relay_core.migration import BATCH, Found, SourceStore, why_not
 
 SEP = "\x06\x16"
 _HOLDING = f"relay-migrate{SEP}"
@@ -96,9 +96,9 @@ class RedisSource:
 
     def found(self) -> list[Found]:
         counts: Counter[tuple[str, ArrivalState]] = Counter()
-        for key, queue, _step in self._lists():
-            for name in (key, _HOLDING + key):
-                counts[queue, "ready"] += self._store.raw("LLEN", self._prefix + name)
+        for queue, count in self._listed().items():
+            if not why_not(queue):
+                counts[queue, "ready"] += count
         if not self._why_unacked_stay():
             for _tag, queues, message in self._held():
                 state: ArrivalState = "delayed" if message.wait else "ready"
@@ -108,13 +108,15 @@ class RedisSource:
 
     def batches(self) -> Iterator[Sequence[Arrival]]:
         for key, queue, step in self._lists():
-            yield from self._list(key, queue, step)
+            if not why_not(queue):
+                yield from self._list(key, queue, step)
         if not self._why_unacked_stay():
             yield from self._all_held()
 
     def left(self) -> list[Found]:
         dark = f"not readable as messages of kombu, or {_TOO_FAR}; they wait in the set {{!r}} of the old server"
-        rows = []
+        listed = sorted(self._listed().items())
+        rows = [Found(queue, "ready", count, why) for queue, count in listed if (why := why_not(queue))]
         for name in self._names(f"{_REFUSED}*", "set"):
             queue = re.sub(f"{SEP}[0-9]+$", "", name.removeprefix(_REFUSED))
             if not self._only or queue in self._only:
@@ -131,7 +133,8 @@ class RedisSource:
                     "?",
                     "ready",
                     lost,
-                    f"unacked, and not readable, without a queue or {_TOO_FAR}; they stay in 'unacked'",
+                    "unacked, and not readable, without a queue, of a queue whose name relay cannot have, or "
+                    f"{_TOO_FAR}; they stay in 'unacked'",
                 )
             )
         return rows
@@ -155,6 +158,14 @@ class RedisSource:
             if ours and step.isdigit():
                 found.add((key, queue, int(step)))
         return sorted(found, key=lambda row: (row[1], row[2]))
+
+    def _listed(self) -> Counter[str]:
+        """How many messages there are in the lists of each queue."""
+        counts: Counter[str] = Counter()
+        for key, queue, _step in self._lists():
+            for name in (key, _HOLDING + key):
+                counts[queue] += self._store.raw("LLEN", self._prefix + name)
+        return counts
 
     def _holds_tasks(self, name: str) -> bool:
         try:
@@ -218,7 +229,7 @@ class RedisSource:
                     message, queues = _message(envelope), self._queues_of(exchange or "", routing_key or "")
                 except (ValueError, TypeError):
                     message, queues = None, []
-                if message is None or not queues:
+                if message is None or not queues or any(map(why_not, queues)):
                     self._unreadable["unacked"] += 1
                 elif not self._only or self._only & set(queues):
                     yield tag, queues, message

@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dramatiq.common import q_name
@@ -26,7 +27,7 @@ from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
 from relay_core.errors import InvalidArgument
 from relay_core.job import Arrival, ArrivalState
 from relay_core.keys import LEVELS
-from relay_core.migration import BATCH, Found, SourceStore
+from relay_core.migration import BATCH, Found, SourceStore, why_not
 
 _TAKE_OUT = """
 local gone = 0
@@ -67,6 +68,10 @@ class RedisSource:
             _load(app)
 
     def found(self) -> list[Found]:
+        return [found for found in self._all() if not why_not(found.queue)]
+
+    def _all(self) -> list[Found]:
+        """As `found`, with the queues that relay can have none of the name of."""
         gone, _held = self._holders()
         counts: Counter[tuple[str, ArrivalState]] = Counter()
         for queue in self._queues():
@@ -81,10 +86,14 @@ class RedisSource:
         gone, _held = self._holders()
         # what a worker held was at the head of its queue
         for key, queue in gone:
+            if why_not(q_name(queue)):
+                continue
             ids = sorted(self._store.raw("SMEMBERS", key))  # few: as many as a worker prefetches
             for at in range(0, len(ids), BATCH):
                 yield from self._batch("set", key, queue, [(id, 0.0) for id in ids[at : at + BATCH]])
         for queue in self._queues():
+            if why_not(queue):
+                continue
             for name in (queue, f"{queue}.DQ"):
                 key, kept = self._key(name), 0
                 while ids := self._store.raw("LRANGE", key, kept, kept + BATCH - 1):
@@ -103,7 +112,9 @@ class RedisSource:
         seconds = self._heartbeat_timeout / 1000
         busy = f"held by workers that were seen in the last {seconds:g} s; when they have stopped, migrate again"
         dark = "delayed, and they do not decode, so that nothing tells until when; name your module with --app"
+        unfit = [replace(one, note=why) for one in self._all() if (why := why_not(one.queue))]
         return [
+            *unfit,
             *(Found(queue, "ready", count, busy) for queue, count in sorted(counts.items())),
             *(Found(queue, "delayed", count, dark) for queue, count in sorted(self._unreadable.items()) if count),
         ]

@@ -41,7 +41,7 @@ class _From(SyncStore):
 
     def raw(self, *args: Any) -> Any:
         try:
-            return super().raw(*args)
+            return super().raw(*(arg.encode(errors="surrogateescape") if isinstance(arg, str) else arg for arg in args))
         except Unavailable as error:
             raise SourceUnavailable(
                 f"{error}; that is where the jobs are: check --from and that its server runs. What was migrated is "
