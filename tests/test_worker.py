@@ -917,6 +917,55 @@ def test_after_sigterm_what_outlasts_the_grace_is_handed_back(
     assert [job.deliveries for job in broker.claim("mail")] == [1]
 
 
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_closes_stops_a_worker_as_sigterm_does(
+    again: signal.Signals, processes: Processes, broker: Broker
+) -> None:
+    """It may say so twice, or after a SIGTERM, as systemd's SendSIGHUP= does: that is no second signal."""
+    broker.enqueue_many("mail", [b"0", b"1"])
+    worker = processes.start("hold", "--grace", "3600", "--prefetch", "1")
+    processes.wait_for("start 0 1")
+    worker.send_signal(again)
+    eventually(lambda: broker.stats("mail").ready == 1, "the release of what was prefetched")
+    worker.send_signal(signal.SIGHUP)
+    processes.go()
+    code, _out, err = finished(worker)
+    assert (code, processed(broker)) == (0, 1), err
+    assert processes.ledger() == ["start 0 1", "end 0 1"]
+
+
+def test_a_worker_that_is_to_outlive_its_terminal_does(processes: Processes, broker: Broker) -> None:
+    broker.enqueue("mail", b"0")
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it, for what it starts
+    try:
+        worker = processes.start("hold")
+    finally:
+        signal.signal(signal.SIGHUP, ours)
+    processes.wait_for("start 0 1")
+    worker.send_signal(signal.SIGHUP)
+    broker.enqueue("mail", b"1")
+    processes.go()
+    processes.wait_for("end 0 1", "end 1 1")
+    worker.send_signal(signal.SIGTERM)
+    code, _out, err = finished(worker)
+    assert (code, processed(broker)) == (0, 2), err
+
+
+def test_an_application_keeps_its_own_handler_of_sighup(broker: Broker) -> None:
+    worker = Worker(broker, lambda _job: os.kill(os.getpid(), signal.SIGHUP), ["mail"])
+
+    def reload(_number: int, _frame: FrameType | None) -> None:
+        worker.stop()
+
+    broker.enqueue("mail", b"0")
+    before = signal.signal(signal.SIGHUP, reload)
+    try:
+        assert worker.run() == 1
+        assert signal.getsignal(signal.SIGHUP) is reload
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_hands_back_at_once(number: signal.Signals, processes: Processes, broker: Broker) -> None:
     broker.enqueue_many("mail", [b"0", b"1"])

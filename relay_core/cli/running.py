@@ -155,7 +155,7 @@ def worker(
     schedule: bool,
     log_level: str,
 ) -> None:
-    """Run a handler on the jobs of some queues until SIGTERM or Ctrl-C.
+    """Run a handler on the jobs of some queues until SIGTERM or Ctrl-C, or its terminal closes.
 
     The handler is a function that takes a relay_core.Job. Returning acks the job; raising retries it. The first
     signal waits for running jobs up to --grace, the second hands them back at once.

@@ -115,10 +115,11 @@ class Worker:
         self._bell: Bell | None = None
 
     def run(self) -> int:
-        """Work until `stop`, SIGTERM or SIGINT: how many jobs were acked.
+        """Work until `stop`, SIGTERM, SIGINT or SIGHUP: how many jobs were acked.
 
-        The first signal stops claiming, and running handlers have `grace` seconds; the second releases at once.
-        Signal handlers are installed only on the main thread.
+        The first signal stops claiming, and running handlers have `grace` seconds; the second releases at once, but for
+        SIGHUP, which often comes on top of another. Signal handlers are installed only on the main thread, that of
+        SIGHUP only where nothing was said about it, such as by nohup.
         """
         heartbeat = Heartbeat(self.broker, self._held)
         presence = Presence(
@@ -399,9 +400,17 @@ class Worker:
                 self._asked = None  # once is enough
                 raise _Cut
 
+        def on_hangup(_number: int, _frame: FrameType | None) -> None:
+            # a terminal that closes has both its shell and the system say so, and systemd may after its SIGTERM
+            if not self._stops:
+                self.stop()
+
         before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
         }
+        hangup = getattr(signal, "SIGHUP", None)  # which Windows has not
+        if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+            before[hangup] = signal.signal(hangup, on_hangup)
         try:
             yield
         finally:
