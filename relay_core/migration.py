@@ -66,8 +66,8 @@ class Source(Protocol):
         """
 
     def left(self) -> Iterable[Found]:
-        """What stays in the source after `batches`, with a note each: queues of a name for which there is a `why_not`, for
-        one. Changes nothing."""
+        """What stays in the source after `batches`, with a note each: a queue of a name for which there is a `why_not`,
+        for one. Changes nothing."""
 
 
 class Migration(click.Command):

@@ -98,9 +98,9 @@ def test_a_delay_that_is_no_time_is_refused(broker: RelayBroker, delay: float, t
     @dramatiq.actor
     def note() -> None: ...
 
-    with broker.batch() if together else nullcontext():
-        with pytest.raises(InvalidArgument, match=f"delay must be a finite number of seconds, got {delay}"):
-            note.send_with_options(delay=delay)  # type: ignore[arg-type]
+    refused = pytest.raises(InvalidArgument, match=f"delay must be a finite number of seconds, got {delay}")
+    with broker.batch() if together else nullcontext(), refused:
+        note.send_with_options(delay=delay)  # type: ignore[arg-type]
     assert broker.get_queue_message_counts("default") == (0, 0, 0)
 
 

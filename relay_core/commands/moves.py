@@ -157,8 +157,8 @@ def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
 class Stored(list[Enqueued]):
     """The answers to one enqueue of many.
 
-    :ivar founded: True where the queue had no job before, or where an earlier send may have been its first: its name may
-        not be among those that people are shown
+    :ivar founded: True where the queue had no job before, or where an earlier send may have been its first: its name
+        may not be among those that people are shown
     """
 
     __slots__ = ("founded",)

@@ -64,7 +64,7 @@ class FastStream(asyncio.Protocol):
         self._count = 0
 
     async def _wait(self) -> None:
-        if self._failure is not None:  # after this task was woken, and before it came to run: nothing would wake it again
+        if self._failure is not None:  # while this task was woken, and had not run yet: nothing would wake it again
             raise self._failure
         self._waiter = self._loop.create_future()
         try:
