@@ -33,9 +33,10 @@ PATIENCE = 60.0
 """Seconds to wait for a start. A server with gigabytes of jobs reads its file before it answers."""
 
 # Descriptors of the leases of this process, so that a child of fork can close its copies. The guard is
-# held across a fork, so no descriptor is opened and not yet noted at that moment.
+# held across a fork, so no descriptor is opened and not yet noted at that moment. Who holds it may be given
+# a forgotten lease to close by the garbage collector, so it can be taken again.
 _held: set[int] = set()
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 def _after_fork_in_child() -> None:

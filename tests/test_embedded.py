@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -213,6 +216,32 @@ def test_closing_twice_is_closing_once(folder: Path) -> None:
 def test_a_lease_that_is_forgotten_is_closed(folder: Path) -> None:
     embedded.acquire(folder)
     assert seconds_until_gone(folder, pid_of(folder)) < 3.0
+
+
+def test_a_forgotten_lease_may_be_found_while_another_one_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is part of a cycle, as that of RelayBroker is, goes when the garbage collector likes."""
+    cycle: list[object] = [embedded.acquire(folder)]
+    cycle.append(cycle)
+    forgotten = weakref.ref(cycle[0])
+    real = embedded_watch.open_lock
+
+    def collecting(path: str) -> int:
+        gc.collect()
+        return real(path)
+
+    gc.disable()
+    try:
+        del cycle
+        monkeypatch.setattr(embedded_watch, "open_lock", collecting)
+        thread = threading.Thread(target=lambda: embedded.acquire(folder).close(), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert forgotten() is None
+    finally:
+        gc.enable()
 
 
 def test_many_starters_at_once_get_one_server(folder: Path, users: Callable[[], User]) -> None:
