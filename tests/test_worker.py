@@ -27,7 +27,7 @@ from relay_core import Broker, Job, JobSpec, RetryPolicy, hookimpl
 from relay_core.errors import InvalidArgument, LayoutError
 from relay_core.testing import drain
 from relay_core.worker import Reject, Retry, Worker
-from relay_core.worker.held import Heartbeat
+from relay_core.worker.held import Heartbeat, Held
 from relay_core.worker.news import News
 from tests.command_line import finished, spawn
 from tests.servers import Server, eventually, free_port
@@ -843,6 +843,35 @@ def test_an_idle_worker_hears_of_work_on_a_server_that_was_started_again() -> No
         server.start()
         broker.enqueue("mail", b"")
         has_processed(broker, 1)
+
+
+def test_a_job_that_ends_during_a_heartbeat_has_lost_no_lease(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Note:
+        @hookimpl
+        def relay_lease_lost(self, id: str) -> None:
+            told.append(id)
+
+    held = Held()
+    with Broker(broker.url.safe(), plugins=[Note()]) as mine:
+        broker.enqueue_many("mail", [JobSpec(b"", id="ended"), JobSpec(b"", id="lost"), JobSpec(b"", id="held")])
+        jobs = mine.claim("mail", 3)
+        for job in jobs:
+            held.add(job)
+        broker.release(jobs[1])  # by nobody here
+        everything = Held.all
+
+        def all_of(held: Held) -> list[Job]:
+            found = everything(held)
+            held.drop(jobs[0])
+            mine.ack(jobs[0])
+            return found
+
+        monkeypatch.setattr(Held, "all", all_of)
+        Heartbeat(mine, held).beat()
+    assert told == ["lost"]
+    assert [held.holds(job) for job in jobs] == [False, False, True]
 
 
 # --- processes

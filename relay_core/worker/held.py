@@ -104,9 +104,12 @@ class Heartbeat(threading.Thread):
         if not jobs:
             return
         sent = time.monotonic()
-        for job, verdict in zip(jobs, self._broker.extend(jobs), strict=True):
+        operations = self._broker.operations
+        verdicts = self._broker.drive(operations.extend(jobs, tell=False))
+        for job, verdict in zip(jobs, verdicts, strict=True):
             if verdict is Verdict.LOST:
-                if self._held.drop(job):
+                if self._held.drop(job):  # else it was acked, nacked or handed back meanwhile
+                    operations.tell_lost(job, "extend")
                     logger.warning("job %s of queue %r: its lease was lost while it was held here", job.id, job.queue)
             else:
                 self._held.extended(job, sent + self._broker.settings.lease)
