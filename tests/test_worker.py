@@ -874,6 +874,20 @@ def test_a_job_that_ends_during_a_heartbeat_has_lost_no_lease(broker: Broker, mo
     assert [held.holds(job) for job in jobs] == [False, False, True]
 
 
+def test_the_event_loop_of_async_handlers_is_closed_at_the_end(broker: Broker) -> None:
+    """A process may run many workers, one after the other: each loop has three descriptors."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def handle(_job: Job) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    broker.enqueue("mail", b"")
+    with running(broker, handle):
+        has_processed(broker, 1)
+    (loop,) = loops
+    eventually(loop.is_closed, "the end of the loop")
+
+
 # --- processes
 
 

@@ -103,12 +103,14 @@ class LoopPool:
         asyncio.run_coroutine_threadsafe(self._work(job), self._loop)
 
     def _run(self) -> None:
-        """The loop, which SystemExit in any task of a handler's stops, as does a handler that stops it."""
+        """The loop, which SystemExit in any task of a handler's stops, as does a handler that stops it. At its end it gives
+        back its descriptors."""
         while not self._closing:
             try:
                 self._loop.run_forever()
             except BaseException:
                 logger.exception("a task has ended the event loop of the handlers, which goes on")
+        self._loop.close()
 
     def close(self) -> None:
         self._closing = True
