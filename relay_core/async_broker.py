@@ -12,7 +12,7 @@ from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, job_spec, nack_options, names, schedule_of
 from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
-from relay_core.connection import AsyncBell, AsyncStore
+from relay_core.connection import AsyncBell, AsyncStore, RestingBells
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
@@ -39,7 +39,7 @@ class AsyncBroker(BrokerBase):
     def store(self) -> AsyncStore:
         """The connection, opened at its first use."""
         if self._store is None:
-            self._bells: dict[tuple[bytes, ...], list[AsyncBell]] = {}
+            self._bells: RestingBells[AsyncBell] = RestingBells()
             self._returning = set()
             self._store = AsyncStore(self.address(), self._store_settings)
         return self._store
@@ -49,9 +49,8 @@ class AsyncBroker(BrokerBase):
         if self._store is not None:
             if mine := [task for task in self._returning if task.get_loop() is asyncio.get_running_loop()]:
                 await asyncio.wait(mine, timeout=_FAREWELL)
-            for bells in self._bells.values():
-                for bell in bells:
-                    await bell.close()
+            for bell in self._bells.take_all():
+                await bell.close()
             await self._store.close()
             self._store = None
         if self._lease is not None:
@@ -100,8 +99,8 @@ class AsyncBroker(BrokerBase):
 
     async def _wait(self, step: Wait) -> bool:
         store = self.store
-        idle = self._bells.setdefault(step.markers, [])
-        bell = idle.pop() if idle else store.bell(step.markers)
+        resting = self._bells
+        bell = resting.take(step.markers) or store.bell(step.markers)
         try:
             rung = await bell.wait(step.timeout)
         except Unavailable:
@@ -111,7 +110,8 @@ class AsyncBroker(BrokerBase):
         except BaseException:
             await bell.close()
             raise
-        idle.append(bell)
+        if unused := resting.put(step.markers, bell):
+            await unused.close()
         return rung
 
     # one line per operation, in the order of a job's life

@@ -13,7 +13,7 @@ from relay_core import adoption, inspector, maintenance
 from relay_core.broker_base import BrokerBase, as_jobs, job_spec, nack_options, names, schedule_of
 from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, Nack, QueueStats, Verdict, WorkerInfo
-from relay_core.connection import Bell, Sender, SyncStore
+from relay_core.connection import Bell, RestingBells, Sender, SyncStore
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
@@ -50,7 +50,7 @@ class Broker(BrokerBase):
             with self._opening:
                 if self._store is None or self._opened_by != os.getpid():
                     self._opened_by = os.getpid()
-                    self._bells: dict[tuple[bytes, ...], list[Bell]] = {}
+                    self._bells: RestingBells[Bell] = RestingBells()
                     self._store = SyncStore(self.address(), self._store_settings)
         return self._store
 
@@ -58,9 +58,8 @@ class Broker(BrokerBase):
         """Give back all connections, and the embedded server."""
         with self._opening:
             if self._store is not None:
-                for bells in self._bells.values():
-                    for bell in bells:
-                        bell.close()
+                for bell in self._bells.take_all():
+                    bell.close()
                 self._store.close()
                 self._store = None
             if self._lease is not None:
@@ -116,11 +115,8 @@ class Broker(BrokerBase):
 
     def _wait(self, step: Wait) -> bool:
         store = self.store
-        idle = self._bells.setdefault(step.markers, [])
-        try:
-            bell = idle.pop()
-        except IndexError:
-            bell = store.bell(step.markers)
+        resting = self._bells
+        bell = resting.take(step.markers) or store.bell(step.markers)
         try:
             rung = bell.wait(step.timeout)
         except Unavailable:
@@ -130,7 +126,8 @@ class Broker(BrokerBase):
         except BaseException:
             bell.close()
             raise
-        idle.append(bell)
+        if unused := resting.put(step.markers, bell):
+            unused.close()
         return rung
 
     # one line per operation, in the order of a job's life

@@ -6,12 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from typing import Any
 
 import pytest
 
 from relay_core import AsyncBroker
 from relay_core.broker import Broker
+from relay_core.connection.resting import MOST
 from relay_core.job import Claimed
 from relay_core.operations import Wait
 from relay_core.validation import JobSpec
@@ -202,6 +204,38 @@ def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broke
         thread.join(40)
         assert [job.queue for job in found[0]] == [queue]
         assert time.monotonic() - began < 3.0
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+@pytest.mark.parametrize(
+    ("claims", "most"),
+    [(list(permutations("abcd")), 1), ([("a", f"b{n}") for n in range(MOST + 10)], MOST)],
+    ids=["orders", "sets"],
+)
+def test_a_process_that_names_its_queues_in_many_ways_keeps_few_connections(
+    server: Server, kind: str, claims: list[tuple[str, ...]], most: int
+) -> None:
+    """As one does that asks them in another order each time, so that none starves."""
+
+    def clients() -> int:
+        return int(server.info("clients")["connected_clients"])
+
+    async def awaited() -> int:
+        async with AsyncBroker(server.url) as broker:
+            for queues in claims:
+                assert await broker.claim(queues, wait=0.001) == []
+            return clients()
+
+    before = clients()
+    if kind == "asyncio":
+        kept = asyncio.run(awaited())
+    else:
+        with Broker(server.url) as broker:
+            for queues in claims:
+                assert broker.claim(queues, wait=0.001) == []
+            kept = clients()
+    assert kept - before <= most + 1, "and the one for commands"
+    eventually(lambda: clients() == before, "all are given back")
 
 
 def test_a_wake_up_of_one_queue_is_passed_on_by_who_finds_enough_in_another(

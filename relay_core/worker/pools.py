@@ -103,8 +103,8 @@ class LoopPool:
         asyncio.run_coroutine_threadsafe(self._work(job), self._loop)
 
     def _run(self) -> None:
-        """The loop, which SystemExit in any task of a handler's stops, as does a handler that stops it. At its end it gives
-        back its descriptors."""
+        """The loop, which SystemExit in any task of a handler's stops, as does a handler that stops it; closed at its
+        end."""
         while not self._closing:
             try:
                 self._loop.run_forever()
