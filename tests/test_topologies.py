@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from relay_core.commands.command import Command
+from relay_core.connection.steps import Address, Exchange, Outcome
+from relay_core.connection.topology import Router
 from relay_core.errors import AuthError, InvalidArgument, NotDurable, StoreError, Unavailable, UnsafeStore
 from relay_core.settings import StoreSettings, parse_url
 from tests.servers import AclServer, Flavour, Server, TlsServer, eventually
@@ -180,6 +183,75 @@ def test_a_bell_is_cut_by_a_failover_and_rings_at_the_new_primary(sentinel_trio:
 def test_sentinels_that_are_down_are_passed_over(sentinel_trio: SentinelTrio, store_at: Open) -> None:
     sentinel_trio.sentinels[0].kill()
     assert store_at(sentinel_trio.url).raw("PING") == b"PONG"
+
+
+def test_sentinels_that_are_silent_are_passed_over_long_before_a_server_would_be(
+    sentinel_trio: SentinelTrio, store_at: Open
+) -> None:
+    """As when the machine of one is gone: the system takes its connections, and nothing answers."""
+    store = store_at(sentinel_trio.url, socket_timeout=600.0, connect_timeout=600.0)
+    for sentinel in sentinel_trio.sentinels[:2]:
+        sentinel.pause()
+    with ThreadPoolExecutor(1) as other:
+        done = other.submit(store.raw, "PING")
+        try:
+            eventually(done.done, "the last sentinel is asked")
+        finally:
+            for sentinel in sentinel_trio.sentinels:
+                sentinel.resume()
+        assert done.result() == b"PONG"
+
+
+SENTINELS = "relay+sentinel://127.0.0.1:1,127.0.0.1:2,127.0.0.1:3/main/0"
+SILENT, NAMED = Outcome([], TimeoutError("silent")), Outcome([[b"127.0.0.1", b"9"]])
+
+
+def questions(router: Router, answer: Callable[[int], Outcome]) -> list[int]:
+    """The ports of the sentinels that the next command asks, and that answer so."""
+    flow, asked, outcome = router.discover(), [], None
+    with suppress(StopIteration):
+        while True:
+            step = flow.send(outcome)
+            assert isinstance(step, Exchange)
+            asked.append(step.address.port)
+            outcome = answer(step.address.port)
+    return asked
+
+
+def test_while_all_sentinels_are_silent_most_commands_ask_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The primary that they named last may be well, and a question to one that is silent takes as long as it may."""
+    now = 0.0
+    monkeypatch.setattr("relay_core.connection.topology.time.monotonic", lambda: now)
+    router = Router(parse_url(SENTINELS))
+    assert questions(router, lambda port: NAMED) == [1]
+
+    def silence(port: int) -> Outcome:
+        nonlocal now
+        now += 5  # longer than they are apart while one answers
+        return SILENT
+
+    now += 2
+    asked = []
+    for command in range(60):
+        if questions(router, silence):
+            asked.append(command)
+        now += 1
+    assert asked == [0, 3, 8, 17, 26, 35, 44, 53]  # one a second, without what the questions took
+    assert router.address(b"q") == Address("127.0.0.1", 9)
+    now += 9
+    for _ in range(3):
+        assert len(questions(router, lambda port: NAMED)) == 1  # as often as ever
+        now += 2
+
+
+def test_a_sentinel_that_did_not_answer_is_asked_last() -> None:
+    router = Router(parse_url(SENTINELS))
+
+    def ask() -> list[int]:
+        router.doubt(Address("127.0.0.1", 9))
+        return questions(router, lambda port: SILENT if port == 3 else NAMED)
+
+    assert [ask() for _ in range(4)] == [[2], [3, 1], [2], [3, 1]]
 
 
 def test_a_service_that_no_sentinel_knows_is_named(sentinel_trio: SentinelTrio, store_at: Open) -> None:

@@ -31,6 +31,9 @@ _NO_DRIVER_NAME: dict[str, None] = (
     else {"lib_name": None, "lib_version": None}
 )
 _BLOCK_BYTES = 1 << 18
+SENTINEL_PATIENCE = 1.0
+"""Seconds that a sentinel may take to let connect, and to answer from its memory. One that is silent is gone with its
+machine, often the primary's too, and there are others to ask: what waits for the answer has leases to extend."""
 
 # Asked after 30 s of silence, three times: so the system finds out that the network has forgotten a connection. Not
 # every system has them all; TCP_KEEPALIVE is what macOS calls the first.
@@ -148,6 +151,8 @@ def _make(url: StoreUrl, settings: StoreSettings, address: Address, role: Role, 
     }
     if role == "sentinel":
         options |= {"username": url.sentinel_username, "password": url.sentinel_password}
+        for name in ("socket_timeout", "socket_connect_timeout"):
+            options[name] = min(options[name], SENTINEL_PATIENCE)
     else:
         options["db"] = url.db
         if settings.credential_provider is not None:

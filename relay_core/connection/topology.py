@@ -19,6 +19,8 @@ SLOTS = 16384
 ASK_AGAIN = 1.0
 """Seconds after which the next command asks a sentinel whether the primary is still the same. In a planned
 failover the old one takes writes for seconds more, all of which are lost when it becomes a replica."""
+MOST_DOUBLINGS = 3
+"""How often that is doubled while no sentinel answers: each question to one that is silent holds up a command."""
 
 
 class Router:
@@ -42,6 +44,7 @@ class Router:
         self.doubtful = not fixed
         self.why = "not asked yet"
         self._ask_at = math.inf
+        self._unheard = 0  # questions in a row that no sentinel answered
 
     def ready(self, key: bytes, now: float) -> Address | None:
         """The server for a key if it may be used at once, else None. On the path of every command."""
@@ -116,15 +119,24 @@ class Router:
         return error
 
     def _ask_one_sentinel(self) -> Flow[None]:
-        """Only one, the last that answered: others may be behind it. If it fails, all stays as it is."""
-        self._ask_at = time.monotonic() + ASK_AGAIN
+        """Only one, the last that answered: others may be behind it. If it fails, all stays as it is, and the next one
+        is asked after a longer while, counted from now: the primary may be well where all sentinels are silent."""
+        self._ask_at = time.monotonic() + ASK_AGAIN  # other threads go on meanwhile
         seed = self._seeds[0]
         outcome: Outcome = yield self._sentinel_question(seed)
         reply, _note, _error = self._answer(outcome, seed)
         if isinstance(reply, list) and len(reply) == 2:
-            self._primary = Address(reply[0].decode(), int(reply[1]))
+            self._named(reply)
         else:
             self._seeds = [*self._seeds[1:], seed]
+            self._unheard += 1
+            self._ask_at = time.monotonic() + ASK_AGAIN * 2 ** min(self._unheard, MOST_DOUBLINGS)
+
+    def _named(self, reply: list[Any]) -> None:
+        """Take in the primary that a sentinel named."""
+        self._primary = Address(reply[0].decode(), int(reply[1]))
+        self._unheard = 0
+        self._ask_at = time.monotonic() + ASK_AGAIN
 
     def _sentinel_question(self, seed: Address) -> Exchange:
         return Exchange(seed, [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.url.service)], sentinel=True)
@@ -133,15 +145,15 @@ class Router:
         notes: list[str] = []
         refused: RelayError | None = None
         service = self.url.service
-        for seed in list(self._seeds):
+        seeds = list(self._seeds)
+        for i, seed in enumerate(seeds):
             outcome: Outcome = yield self._sentinel_question(seed)
             reply, note, error = self._answer(outcome, seed)
             if isinstance(error, (AuthError, PermissionDenied)):
                 refused = error
             if isinstance(reply, list) and len(reply) == 2:
-                self._primary = Address(reply[0].decode(), int(reply[1]))
-                self._ask_at = time.monotonic() + ASK_AGAIN
-                self._seeds = [seed, *(other for other in self._seeds if other != seed)]
+                self._named(reply)
+                self._seeds = [*seeds[i:], *seeds[:i]]  # those that did not answer last
                 self.doubtful, self.why = False, ""
                 return None
             notes.append(note or f"{seed}: knows no service {service!r}")
