@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 
 import pytest
@@ -43,6 +44,48 @@ def test_a_killed_server_loses_what_the_page_says_and_nothing_else(flavour: Flav
         server.start()
         with Broker(server.url) as broker:
             assert broker.stats("q").ready == KEPT[lost]
+            assert broker.audit("q").clean
+
+
+def test_a_snapshot_is_restored_to_an_append_only_server_as_the_page_says(flavour: Flavour) -> None:
+    with Server(flavour) as old, Server(flavour) as new:
+        with Broker(old.url) as broker:
+            broker.enqueue_many("q", [b"x"] * 3)
+        old.cli("SAVE")
+        new.shutdown()
+        shutil.copy(old.folder / "dump.rdb", new.folder)
+        new.options["appendonly"] = "yes"
+        new.start()
+        with Broker(new.url) as broker:
+            assert broker.queues() == []  # it begins empty
+        new.kill()
+        shutil.copy(old.folder / "dump.rdb", new.folder)
+        shutil.rmtree(new.folder / "appendonlydir")
+        new.options["appendonly"] = "no"
+        new.start()
+        new.cli("CONFIG", "SET", "appendonly", "yes")
+        pending = ("aof_rewrite_in_progress", "aof_rewrite_scheduled")
+        eventually(lambda: {new.info("persistence")[name] for name in pending} == {"0"}, "the append-only folder")
+        new.kill()
+        new.options["appendonly"] = "yes"
+        new.start()
+        with Broker(new.url) as broker:
+            assert broker.stats("q").ready == 3
+            assert broker.audit("q").clean
+
+
+def test_an_append_only_folder_is_copied_from_a_running_server_as_the_page_says(flavour: Flavour) -> None:
+    with Server(flavour, options={"appendonly": "yes"}) as old, Server(flavour) as new:
+        with Broker(old.url) as broker:
+            broker.enqueue_many("q", [b"x"] * 3)
+        old.cli("CONFIG", "SET", "auto-aof-rewrite-percentage", "0")
+        eventually(lambda: old.info("persistence")["aof_rewrite_in_progress"] == "0", "no rewrite")
+        new.shutdown()
+        shutil.copytree(old.folder / "appendonlydir", new.folder / "appendonlydir")
+        new.options["appendonly"] = "yes"
+        new.start()
+        with Broker(new.url) as broker:
+            assert broker.stats("q").ready == 3
             assert broker.audit("q").clean
 
 
