@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,30 @@ def test_a_heartbeat_that_comes_late_says_so(
     leases.work()
     assert "s late" in caplog.text
     leases.hand_back([tag])
+
+
+def test_a_server_that_is_away_from_held_leases_is_told_of_once_until_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
+    with Server("valkey", options={"appendonly": "yes"}) as server, Broker(server.url, retry_for=0) as broker:
+        leases = Leases(broker)
+        broker.enqueue("q", b"")
+        job = broker.claim("q")[0]
+        leases.add(tag := new_tag(job), job)
+
+        def beat() -> None:
+            leases._next_beat = time.monotonic()
+            leases.work()
+
+        for told in (1, 2):
+            server.kill()
+            for _ in range(3):
+                beat()
+            assert caplog.text.count("leases could not be extended") == told
+            server.start()
+            beat()
+        leases.hand_back([tag])
 
 
 def test_the_thread_that_keeps_the_leases_outlives_what_a_hook_raises(

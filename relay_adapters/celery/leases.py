@@ -69,6 +69,7 @@ class Leases:
         self.untold = False
         """True once a task came of which nobody tells when it starts: that the pool has some waiting may be wrong."""
         self._next_beat = 0.0
+        self._failing = False
         self._sure = 0.0
         self._row = children.Row()
         self.apart = Apart(self)
@@ -362,9 +363,12 @@ class Leases:
             self._next_beat = now + self.broker.settings.lease / 3
             try:
                 self.extend()
+                self._failing = False
             except RelayError as error:
                 self._next_beat = time.monotonic() + min(self.broker.settings.lease / 3, 1.0)
-                logger.warning("leases could not be extended, next try in 1 s: %s", error)
+                level = logging.DEBUG if self._failing else logging.WARNING
+                self._failing = True  # a task may run for hours beside a server of a list that is away
+                logger.log(level, "leases could not be extended, tried again every second: %s", error)
                 self.give_up()
         stopping = self.leave(now)
         if self.owed.due(now):
