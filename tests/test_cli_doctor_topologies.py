@@ -11,7 +11,7 @@ import pytest
 from relay_core import Broker
 from tests.command_line import Cli
 from tests.servers import Server, TlsServer, eventually
-from tests.topologies import Cluster, SentinelTrio
+from tests.topologies import Cluster, Sentinel, SentinelTrio
 
 
 def findings(cli: Cli, code: int = 0) -> dict[str, list[tuple[str, str]]]:
@@ -46,6 +46,14 @@ def test_an_embedded_server_is_told_as_one(tmp_path: Path) -> None:
     assert str(tmp_path / "data") in detail
     assert found["persistence"][0][0] == "ok"
     assert found["write"][0][0] == "ok"
+
+
+def test_a_sentinel_in_place_of_a_server_is_told_as_one(tcp_server: Server) -> None:
+    with Sentinel(tcp_server.flavour, "main", tcp_server.port, 1) as sentinel:
+        found = findings(Cli(sentinel.url), code=1)
+    ((level, detail),) = found["topology"]
+    assert level == "error"
+    assert f"use relay+sentinel://127.0.0.1:{sentinel.port}/SERVICE" in detail
 
 
 @pytest.mark.slow

@@ -302,6 +302,14 @@ def test_a_server_that_comes_back_in_time_is_waited_for(tcp_server: Server, stor
     assert number == 1  # nothing was saved
 
 
+def test_a_replica_is_named_as_one(store_at: Open) -> None:
+    told = "it is a replica: the URL, or the sentinels in it, must name the primary"
+    with Server("valkey", options={"replicaof": f"127.0.0.1 {free_port()}"}) as replica:
+        store = store_at(replica.url, retry_for=0)
+        with pytest.raises(Unavailable, match=told):
+            store.run(count())
+
+
 def test_a_full_server_is_named_with_its_setting(server: Server, store_at: Open) -> None:
     store = store_at(server.url, retry_for=0.2)
     server.cli("CONFIG", "SET", "maxmemory", "1mb")

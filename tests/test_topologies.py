@@ -264,12 +264,20 @@ def test_sentinels_with_a_password_get_their_own_credentials(store_at: Open) -> 
     with Server("redis", tcp=True) as server, Sentinel("redis", "main", server.port, 1) as sentinel:
         sentinel.cli("ACL", "SETUSER", "default", "resetpass", ">secret-of-sentinel")
         url = f"relay+sentinel://127.0.0.1:{sentinel.port}/main/0"
-        with pytest.raises(AuthError):
+        with pytest.raises(AuthError, match=r"the sentinel wants .* sentinel_password="):
             store_at(url).raw("PING")
         with pytest.raises(AuthError) as refused:
             store_at(url + "?sentinel_password=wrong-one").raw("PING")
         assert "wrong-one" not in str(refused.value)
         assert store_at(url + "?sentinel_password=secret-of-sentinel").raw("PING") == b"PONG"
+
+
+def test_a_user_of_a_sentinel_needs_the_right_to_one_question(store_at: Open) -> None:
+    """As docs/operations.md says, with a name for CLIENT LIST, too."""
+    with Server("redis", tcp=True) as server, Sentinel("redis", "main", server.port, 1) as sentinel:
+        sentinel.cli("ACL", "SETUSER", "relay", "on", ">secret", "+sentinel|get-master-addr-by-name")
+        url = f"relay+sentinel://127.0.0.1:{sentinel.port}/main/0?sentinel_username=relay&sentinel_password=secret"
+        assert store_at(url, client_name="worker").raw("CLIENT", "GETNAME") == b"worker"
 
 
 def test_a_write_is_durable_once_the_replica_has_it(sentinel_trio: SentinelTrio, store_at: Open) -> None:

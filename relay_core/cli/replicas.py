@@ -26,7 +26,12 @@ def topology(broker: Broker, infos: Infos) -> Iterator[Finding]:
     if url.topology == "cluster":
         yield from _cluster(broker, tls)
         return
-    (info,) = infos.values()
+    ((node, info),) = infos.items()
+    if "sentinel" in (info.get("server_mode"), info.get("redis_mode")):
+        yield Finding(
+            "topology", "error", f"this is a sentinel, which keeps no jobs; use relay+sentinel://{node}/SERVICE"
+        )
+        return
     if info.get("role", "master") != "master":
         at = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
         yield Finding(
@@ -34,7 +39,6 @@ def topology(broker: Broker, infos: Infos) -> Iterator[Finding]:
         )
         return
     if url.topology == "sentinel":
-        (node,) = infos
         told = f"the primary of {url.service!r} is {node}, as sentinels say{tls}"
         if len(url.hosts) < 2:
             advice = "who starts while it is down finds no primary; name all sentinels"

@@ -40,6 +40,7 @@ _ADVICE = {
     "OOM": "; the server's memory is full: raise maxmemory or let workers catch up",
     "MISCONF": "; the server cannot save to its disk, see its log",
     "NOREPLICAS": "; the server has fewer good replicas than min-replicas-to-write asks for",
+    "READONLY": "; it is a replica: the URL, or the sentinels in it, must name the primary",
     "BUSY": "; a script has been running for too long on the server",
 }
 

@@ -150,7 +150,8 @@ def _make(url: StoreUrl, settings: StoreSettings, address: Address, role: Role, 
         **_NO_DRIVER_NAME,
     }
     if role == "sentinel":
-        options |= {"username": url.sentinel_username, "password": url.sentinel_password}
+        # without the name, which no one is to see there and which takes a right of its own
+        options |= {"username": url.sentinel_username, "password": url.sentinel_password, "client_name": None}
         for name in ("socket_timeout", "socket_connect_timeout"):
             options[name] = min(options[name], SENTINEL_PATIENCE)
     else:

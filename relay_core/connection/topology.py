@@ -186,7 +186,11 @@ class Router:
         else:
             judged = (judge_cut if outcome.sent else judge_connect)(outcome.failure, str(at))
             hint = self.hint(outcome.failure)
-        return None, f"{at}: {judged.text}{hint}", judged.error if judged.verdict is Verdict.PERMANENT else None
+        error = judged.error if judged.verdict is Verdict.PERMANENT else None
+        if self.kind == "sentinel" and isinstance(error, AuthError):
+            advice = "name its own with ?sentinel_username= and sentinel_password= in the URL"
+            error = AuthError(f"{at}: the sentinel wants another user name or password ({judged.text}); {advice}")
+        return None, f"{at}: {judged.text}{hint}", error
 
 
 def _shuffled(addresses: Iterable[Address]) -> list[Address]:
