@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -142,6 +143,24 @@ def test_a_worker_outlives_a_password_that_is_wrong_for_a_while(acl_server: AclS
         client.send_task("tests.celery_app.run", ["after"])
         eventually(lambda: lines(tmp_path, start="after"), "the worker to go on")
         assert not running.logged("Frequent restarts")
+
+
+@pytest.mark.parametrize("flags", [("-P", "solo"), ("-P", "prefork", "-c", "1"), ("-P", "threads", "-c", "1")])
+def test_a_worker_outlives_a_server_that_may_evict_jobs_for_a_while(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """As after a failover to a replica whose configuration is not the primary's."""
+    with (
+        Server("valkey", tcp=True) as server,
+        client_of(server.url, tmp_path) as client,
+        CeleryWorker(server.url, tmp_path, *flags) as running,
+    ):
+        server.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        server.cli("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        refused = "broker lost.*set it to noeviction|Cannot connect.*set it to noeviction"
+        eventually(lambda: re.search(refused, running.text) or running.process.poll() is not None, "the refusal")
+        assert running.process.poll() is None
+        server.cli("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        client.send_task("tests.celery_app.run", ["after"])
+        eventually(lambda: lines(tmp_path, start="after"), "the worker to go on")
 
 
 class Own(Stock):  # type: ignore[misc]

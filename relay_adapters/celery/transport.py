@@ -22,7 +22,7 @@ from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.watch import Watch
 from relay_adapters.celery.workerstate import shutting_down
 from relay_core.connection import readable
-from relay_core.errors import AuthError, StoreError, Unavailable
+from relay_core.errors import AuthError, StoreError, Unavailable, UnsafeStore
 
 _SETTLE = 0.25
 """Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
@@ -30,6 +30,9 @@ _SETTLE = 0.25
 
 _TURN = 1.0
 """Seconds, the longest sleep of a loop."""
+
+REFUSALS = (AuthError, UnsafeStore)
+"""What a server says until somebody sets it right, such as a replica that was promoted and is configured otherwise."""
 
 WATCHES: dict[str, tuple[type[Watch] | type[MailWatch], Callable[[channels.Channel], Collection[str]]]] = {
     "mail": (MailWatch, lambda channel: channel.boxes),
@@ -56,8 +59,8 @@ class Transport(virtual.Transport):
     implements = virtual.Transport.implements.extend(
         asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False, batch_publish=True
     )
-    # a worker outlives a password that is wrong for a while; who publishes is told at once, see below
-    connection_errors = (*virtual.Transport.connection_errors, Unavailable, AuthError)  # type: ignore[assignment]
+    # a worker outlives these for a while; who publishes is told at once, see below
+    connection_errors = (*virtual.Transport.connection_errors, Unavailable, *REFUSALS)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
     # without these two, kombu repeats what a channel refused as if the connection had been lost
     recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable)
@@ -115,7 +118,7 @@ class Transport(virtual.Transport):
                 channel.leases.extend()
         except BaseException as error:
             self.close_connection(connection)
-            if pace is not None and isinstance(error, AuthError):
+            if pace is not None and isinstance(error, REFUSALS):
                 raise Unavailable(str(error)) from error  # and is tried again
             raise
         return connection
