@@ -1,4 +1,4 @@
-"""A gevent worker whose task does not yield: nothing that it holds runs elsewhere, for however long that takes."""
+"""A gevent worker: nothing that it holds runs elsewhere while its task does not yield, and control reaches it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from celery.utils.nodenames import gethostname
 
 from relay_core import Broker
 from tests.celery_workers import CeleryWorker, client_of, lines
@@ -41,6 +42,29 @@ def test_the_leases_of_a_gevent_worker_are_kept_while_a_task_does_not_yield(tcp_
         client.send_task("tests.celery_app.late", ["after"])
         eventually(lambda: lines(tmp_path, start="after"), "the next task")
         assert not worker.logged("s late")
+    client.close()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_control_reaches_a_gevent_worker_that_lost_the_connection_for_it_alone(
+    tcp_server: Server, tmp_path: Path
+) -> None:
+    """Celery gives it one of its own there, and nothing else notices that it is gone."""
+    client = client_of(tcp_server.url, tmp_path)
+    flags = ("-P", "gevent", "-c", "1", "--without-gossip", "--without-mingle")
+    with CeleryWorker(tcp_server.url, tmp_path, *flags) as worker:
+
+        def listening() -> list[str]:
+            clients = tcp_server.cli("CLIENT", "LIST").decode().splitlines()
+            return [one.split()[0].removeprefix("id=") for one in clients if " cmd=xreadgroup " in one]
+
+        eventually(lambda: len(listening()) == 1, "it to listen for commands, and nobody else")
+        (lost,) = listening()
+        tcp_server.cli("CLIENT", "KILL", "ID", lost)
+        eventually(lambda: lost not in listening(), "that connection to be gone")
+        assert client.control.ping([f"w@{gethostname()}"], timeout=20, limit=1), "it does not hear"
+        assert not worker.logged("Connection to broker lost"), "the loss of another connection had it listen again"
+        assert worker.stop() == 0
     client.close()
 
 

@@ -960,13 +960,24 @@ def test_after_sigterm_what_outlasts_the_grace_is_handed_back(
     assert [job.deliveries for job in broker.claim("mail")] == [1]
 
 
+@contextmanager
+def hangups(what: signal.Handlers) -> Iterator[None]:
+    """What SIGHUP does to a process that is started meanwhile."""
+    ours = signal.signal(signal.SIGHUP, what)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, ours)
+
+
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGHUP])
 def test_a_terminal_that_closes_stops_a_worker_as_sigterm_does(
     again: signal.Signals, processes: Processes, broker: Broker
 ) -> None:
     """It may say so twice, or after a SIGTERM, as systemd's SendSIGHUP= does: that is no second signal."""
     broker.enqueue_many("mail", [b"0", b"1"])
-    worker = processes.start("hold", "--grace", "3600", "--prefetch", "1")
+    with hangups(signal.SIG_DFL):  # these tests may run under nohup
+        worker = processes.start("hold", "--grace", "3600", "--prefetch", "1")
     processes.wait_for("start 0 1")
     worker.send_signal(again)
     eventually(lambda: broker.stats("mail").ready == 1, "the release of what was prefetched")
@@ -979,11 +990,8 @@ def test_a_terminal_that_closes_stops_a_worker_as_sigterm_does(
 
 def test_a_worker_that_is_to_outlive_its_terminal_does(processes: Processes, broker: Broker) -> None:
     broker.enqueue("mail", b"0")
-    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it, for what it starts
-    try:
+    with hangups(signal.SIG_IGN):  # as nohup has it
         worker = processes.start("hold")
-    finally:
-        signal.signal(signal.SIGHUP, ours)
     processes.wait_for("start 0 1")
     worker.send_signal(signal.SIGHUP)
     broker.enqueue("mail", b"1")

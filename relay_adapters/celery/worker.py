@@ -7,6 +7,7 @@ it. `inspect scheduled` and `inspect query_task` tell of what waits in a worker'
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,8 +19,13 @@ from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.options import is_relay, safe_text
 from relay_core import Broker
 
+logger = logging.getLogger("relay.celery")
+
 _LISTED = 1000
 """Most waiting tasks of a queue that `inspect scheduled` lists, the next due first."""
+
+_AFTER_A_LOSS = 1.0
+"""Seconds until a lost connection of control's own is made again."""
 
 _REQUEST = "relay_adapters.celery.request:Request"
 
@@ -39,6 +45,7 @@ def install(**_: Any) -> None:
     from celery.worker.consumer.connection import Connection as Connecting
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
+    from celery.worker.pidbox import gPidbox
 
     children.install(prefork)
     if Task.Request == "celery.worker.request:Request":
@@ -53,6 +60,7 @@ def install(**_: Any) -> None:
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
+        gPidbox.loop = _connected_again(gPidbox.loop)
 
 
 def _derived(stock: Callable[..., type]) -> Callable[..., type]:
@@ -78,6 +86,28 @@ def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:
             stock(step, consumer)
 
     return start
+
+
+def _connected_again(stock: Callable[..., None]) -> Callable[..., None]:
+    """Under gevent and eventlet, control has a connection of its own. Where that alone is lost, Celery's greenlet ends
+    of it, and the worker hears of no command until it loses its other connection, too."""
+
+    def loop(box: Any, consumer: Any) -> None:
+        while True:
+            try:
+                return stock(box, consumer)
+            except consumer.connection_errors as error:
+                connection, stopped = consumer.connection, box._node_shutdown
+                if connection is None:
+                    return None  # the worker lost its other one, and has stopped this greenlet to start another
+                if not getattr(connection.transport, "keeps_mail", False):
+                    raise
+                # nor is it made again where the worker is about to notice that it lost the other one
+                if stopped is None or stopped.wait(_AFTER_A_LOSS):
+                    return None
+                logger.warning("pidbox: its connection was lost, and is made again: %s", error)
+
+    return loop
 
 
 def _without_passwords(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
