@@ -260,6 +260,12 @@ def test_a_service_that_no_sentinel_knows_is_named(sentinel_trio: SentinelTrio, 
         store.raw("PING")
 
 
+def test_a_server_in_place_of_a_sentinel_is_named_as_one(store_at: Open, tcp_server: Server) -> None:
+    url = f"relay+sentinel://127.0.0.1:{tcp_server.port}/main/0"
+    with pytest.raises(Unavailable, match=r"it is no sentinel, .* relay:// is the URL of one"):
+        store_at(url, retry_for=0.1).raw("PING")
+
+
 def test_sentinels_with_a_password_get_their_own_credentials(store_at: Open) -> None:
     with Server("redis", tcp=True) as server, Sentinel("redis", "main", server.port, 1) as sentinel:
         sentinel.cli("ACL", "SETUSER", "default", "resetpass", ">secret-of-sentinel")

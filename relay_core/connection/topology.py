@@ -183,6 +183,8 @@ class Router:
             if not isinstance(reply, Exception):
                 return reply, "", None
             judged = judge_reply(reply, str(at))
+            if self.kind == "sentinel" and "unknown command" in judged.text:
+                hint = "; it is no sentinel, whose port is 26379 as a rule, but a server: relay:// is the URL of one"
         else:
             judged = (judge_cut if outcome.sent else judge_connect)(outcome.failure, str(at))
             hint = self.hint(outcome.failure)
