@@ -29,6 +29,7 @@ from relay_core.testing import drain
 from relay_core.worker import Reject, Retry, Worker
 from relay_core.worker.held import Heartbeat, Held
 from relay_core.worker.news import News
+from relay_core.worker.pools import LoopPool
 from tests.command_line import finished, spawn
 from tests.servers import Server, eventually, free_port
 
@@ -886,6 +887,16 @@ def test_the_event_loop_of_async_handlers_is_closed_at_the_end(broker: Broker) -
         has_processed(broker, 1)
     (loop,) = loops
     eventually(loop.is_closed, "the end of the loop")
+
+
+def test_a_pool_whose_loop_a_handler_stops_as_it_is_closed_ends(broker: Broker) -> None:
+    async def handle(_job: Job) -> None: ...
+
+    pool = LoopPool(handle, 1, Held(), lambda _outcome: None, broker.plugins)
+    pool._closing = True
+    pool._loop.call_soon_threadsafe(pool._loop.stop)
+    eventually(pool._loop.is_closed, "the end of the loop")
+    pool.close()
 
 
 # --- processes

@@ -31,7 +31,7 @@ _SETTLE = 0.25
 _TURN = 1.0
 """Seconds, the longest sleep of a loop."""
 
-REFUSALS = (AuthError, UnsafeStore)
+_REFUSALS = (AuthError, UnsafeStore)
 """What a server says until somebody sets it right, such as a replica that was promoted and is configured otherwise."""
 
 WATCHES: dict[str, tuple[type[Watch] | type[MailWatch], Callable[[channels.Channel], Collection[str]]]] = {
@@ -60,7 +60,7 @@ class Transport(virtual.Transport):
         asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False, batch_publish=True
     )
     # a worker outlives these for a while; who publishes is told at once, see below
-    connection_errors = (*virtual.Transport.connection_errors, Unavailable, *REFUSALS)  # type: ignore[assignment]
+    connection_errors = (*virtual.Transport.connection_errors, Unavailable, *_REFUSALS)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
     # without these two, kombu repeats what a channel refused as if the connection had been lost
     recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable)
@@ -118,7 +118,7 @@ class Transport(virtual.Transport):
                 channel.leases.extend()
         except BaseException as error:
             self.close_connection(connection)
-            if pace is not None and isinstance(error, REFUSALS):
+            if pace is not None and isinstance(error, _REFUSALS):
                 raise Unavailable(str(error)) from error  # and is tried again
             raise
         return connection

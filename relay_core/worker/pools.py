@@ -120,7 +120,8 @@ class LoopPool:
                 task.cancel()
             self._loop.call_soon(self._loop.stop)
 
-        self._loop.call_soon_threadsafe(cancel)
+        with suppress(RuntimeError):  # a handler has just stopped the loop, which is closed by now
+            self._loop.call_soon_threadsafe(cancel)
         self._thread.join(timeout=1.0)
 
     async def _work(self, job: Job) -> None:
