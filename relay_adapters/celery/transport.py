@@ -14,7 +14,7 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import declared, exporter_name, flower_queues, groups, monitoring, ports, worker
+from relay_adapters.celery import exporter_name, flower_queues, groups, lookups, monitoring, ports, producers, worker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
@@ -72,7 +72,8 @@ class Transport(virtual.Transport):
         worker.install()
         flower_queues.install()
         exporter_name.install()
-        declared.install(channels.Channel)
+        producers.install(channels.Channel, Transport)
+        lookups.install()
         groups.install(Transport)
         Pace.give(client)
         self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
