@@ -13,9 +13,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import kombu.pools
 import pytest
 from celery import Celery
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from relay_adapters.celery import envelope
@@ -461,3 +462,48 @@ def test_a_queue_is_declared_once_per_connection_and_copied_no_more(
         assert "declare" in publish(connection, Queue("plain", auto_delete=True))
     with Connection("memory://") as other:
         assert [bool(publish(other, plain)) for _ in range(2)] == [True, True]  # kombu's own way
+
+
+def test_a_producer_of_the_pool_keeps_its_exchange_whatever_connection_it_gets(
+    server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[Any] = []
+    stock = Exchange.bind
+    monkeypatch.setattr(Exchange, "bind", lambda self, channel: copied.append(self) or stock(self, channel))
+
+    def published(pool: Any, text: str) -> Any:
+        with pool.acquire(block=True) as producer:
+            producer.publish(text, routing_key="kept")
+            assert producer.exchange.channel is producer.channel is producer.connection.default_channel
+            return producer.exchange
+
+    with Connection(server.url, transport_options={"client_name": uuid.uuid4().hex}) as connection:
+        pool = connection.Pool(2)
+        producers = kombu.pools.ProducerPool(pool, limit=1)
+        Queue("kept")(connection.default_channel).declare()
+        first = published(producers, "one")
+        copied.clear()
+        with pool.acquire(block=True) as taken:
+            assert published(producers, "two") is first
+            other = first.channel.connection.client
+        assert published(producers, "three") is first
+        assert other is not taken
+        assert copied == []
+        # one that a user has bound is the user's, and stays as it is
+        own = Exchange("own", type="direct")(connection.default_channel)
+        producer = connection.Producer(exchange=own)
+        with pool.acquire(block=True) as another:
+            producer.revive(another)
+            assert producer.exchange is not own
+            assert (own.channel, producer.exchange.channel) == (connection.default_channel, another.default_channel)
+        pool.force_close_all()
+    assert [envelope.unpack(job.payload)["body"] for job in stored(broker, "kept")] == [b"one", b"two", b"three"]
+
+
+def test_a_producer_of_another_transport_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Connection("memory://") as connection:
+        producer = connection.Producer()
+        before = producer.exchange
+        producer.revive(connection)
+        assert producer.exchange is not before
+        assert not [name for name in vars(producer) if name.startswith("relay")]
