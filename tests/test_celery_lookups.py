@@ -1,7 +1,8 @@
-"""relay's way of looking up a Celery setting finds what Celery's own finds, in every kind of configuration."""
+"""A setting of a Celery app is what Celery's own search finds, in every kind of configuration."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -68,21 +69,30 @@ def test_each_setting_is_what_celery_says_it_is(made: Callable[[], Celery]) -> N
         app.conf.task_ignore_result = False
         app.conf["CELERY_TASK_SERIALIZER"] = "pickle"
         app.conf.own_setting = 6
-    assert (app.conf.task_ignore_result, app.conf.own_setting) == (False, 6)
+    assert app.conf.own_setting == 6
 
 
-def test_a_setting_is_found_without_a_failure_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_is_found_without_celerys_search(monkeypatch: pytest.MonkeyPatch) -> None:
     conf = plain().conf
-    assert conf.task_always_eager is False
+    assert conf.broker_url == "memory://"  # the first look makes the configuration
+    searched: list[str] = []
 
-    def refused(*_args: Any) -> Any:
-        raise AssertionError("this setting was looked up in Celery's own way")
+    def noted(_conf: Any, key: str) -> Any:
+        searched.append(key)
+        return STOCK(_conf, key)
 
-    monkeypatch.setattr(Settings, "_to_keys", refused)
-    assert conf.task_always_eager is False
-    assert conf.worker_prefetch_multiplier == 7
-    with pytest.raises(AssertionError):
-        conf["no_such"]
+    monkeypatch.setattr(Settings, "__getitem__", noted)
+    monkeypatch.setattr(Settings, "__getitem__", lookups._asking(Settings))
+    assert (conf.task_always_eager, conf.task_default_queue, searched) == (False, "celery", [])
+    # set here, and a default, too: which of them counts is Celery's to say
+    assert (conf.task_ignore_result, conf.worker_prefetch_multiplier) == (True, 7)
+    assert searched == ["task_ignore_result", "worker_prefetch_multiplier"]
+
+
+def test_settings_that_make_what_they_lack_are_left_to_celery() -> None:
+    app = plain()
+    app.add_defaults(defaultdict(lambda: "made", task_default_queue="own"))
+    assert (app.conf.task_default_queue, app.conf.no_such) == ("own", "made")
 
 
 def test_an_app_on_relay_looks_its_settings_up_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
