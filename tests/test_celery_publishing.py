@@ -496,6 +496,9 @@ def test_a_producer_of_the_pool_keeps_its_exchange_whatever_connection_it_gets(
             producer.revive(another)
             assert producer.exchange is not own
             assert (own.channel, producer.exchange.channel) == (connection.default_channel, another.default_channel)
+            producer.exchange = Exchange("another", type="direct")
+            producer.revive(connection)
+            assert (producer.exchange.name, producer.exchange.channel) == ("another", connection.default_channel)
         pool.force_close_all()
     assert [envelope.unpack(job.payload)["body"] for job in stored(broker, "kept")] == [b"one", b"two", b"three"]
 

@@ -42,15 +42,14 @@ def _is_declared(channel: Any, entity: Any) -> bool:
 
 def _keeping_its_exchange(stock: Any, transports: type) -> Any:
     def revive(self: Any, channel: Any) -> None:
-        if not (isinstance(channel, Connection) and isinstance(channel.transport, transports)):
-            stock(self, channel)
-            return
         own = vars(self).get("relay_exchange")
-        if own is None or own is not self.exchange:  # not the copy that an earlier call has made
-            stock(self, channel)
-            self.relay_exchange = self.exchange
+        connects = isinstance(channel, Connection)
+        if connects and own is not None and own is self.exchange:
+            self.__connection__ = channel
+            self._channel = own._channel = ChannelPromise(lambda: channel.default_channel)
             return
-        self.__connection__ = channel
-        self._channel = own._channel = ChannelPromise(lambda: channel.default_channel)
+        stock(self, channel)
+        if connects and issubclass(channel.get_transport_cls(), transports):
+            self.relay_exchange = self.exchange  # the copy that was just made
 
     return revive
