@@ -66,6 +66,11 @@ def relay_job_retried(job: Job, delay: float, error: str | None) -> None:
 def relay_job_dead(job: Job, reason: str, error: str | None) -> None:
     """A job went to dead: at a nack, or because its deliveries were used up when a claim or reap found it.
 
+    In the latter case nobody asked for it, and it is told of at least once: where the process that found it died before
+    it told, never got the reply, or has no plugin for this hook, the next one that has and claims from the queue tells,
+    after half a minute. That may be the second time where telling took longer, or ended with its process. Of a queue
+    where nobody has such a plugin, the last 10,000 that are not yet dropped wait for one.
+
     :param job: in the latter case a job that this process never ran; its token is the last holder's
     :param reason: `max_retries`, `max_deliveries`, `rejected`, `undecodable`, or what the nack named
     """

@@ -129,6 +129,11 @@ class QueueKeys:
         """ZSET schedule, score = its last tick that came to this queue, unix ms."""
         return self._key("k")
 
+    @cached_property
+    def untold(self) -> bytes:
+        """ZSET id, score = unix ms from which on anybody may tell of its burial, of which nobody has yet."""
+        return self._key("g")
+
 
 @lru_cache(maxsize=4096)
 def queue_keys(prefix: str, queue: str, partition: int = 0) -> QueueKeys:

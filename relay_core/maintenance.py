@@ -153,6 +153,7 @@ def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) 
             start += _SCAN
     stored, misplaced = yield from _stored(q, listed)
     others = set((yield from _scan("HSCAN", q.owners))) | set((yield from _scan("HSCAN", q.errors)))
+    untold = set((yield from _scan("ZSCAN", q.untold)))
     if progress:
         progress(len(stored | seen.keys()))
     suspects = {id for id, times in seen.items() if times > 1} | (seen.keys() ^ stored) | (others - stored) | misplaced
@@ -161,6 +162,7 @@ def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) 
     leased = set((yield from _scan("ZSCAN", q.leases)))
     suspects |= {id for id, state in states if state.endswith(b" h") != (id in leased) and id in stored}
     suspects |= leased - {id for id, _state in states}
+    suspects |= untold - set((yield from _scan("ZSCAN", q.dead)))
     findings = {}
     ordered = sorted(suspects)
     for at in range(0, len(ordered), _SUSPECTS):

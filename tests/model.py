@@ -56,6 +56,8 @@ class Model:
     delayed: dict[str, At] = field(default_factory=dict)
     leases: dict[str, At] = field(default_factory=dict)
     dead: dict[str, At] = field(default_factory=dict)
+    untold: dict[str, int] = field(default_factory=dict)
+    """Until which clock it is left to somebody to tell of a burial."""
     dedup: dict[str, tuple[str, At | None]] = field(default_factory=dict)
     finished: set[tuple[str, str]] = field(default_factory=set)
     counters: Counter[str] = field(default_factory=Counter)
@@ -116,6 +118,24 @@ class Model:
         self.counters["dead"] += 1
         self._free(job)
 
+    def _find_buried(self, job: ModelJob) -> None:
+        self._bury(job, "r")
+        self.untold[job.id] = self.clock
+
+    def owed(self) -> int:
+        return sum(until < self.clock for until in self.untold.values())
+
+    def retell(self) -> set[str]:
+        ids = {id for id, until in self.untold.items() if until < self.clock}
+        self.untold.update(dict.fromkeys(ids, self.clock))
+        return ids
+
+    def told(self, burials: Sequence[tuple[str, str]]) -> int:
+        settled = {id for id, token in burials if id in self.untold and self.jobs[id].token == token}
+        for id in settled:
+            del self.untold[id]
+        return len(settled)
+
     def _free(self, job: ModelJob) -> None:
         if job.dedup_key and not job.dedup_units and self.dedup.get(job.dedup_key, ("",))[0] == job.id:
             del self.dedup[job.dedup_key]
@@ -136,7 +156,7 @@ class Model:
             job = self.jobs[id]
             del self.leases[id]
             if job.deliveries - job.retries >= (job.own_max or most):
-                self._bury(job, "r")
+                self._find_buried(job)
                 buried.add(id)
             else:
                 job.flag = "r"
@@ -148,6 +168,7 @@ class Model:
         old = [id for id in self.in_order(self.dead) if self.dead[id] <= (self.clock - keep, self.step)][:limit]
         for id in old:
             del self.dead[id], self.jobs[id]
+            self.untold.pop(id, None)
         self.counters["forgotten"] += len(old)
         return len(old)
 
@@ -169,7 +190,7 @@ class Model:
             self.counters["claimed"] += 1
             job = self.jobs[id]
             if job.deliveries - job.retries >= (job.own_max or most):
-                self._bury(job, "r")
+                self._find_buried(job)
                 reply.buried.add(id)
                 continue
             job.deliveries += 1
@@ -280,6 +301,7 @@ class Model:
             answers.append(id in self.dead)
             if id in self.dead:
                 del self.dead[id]
+                self.untold.pop(id, None)
                 job = self.jobs[id]
                 job.deliveries, job.fence_and_nonce, job.retries, job.flag = 0, "", 0, "r"
                 self.ready[job.level].append(id)
@@ -302,6 +324,7 @@ class Model:
         job = self.jobs.pop(id)
         self.delayed.pop(id, None)
         self.dead.pop(id, None)
+        self.untold.pop(id, None)
         if id in self.ready[job.level]:
             self.ready[job.level].remove(id)
         self._free(job)

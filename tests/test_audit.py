@@ -72,6 +72,13 @@ DAMAGE: dict[str, tuple[list[tuple[object, ...]], dict[str, str], str | None]] =
     ),
     "held, but dead": ([("ZREM", Q.leases, "i"), ("ZADD", Q.dead, 9e15, "i")], {"i": "no_lease"}, "dead"),
     "a left-over delivery state": ([("HSET", Q.owners, "gone", "1:1:a 0 r")], {"gone": "leftover"}, None),
+    "a left-over burial to tell of": ([("ZADD", Q.untold, 1, "gone")], {"gone": "leftover"}, None),
+    "a burial to tell of, of a job that is ready": ([("ZADD", Q.untold, 1, "r")], {"r": "leftover"}, "ready"),
+    "a burial to tell of, of a job that is inflight and dead": (
+        [("ZADD", Q.untold, 1, "i"), ("ZADD", Q.dead, 1, "i")],
+        {"i": "two_states"},
+        "inflight",
+    ),
     "a left-over error": ([("HSET", Q.errors, "gone", "1 retry\nno")], {"gone": "leftover"}, None),
     "held, but delayed and dead": (
         [("ZREM", Q.leases, "i"), ("ZADD", Q.delayed, 9e15, "i"), ("ZADD", Q.dead, 9e15, "i")],

@@ -12,6 +12,7 @@ from celery import Celery, chord, group
 from celery.result import AsyncResult
 
 from relay_core import Broker
+from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
 
@@ -246,6 +247,24 @@ def test_a_task_that_killed_its_workers_is_buried_by_the_next_one_and_its_result
     job = site.broker.show("orphans", result.id)
     assert job is not None
     assert (job.state, job.reason) == ("dead", "max_deliveries")
+
+
+def test_a_task_that_was_buried_by_a_worker_that_died_at_once_has_a_failure_as_its_result(site: Site) -> None:
+    """As the killed worker of the last delivery, and then that of the one who found it."""
+    result = site.task("add", 1, 1, queue="graves", link_error=site.task("mourn", queue="solo")).apply_async()
+    with Broker(site.server.url, max_deliveries=1) as dying:
+        assert dying.claim("graves")
+        advance(dying, 60, "graves")
+        assert dying.claim("graves") == []
+        advance(dying, 60, "graves")
+        assert dying.stats("graves").dead == 1
+    assert result.state == "PENDING"
+    site.app.control.add_consumer("graves", destination=[f"gevent@{_host()}"])
+    assert "delivered 1 times" in str(outcome(result))
+    eventually(lambda: any(line.startswith(result.id) for line in lines(site.folder, "mourned")), "the error link")
+    eventually(
+        lambda: not site.broker.store.raw("ZCARD", site.broker.settings.keys("graves").untold), "no note is left"
+    )
 
 
 def _host() -> str:

@@ -310,6 +310,8 @@ BUILD: dict[str, Build] = {
     "release": lambda n: commands.release(Q, pairs(n)),
     "promote": lambda n: commands.promote(Q),
     "reap": lambda n: commands.reap(Q, max_deliveries=5),
+    "retell": lambda n: commands.retell(Q),
+    "told": lambda n: commands.told(Q, pairs(n)),
     "stats": lambda n: commands.stats(Q),
     "list": lambda n: commands.list_jobs(Q, "ready", 0, 10),
     "show": lambda n: commands.show(Q, ids(n)),
@@ -337,7 +339,7 @@ WORDS = {"two": 2, "three": 3, "four": 4, "seven": 7}
 LETTERS = {
     "o": Q.owners, "j": Q.jobs, "l": Q.leases, "e": Q.errors, "u": Q.dedup, "t": Q.dedup_expiry, "f": Q.finished,
     "s": Q.counters, "m": Q.marker, "c": Q.config, "d": Q.delayed, "x": Q.dead,
-    "k": Q.ticks, "b": Q.bulk, "w": W.alive, "i": W.about, "p": S.plans, "n": S.next_ticks, "a": S.alarm,
+    "k": Q.ticks, "b": Q.bulk, "g": Q.untold, "w": W.alive, "i": W.about, "p": S.plans, "n": S.next_ticks, "a": S.alarm,
     **{f"r{level}": key for level, key in enumerate(Q.ready)},
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from relay_core import commands, scripts
 from relay_core.broker import Broker
 from relay_core.clock import sent_now
-from relay_core.commands import Ack, ClaimReply, Command, Finish, LongWay, Nack, NewJob, Verdict
+from relay_core.commands import Ack, ClaimReply, Command, Finish, Grant, LongWay, Nack, NewJob, Verdict
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
 from relay_core.maintenance import limits
@@ -42,13 +42,13 @@ EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "150"))
 
 # Everything in the store that is a time, moved into the past by ARGV[1] ms.
 PASS_TIME = """
-for i = 1, 4 do
+for i = 1, 5 do
   local rows = redis.call('ZRANGE', KEYS[i], 0, -1, 'WITHSCORES')
   for at = 1, #rows, 2 do redis.call('ZADD', KEYS[i], rows[at + 1] - ARGV[1], rows[at]) end
 end
 for _, name in ipairs({'due', 'stamp'}) do
-  local value = redis.call('HGET', KEYS[5], name)
-  if value then redis.call('HSET', KEYS[5], name, string.format('%.0f', value - ARGV[1])) end
+  local value = redis.call('HGET', KEYS[6], name)
+  if value then redis.call('HSET', KEYS[6], name, string.format('%.0f', value - ARGV[1])) end
 end
 """
 
@@ -70,6 +70,7 @@ class Queue(RuleBasedStateMachine):
         self.q = QueueKeys("relay", "q")
         self.model = Model()
         self.receipts: list[tuple[str, str, str]] = []
+        self.burials: list[tuple[str, str]] = []
         self.sent: list[tuple[Callable[[], list[Enqueued] | Enqueued], list[ModelJob]]] = []
         self.made = self.claims = 0
         self.levels = ""
@@ -261,6 +262,7 @@ class Queue(RuleBasedStateMachine):
         assert (grants if ordered else sorted(grants)) == (want.grants if ordered else sorted(want.grants))
         assert (got.limited, got.promoted, got.reaped) == (want.limited, want.promoted, want.reaped)
         assert {grant.id for grant in got.buried} == want.buried
+        self.found_buried([*got.buried])
         self.receipts += [(grant.id, grant.token, self.model.jobs[grant.id].dedup_key) for grant in got.grants]
         self.marker_taken = False
         if woken and got.limited:
@@ -313,6 +315,7 @@ class Queue(RuleBasedStateMachine):
 
         got, want = self.both(command, move, twice)
         assert (got.acked, got.nacked) == want[:2]
+        assert got.untold == self.model.owed()
         assert got.claim is not None
         self.check_claim(got.claim, want[2], woken=False, ordered=not twice)
 
@@ -333,8 +336,8 @@ class Queue(RuleBasedStateMachine):
         if not units:
             return
         q = self.q
-        keys = (q.delayed, q.leases, q.dead, q.dedup_expiry, q.config)
-        self.server.cli("EVAL", PASS_TIME, 5, *keys, units * UNIT)
+        keys = (q.delayed, q.leases, q.dead, q.dedup_expiry, q.untold, q.config)
+        self.server.cli("EVAL", PASS_TIME, 6, *keys, units * UNIT)
         self.model.clock += units
 
     @rule(after=pauses, limit=st.integers(1, 4), most=st.integers(1, 3), keep=st.sampled_from([FOREVER, 2]), twice=lost)
@@ -342,7 +345,34 @@ class Queue(RuleBasedStateMachine):
         self.pass_time(after)
         command = commands.reap(self.q, limit, max_deliveries=most, keep_ms=keep * UNIT)
         got, want = self.both(command, lambda _: (*self.model.reap(limit, most), self.model.forget(limit, keep)), twice)
-        assert (got[0], {grant.id for grant in got[1]}, got[2]) == want
+        assert (got.reaped, {grant.id for grant in got.buried}, got.dropped) == want
+        assert got.untold == self.model.owed()
+        self.found_buried([*got.buried])
+
+    @rule(after=pauses, twice=lost)
+    def retell(self, after: int, twice: bool) -> None:
+        """The second one finds that the first one is to tell of them."""
+        self.pass_time(after)
+        command, want = commands.retell(self.q), self.model.retell()
+        got = self.send(command)
+        assert {grant.id for grant in got} == want
+        for grant in got:
+            job = self.model.jobs[grant.id]
+            assert (grant.token, grant.retries) == (job.token, job.retries)
+        self.found_buried(got)
+        if twice:
+            assert self.send(command, True) == []
+
+    @rule(back=st.integers(0, 3), count=st.integers(1, 3), twice=lost)
+    def told(self, back: int, count: int, twice: bool) -> None:
+        """Of the burials that were found last, or of ones from before: their jobs may be anywhere by now."""
+        burials = self.burials[-count - back :][:count]
+        if burials:
+            got, want = self.both(commands.told(self.q, burials), lambda _: self.model.told(burials), twice)
+            assert got == want
+
+    def found_buried(self, grants: list[Grant]) -> None:
+        self.burials += [(grant.id, grant.token) for grant in grants]
 
     @rule(after=pauses, limit=st.integers(1, 4), twice=lost)
     def promote(self, after: int, limit: int, twice: bool) -> None:
@@ -421,7 +451,7 @@ class Queue(RuleBasedStateMachine):
     def the_store_is_as_the_model_says(self) -> None:
         q, model = self.q, self.model
         with self.client.pipeline(transaction=False) as pipe:
-            for key in (q.delayed, q.leases, q.dead):
+            for key in (q.delayed, q.leases, q.dead, q.untold):
                 pipe.zrange(key.decode(), 0, -1, withscores=True)
             pipe.hget(q.config.decode(), "due")
             pipe.zcard(q.marker.decode())
@@ -430,10 +460,11 @@ class Queue(RuleBasedStateMachine):
             pipe.hgetall(q.owners.decode())
             for level in range(10):
                 pipe.lrange(q.ready[level].decode(), 0, -1)
-            delayed, leases, dead, due, marked, held, stored, owners, *ready = pipe.execute()
+            delayed, leases, dead, untold, due, marked, held, stored, owners, *ready = pipe.execute()
         assert [[id.decode() for id in row] for row in ready] == model.ready
         for rows, times in ((delayed, model.delayed), (leases, model.leases), (dead, model.dead)):
             assert [id.decode() for id, _score in rows] == model.in_order(times)
+        assert {id.decode() for id, _score in untold} == model.untold.keys() <= model.dead.keys()
         assert {id.decode() for id in stored} == model.jobs.keys()
         assert {id.decode(): owner.decode() for id, owner in owners.items()} == {
             job.id: f"{job.token} {job.retries} {job.flag}" for job in model.jobs.values() if job.fence_and_nonce

@@ -3,6 +3,7 @@
 They are the only Python that knows the order of a script's KEYS and ARGV.
 """
 
+from relay_core.commands.burials import retell, told
 from relay_core.commands.command import Command
 from relay_core.commands.moves import (
     Ack,
@@ -12,6 +13,7 @@ from relay_core.commands.moves import (
     LongWay,
     Nack,
     NewJob,
+    Reaped,
     Stored,
     Verdict,
     ack,
@@ -60,6 +62,7 @@ __all__ = [
     "Nack",
     "NewJob",
     "QueueStats",
+    "Reaped",
     "Stored",
     "Verdict",
     "WorkerInfo",
@@ -88,6 +91,7 @@ __all__ = [
     "reap",
     "release",
     "requeue",
+    "retell",
     "retire",
     "roster",
     "scan",
@@ -96,5 +100,6 @@ __all__ = [
     "show",
     "stats",
     "tick",
+    "told",
     "unschedule",
 ]

@@ -109,11 +109,15 @@ class LongWay:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """What one finish did: a verdict per ack and per nack, and what the claim found."""
+    """What one finish did: a verdict per ack and per nack, and what the claim found.
+
+    :ivar untold: how many burials nobody has told of in time, see `retell`
+    """
 
     acked: Sequence[Verdict]
     nacked: Sequence[Verdict]
     claim: ClaimReply
+    untold: int = 0
 
 
 _LIMITS = (None, "paused", "rate", "max_inflight")
@@ -122,11 +126,11 @@ _LIMITS = (None, "paused", "rate", "max_inflight")
 def _sweep_keys(q: QueueKeys) -> tuple[bytes, ...]:
     return (
         q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors,
-        q.dedup, q.dedup_expiry, *q.ready,
+        q.dedup, q.dedup_expiry, q.untold, *q.ready,
     )  # fmt: skip
 
 
-def _grants(flat: Sequence[Any], start: int = 0) -> list[Grant]:
+def grants_of(flat: Sequence[Any], start: int = 0) -> list[Grant]:
     return [
         Grant(flat[i].decode(), flat[i + 1].decode(), int(flat[i + 2]), flat[i + 3]) for i in range(start, len(flat), 4)
     ]
@@ -135,13 +139,13 @@ def _grants(flat: Sequence[Any], start: int = 0) -> list[Grant]:
 def _claim_reply(reply: Sequence[Any], _resent: bool = False) -> ClaimReply:
     status, hint, now, promoted, reaped, buried, levels = reply[:7]
     return ClaimReply(
-        grants=_grants(reply, 7),
+        grants=grants_of(reply, 7),
         limited=_LIMITS[status],
         hint_ms=None if hint < 0 else hint,
         now_ms=now,
         promoted=promoted,
         reaped=reaped,
-        buried=_grants(buried) if buried else (),
+        buried=grants_of(buried) if buried else (),
         levels=levels.decode(),
     )
 
@@ -267,8 +271,8 @@ def finish(
         args += item
 
     def parse(reply: Sequence[Any], _resent: bool) -> Finish:
-        acked, nacked, claimed = reply
-        return Finish(_acked(acked), _nacked(nacked), _claim_reply(claimed))
+        acked, nacked, claimed, untold = reply
+        return Finish(_acked(acked), _nacked(nacked), _claim_reply(claimed), untold)
 
     return Command(scripts.load("finish"), (*_sweep_keys(q), q.finished), tuple(args), parse, resent_at=1)
 
@@ -326,12 +330,26 @@ def promote(q: QueueKeys, limit: int = MAX_BATCH) -> Command[tuple[int, int | No
     return Command(scripts.load("promote"), _sweep_keys(q), (LAYOUT, limit), parse)
 
 
+class Reaped(NamedTuple):
+    """What one reap did: leases that had expired, the jobs of these that went to dead, old dead jobs that were dropped.
+
+    `untold`: as of Finish.
+    """
+
+    reaped: int
+    buried: Sequence[Grant]
+    dropped: int
+    untold: int
+    now_ms: int
+
+
 def reap(
     q: QueueKeys, limit: int = MAX_BATCH, *, max_deliveries: int, keep_ms: int = DEFAULT_KEEP_MS
-) -> Command[tuple[int, list[Grant], int]]:
-    """Expired leases end: how many, the jobs that went to dead, and how many old dead jobs were dropped."""
+) -> Command[Reaped]:
+    """Expired leases end, and old dead jobs are dropped."""
 
-    def parse(reply: Sequence[Any], _resent: bool) -> tuple[int, list[Grant], int]:
-        return reply[1], _grants(reply[2]), reply[3]
+    def parse(reply: Sequence[Any], _resent: bool) -> Reaped:
+        now, reaped, buried, dropped, untold = reply
+        return Reaped(reaped, grants_of(buried), dropped, untold, now)
 
     return Command(scripts.load("reap"), _sweep_keys(q), (LAYOUT, limit, max_deliveries, keep_ms), parse)

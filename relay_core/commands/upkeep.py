@@ -148,7 +148,9 @@ def show(q: QueueKeys, ids: Sequence[str]) -> Command[list[StoredJob | None]]:
 
 def requeue(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
     """Dead jobs become ready again: True per id that was dead."""
-    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.marker, q.dedup, q.dedup_expiry, *q.ready)
+    keys = (
+        q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.marker, q.dedup, q.dedup_expiry, q.untold, *q.ready,
+    )  # fmt: skip
     return Command(scripts.load("requeue"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
 
 
@@ -209,14 +211,14 @@ def bookmark(q: QueueKeys, run: str, place: str) -> Command[int]:
 
 def drop(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
     """Dead jobs leave the store: True per id that was dead."""
-    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters)
+    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.untold)
     return Command(scripts.load("drop"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
 
 
 def cancel(q: QueueKeys, ids: Sequence[str]) -> Command[list[State | None]]:
     """Take jobs out: the state each was in (inflight: left alone), None for one that is not there."""
     keys = (
-        q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.counters, *q.ready,
+        q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.counters, q.untold, *q.ready,
     )  # fmt: skip
     return Command(
         scripts.load("cancel"),
@@ -231,7 +233,7 @@ def purge(q: QueueKeys, state: State, limit: int, *, keep: int = 0) -> Command[i
 
     :param keep: ready jobs to leave, however many there are
     """
-    keys = (q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, *q.ready)
+    keys = (q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, q.untold, *q.ready)
     return Command(scripts.load("purge"), keys, (LAYOUT, state, limit, keep), lambda reply, _resent: int(reply))
 
 
@@ -239,7 +241,7 @@ def delete_queue(q: QueueKeys) -> Command[bool]:
     """Drop all keys of a queue that holds no job: False when it holds one."""
     keys = (
         q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.dedup_expiry, q.marker,
-        q.counters, q.finished, q.bulk, q.ticks, *q.ready,
+        q.counters, q.finished, q.bulk, q.ticks, q.untold, *q.ready,
     )  # fmt: skip
     return Command(scripts.load("delete_queue"), keys, (LAYOUT,), lambda reply, _resent: bool(reply))
 
@@ -253,16 +255,17 @@ def configure(q: QueueKeys, changes: Mapping[str, str]) -> Command[None]:
 def shift(q: QueueKeys, ms: int, *, leases: bool) -> Command[int]:
     """Let time pass at once, for relay_core.testing: how many delayed jobs there are.
 
-    :param leases: leases, dead jobs and timed dedup keys get older too
+    :param leases: leases, dead jobs, their burials and timed dedup keys get older too
     """
-    keys = (q.config, q.delayed, q.leases, q.dead, q.dedup_expiry, q.marker)
+    keys = (q.config, q.delayed, q.leases, q.dead, q.dedup_expiry, q.marker, q.untold)
     return Command(scripts.load("shift"), keys, (LAYOUT, ms, int(leases)), lambda reply, _resent: int(reply))
 
 
 def audit(q: QueueKeys, ids: Sequence[str], *, repair: bool) -> Command[list[str]]:
     """Look closely at up to 50 ids: a finding per id, empty when it is sound."""
     keys = (
-        q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors, *q.ready,
+        q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors, q.untold,
+        *q.ready,
     )  # fmt: skip
     assert len(q.ready) == LEVELS
     return Command(

@@ -9,15 +9,16 @@
 -- KEYS[7] x ZSET id, score = time of death, unix ms
 -- KEYS[8] o HASH id -> delivery state
 -- KEYS[9] e HASH id -> last failure
--- KEYS[10..19] r0..r9 LIST id, one per priority level
+-- KEYS[10] g ZSET id, score = unix ms from which on anybody may tell of its burial
+-- KEYS[11..20] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version | ARGV[2] 1 to repair, 0 to report | ARGV[3..] at most 50 ids
 -- returns finding per id: '' sound; no_record: in a state without a record, taken out; no_state: has a record only,
 --   made ready; two_states: kept in the strongest of inflight, dead, delayed, ready; wrong_list: moved to the list of
 --   its level; no_lease: a lease without a holder, made ready, or a holder without a lease, who loses the job;
---   leftover: nothing but a delivery state or error, dropped
+--   leftover: nothing but a delivery state or error, or a burial to tell of whose job is not dead, dropped
 -- moves: repairs | cost O(ready) per id
-local config, jobs, counters, marker, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 9)
-local ready = {unpack(KEYS, 10, 19)}
+local config, jobs, counters, marker, delayed, leases, dead, owners, errors, untold = unpack(KEYS, 1, 10)
+local ready = {unpack(KEYS, 11, 20)}
 local layout, repair, ids = ARGV[1], ARGV[2] == '1', {unpack(ARGV, 3)}
 --@include owner
 --@include record
@@ -29,6 +30,7 @@ local function drop_everywhere(id, where)
     if set ~= where then redis.call('ZREM', set, id) end
   end
   for _, list in ipairs(ready) do redis.call('LREM', list, 0, id) end
+  if where ~= dead then redis.call('ZREM', untold, id) end
 end
 
 local function end_hold(id, state)
@@ -62,7 +64,9 @@ for i, id in ipairs(ids) do
   local finding = ''
   if not record then
     if places > 0 then finding = 'no_record'
-    elseif state or redis.call('HEXISTS', errors, id) == 1 then finding = 'leftover' end
+    elseif state or redis.call('HEXISTS', errors, id) == 1 or redis.call('ZSCORE', untold, id) then
+      finding = 'leftover'
+    end
     if finding ~= '' and repair then
       drop_everywhere(id)
       redis.call('HDEL', owners, id)
@@ -86,6 +90,9 @@ for i, id in ipairs(ids) do
   elseif level and (level ~= parse_record(record) + 1 or flag == 'h') then
     finding = level ~= parse_record(record) + 1 and 'wrong_list' or 'no_lease'
     if repair then make_ready(id, record, state) end
+  elseif strongest ~= dead and redis.call('ZSCORE', untold, id) then
+    finding = 'leftover'
+    if repair then redis.call('ZREM', untold, id) end
   end
   if finding ~= '' then repaired = repaired + 1 end
   answers[i] = finding

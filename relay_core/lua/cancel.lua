@@ -9,12 +9,13 @@
 -- KEYS[7] e HASH id -> last failure
 -- KEYS[8] u HASH dedup key -> id
 -- KEYS[9] s HASH counters
--- KEYS[10..19] r0..r9 LIST id, one per priority level
+-- KEYS[10] g ZSET id, score = unix ms from which on anybody may tell of its burial
+-- KEYS[11..20] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version | ARGV[2..] at most 200 ids
 -- returns state per id as it was found: ready, delayed, dead: gone now; inflight: left alone; '': no such job
 -- moves: ready, delayed, dead -> none | cost O(log delayed) per delayed or dead id, O(ready) per ready one
-local config, jobs, delayed, leases, dead, owners, errors, dedup, counters = unpack(KEYS, 1, 9)
-local ready = {unpack(KEYS, 10, 19)}
+local config, jobs, delayed, leases, dead, owners, errors, dedup, counters, untold = unpack(KEYS, 1, 10)
+local ready = {unpack(KEYS, 11, 20)}
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
 --@include record
 --@include dedup
@@ -34,6 +35,7 @@ for i, id in ipairs(ids) do
       redis.call('HDEL', jobs, id)
       redis.call('HDEL', owners, id)
       redis.call('HDEL', errors, id)
+      if state == 'dead' then redis.call('ZREM', untold, id) end
       free_dedup_of(id, record)
       cancelled = cancelled + 1
     end

@@ -6,10 +6,11 @@
 -- KEYS[4] o HASH id -> delivery state
 -- KEYS[5] e HASH id -> last failure
 -- KEYS[6] s HASH counters
+-- KEYS[7] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- ARGV[1] layout version | ARGV[2..] at most 200 ids
 -- returns answer per id: 1 dropped, 0 not dead
 -- moves: dead -> none | cost O(ids log dead)
-local config, dead, jobs, owners, errors, counters = unpack(KEYS, 1, 6)
+local config, dead, jobs, owners, errors, counters, untold = unpack(KEYS, 1, 7)
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
 local found = redis.call('HGET', config, 'v')
 --@include layout
@@ -19,6 +20,7 @@ for i, id in ipairs(ids) do
   if answers[i] == 1 then
     redis.call('HDEL', owners, id)
     redis.call('HDEL', errors, id)
+    redis.call('ZREM', untold, id)
     dropped = dropped + redis.call('HDEL', jobs, id)
   end
 end

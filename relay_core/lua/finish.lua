@@ -11,22 +11,24 @@
 -- KEYS[9] e HASH id -> last failure
 -- KEYS[10] u HASH dedup key -> id
 -- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
--- KEYS[12..21] r0..r9 LIST id, one per priority level
--- KEYS[22] f LIST ids finished lately
+-- KEYS[12] g ZSET id, score = unix ms from which on anybody may tell of its burial
+-- KEYS[13..22] r0..r9 LIST id, one per priority level
+-- KEYS[23] f LIST ids finished lately
 -- ARGV[1] layout version | ARGV[2] 0, or ms since an earlier send that may have run | ARGV[3] count to claim, 0..200
 -- ARGV[4] lease, ms | ARGV[5] nonce | ARGV[6] max deliveries of jobs that name none
 -- ARGV[7] how long dead jobs are kept, ms | ARGV[8] 1 when the caller took the wake marker
 -- ARGV[9] number of acks, 0..200 | ARGV[10] number of nacks, 0..200
 -- ARGV[11..] three per ack: id | token | dedup key or '';
 --   then seven per nack: id | token | delay ms, -1 dead now | max retries | reason | error | new record or ''
--- returns {answers of the acks, answers of the nacks, reply as of claim}; see parts/ack, parts/nack, parts/claim
+-- returns {answers of the acks, answers of the nacks, reply as of claim, number of burials to retell}; see parts/ack,
+--   parts/nack, parts/claim
 -- moves: inflight -> done | inflight -> delayed, ready, dead | and those of claim
 --   cost O((acks + nacks + count) log inflight)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
-local dedup, dedup_expiry = KEYS[10], KEYS[11]
-local READY = 12 -- the ready list of level n is KEYS[READY + n]
-local finished = KEYS[22]
+local dedup, dedup_expiry, untold = KEYS[10], KEYS[11], KEYS[12]
+local READY = 13 -- the ready list of level n is KEYS[READY + n]
+local finished = KEYS[23]
 local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] ~= '0', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local max_deliveries, keep_ms, woken = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
 local acks, nacks, items_from = tonumber(ARGV[9]), tonumber(ARGV[10]), 11
@@ -50,4 +52,4 @@ if nacks > 0 then
   nacked = nack(items_from + 3 * acks, nacks)
 end
 --@include claim
-return {acked, nacked, reply}
+return {acked, nacked, reply, redis.call('ZCOUNT', untold, '-inf', now)}

@@ -11,15 +11,16 @@
 -- KEYS[9] e HASH id -> last failure
 -- KEYS[10] u HASH dedup key -> id
 -- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
--- KEYS[12..21] r0..r9 LIST id, one per priority level
+-- KEYS[12] g ZSET id, score = unix ms from which on anybody may tell of its burial
+-- KEYS[13..22] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version | ARGV[2] most jobs to reap, 1..200 | ARGV[3] max deliveries of jobs that name none
 -- ARGV[4] how long dead jobs are kept, ms
--- returns {now, reaped, buried rows {id, token, retries, record, ...}, dead jobs dropped}
+-- returns {now, reaped, buried rows {id, token, retries, record, ...}, dead jobs dropped, number of burials to retell}
 -- moves: inflight -> ready, dead | dead -> none | cost O(reaped log inflight)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
-local dedup, dedup_expiry = KEYS[10], KEYS[11]
-local READY = 12 -- the ready list of level n is KEYS[READY + n]
+local dedup, dedup_expiry, untold = KEYS[10], KEYS[11], KEYS[12]
+local READY = 13 -- the ready list of level n is KEYS[READY + n]
 local layout, limit, max_deliveries, keep_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 --@include clock
 --@include owner
@@ -34,4 +35,4 @@ local reaped = reap(limit, max_deliveries, gone)
 local dropped, more = forget(limit, keep_ms)
 if reaped > 0 then redis.call('ZADD', marker, 0, 'w') end
 set_due(more)
-return {now, reaped, gone, dropped}
+return {now, reaped, gone, dropped, redis.call('ZCOUNT', untold, '-inf', now)}

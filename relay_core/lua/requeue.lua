@@ -10,12 +10,13 @@
 -- KEYS[7] m ZSET wake marker
 -- KEYS[8] u HASH dedup key -> id
 -- KEYS[9] t ZSET dedup key, score = unix ms at which it is free
--- KEYS[10..19] r0..r9 LIST id, one per priority level
+-- KEYS[10] g ZSET id, score = unix ms from which on anybody may tell of its burial
+-- KEYS[11..20] r0..r9 LIST id, one per priority level
 -- ARGV[1] layout version | ARGV[2..] at most 200 ids
 -- returns answer per id: 1 requeued, 0 not dead
 -- moves: dead -> ready | cost O(ids log dead)
 local config, dead, jobs, owners, errors, counters, marker = unpack(KEYS, 1, 7)
-local dedup, dedup_expiry, ready = KEYS[8], KEYS[9], {unpack(KEYS, 10, 19)}
+local dedup, dedup_expiry, untold, ready = KEYS[8], KEYS[9], KEYS[10], {unpack(KEYS, 11, 20)}
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
 --@include clock
 --@include record
@@ -29,6 +30,7 @@ for i, id in ipairs(ids) do
   if records[i] and redis.call('ZREM', dead, id) == 1 then
     redis.call('HDEL', owners, id)
     redis.call('HDEL', errors, id)
+    redis.call('ZREM', untold, id)
     redis.call('RPUSH', ready[parse_record(records[i]) + 1], id)
     local key = dedup_of(records[i])
     local free_at = key and redis.call('ZSCORE', dedup_expiry, key)

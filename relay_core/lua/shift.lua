@@ -6,10 +6,11 @@
 -- KEYS[4] x ZSET id, score = time of death, unix ms
 -- KEYS[5] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[6] m ZSET wake marker
+-- KEYS[7] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- ARGV[1] layout version | ARGV[2] ms that pass | ARGV[3] 1: leases and all else get older too, 0: delayed jobs alone
 -- returns number of delayed jobs
 -- moves: none | cost O(all of these)
-local config, delayed, leases, dead, dedup_expiry, marker = unpack(KEYS, 1, 6)
+local config, delayed, leases, dead, dedup_expiry, marker, untold = unpack(KEYS, 1, 7)
 local layout, ms, all = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1'
 local CHUNK = 1000 -- members in one command
 local set = redis.call('HMGET', config, 'v', 'due', 'stamp')
@@ -32,6 +33,7 @@ if all then
   move(leases)
   move(dead)
   move(dedup_expiry)
+  move(untold)
 end
 if due then redis.call('HSET', config, 'due', due - ms) end
 if stamp then redis.call('HSET', config, 'stamp', stamp - ms) end

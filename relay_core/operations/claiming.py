@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 
 from relay_core import commands
-from relay_core.commands import ClaimReply, Finish, Grant, LongWay, Nack, Verdict
+from relay_core.commands import ClaimReply, Finish, LongWay, Nack, Reaped, Verdict
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import InvalidArgument, InvalidRecord, RelayError
-from relay_core.job import NO_OPTIONS, Claimed, Job, Record
+from relay_core.errors import InvalidArgument, RelayError
+from relay_core.job import Claimed, Job
+from relay_core.operations.burials import Burials
 from relay_core.operations.ending import Ending, ack_of, are_plain
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow, Wait
@@ -18,7 +19,7 @@ from relay_core.plugins import Plugins
 from relay_core.validation import seconds, whole
 
 
-class Claiming(Ending):
+class Claiming(Ending, Burials):
     """claim, finish, promote and reap."""
 
     def __init__(self, settings: Settings, plugins: Plugins) -> None:
@@ -61,17 +62,20 @@ class Claiming(Ending):
 
     def _claim_one(self, queue: str, count: int, woken: bool) -> Flow[Claimed]:
         sent = time.monotonic()
-        done = yield from self._end_and_claim(queue, (), (), count, woken)
-        return (yield from self._received(queue, done.claim, sent))
+        done = yield from self._end_and_claim(queue, (), (), count, woken, sent)
+        return (yield from self._received(queue, done, sent))
 
     def _end_and_claim(
-        self, queue: str, done: Sequence[Job], nacks: Sequence[Nack], count: int, woken: bool
+        self, queue: str, done: Sequence[Job], nacks: Sequence[Nack], count: int, woken: bool, sent: float
     ) -> Flow[Finish]:
-        """The short way where that may do, and the long one where it does not."""
+        """The short way where that may do, and the long one where it does not.
+
+        :param sent: `time.monotonic()`
+        """
         s = self.settings
         q, nonce, resent = s.keys(queue), new_nonce(), False
         acks = [ack_of(job) for job in done]
-        if count and not nacks and queue not in self._long and are_plain(done):
+        if count and not nacks and queue not in self._long and are_plain(done) and not self.looks(queue, sent):
             levels = self._levels.get(queue, "")
             answer: ClaimReply | LongWay = yield (
                 commands.claim_one(q, s.lease_ms, nonce, levels=levels)
@@ -87,21 +91,23 @@ class Claiming(Ending):
             max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=resent,
         )  # fmt: skip
         self._levels[queue] = finished.claim.levels
+        self.looked(queue)
         if count:
             (self._long.add if _is_special(finished.claim) else self._long.discard)(queue)
         return finished
 
-    def _received(self, queue: str, reply: ClaimReply, sent: float) -> Flow[Claimed]:
+    def _received(self, queue: str, done: Finish, sent: float) -> Flow[Claimed]:
+        reply = done.claim
         if reply.reaped or reply.promoted:
             self.plugins.notify("relay_jobs_promoted", queue=queue, count=reply.promoted) if reply.promoted else None
             self.plugins.notify("relay_jobs_reaped", queue=queue, count=reply.reaped) if reply.reaped else None
-        for grant in reply.buried:
-            self._tell_buried(queue, grant, reply.now_ms, sent)
+        if reply.buried or done.untold:
+            yield from self.tell_buried(queue, reply.buried, done.untold, reply.now_ms, sent)
         jobs = Claimed((), reply.limited, None if reply.hint_ms is None else reply.hint_ms / 1000)
         spoiled: list[tuple[Job, str]] = []
         tell = self.plugins.wants("relay_job_claimed")
         for grant in reply.grants:
-            job, problem = self._job(queue, grant, reply.now_ms, sent)
+            job, problem = self.job_of(queue, grant, reply.now_ms, sent)
             if problem:
                 spoiled.append((job, problem))
                 continue
@@ -117,38 +123,6 @@ class Claiming(Ending):
                 break  # their leases end by themselves; those of the others must reach their worker
         return jobs
 
-    def _job(self, queue: str, grant: Grant, now_ms: int, sent: float) -> tuple[Job, str]:
-        """The job, and what is wrong with its record or payload, if anything."""
-        problem = ""
-        try:
-            record = Record.unpack(grant.record)
-            payload = self.plugins.decode(record.payload, queue)
-        except InvalidRecord as error:
-            record, payload, problem = Record(now_ms, 0, NO_OPTIONS, b""), grant.record, str(error)
-        except Exception as error:  # a plugin's decoding may fail in any way, and only this job is spoiled
-            payload, problem = record.payload, f"payload does not decode: {error!r}"
-        job = Job(
-            id=grant.id,
-            queue=queue,
-            payload=payload,
-            created_at=record.created_ms / 1000,
-            claimed_at=now_ms / 1000,
-            priority=record.priority,
-            deliveries=int(grant.token.partition(":")[0] or 0),
-            retries=grant.retries,
-            token=grant.token,
-            expires_at=sent + self.settings.lease,
-            claimed_monotonic=time.monotonic(),
-            options=record.options,
-        )
-        return job, problem
-
-    def _tell_buried(self, queue: str, grant: Grant, now_ms: int, sent: float) -> None:
-        if self.plugins.wants("relay_job_dead"):
-            job, _problem = self._job(queue, grant, now_ms, sent)
-            error = f"delivered {job.deliveries - job.retries} times without an answer"
-            self.plugins.notify("relay_job_dead", job=job, reason="max_deliveries", error=error)
-
     def finish(
         self,
         queue: str,
@@ -161,12 +135,12 @@ class Claiming(Ending):
         if len(acks) > MAX_BATCH or len(nacks) > MAX_BATCH or not 0 <= count <= MAX_BATCH:
             raise InvalidArgument(f"finish takes at most {MAX_BATCH} acks, nacks and jobs to claim")
         sent = time.monotonic()
-        done = yield from self._end_and_claim(queue, acks, [item for _job, item in nacks], count, woken)
+        done = yield from self._end_and_claim(queue, acks, [item for _job, item in nacks], count, woken, sent)
         for job, verdict in zip(acks, done.acked, strict=True):
             self._tell_acked(job, verdict)
         for (job, item), verdict in zip(nacks, done.nacked, strict=True):
             self._tell_nacked(job, item, verdict)
-        jobs = yield from self._received(queue, done.claim, sent)
+        jobs = yield from self._received(queue, done, sent)
         return list(done.acked), list(done.nacked), jobs
 
     def promote(self, queue: str, limit: int = MAX_BATCH) -> Flow[int]:
@@ -180,14 +154,11 @@ class Claiming(Ending):
         s = self.settings
         whole("limit", limit, least=1, most=MAX_BATCH)
         sent = time.monotonic()
-        reaped, buried, _dropped = yield commands.reap(
-            s.keys(queue), limit, max_deliveries=s.max_deliveries, keep_ms=s.keep_ms
-        )
-        if reaped:
-            self.plugins.notify("relay_jobs_reaped", queue=queue, count=reaped)
-        for grant in buried:
-            self._tell_buried(queue, grant, int(time.time() * 1000), sent)
-        return int(reaped)
+        done: Reaped = yield commands.reap(s.keys(queue), limit, max_deliveries=s.max_deliveries, keep_ms=s.keep_ms)
+        if done.reaped:
+            self.plugins.notify("relay_jobs_reaped", queue=queue, count=done.reaped)
+        yield from self.tell_buried(queue, done.buried, done.untold, done.now_ms, sent)
+        return done.reaped
 
 
 def _is_special(reply: ClaimReply) -> bool:

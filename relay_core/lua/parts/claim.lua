@@ -1,7 +1,7 @@
 -- claim: the long way to claim, with all that a claim may have to do. Plain code, since it runs once, and what is
 --   rarely needed is included where it is needed: a closure costs as much as a command
 -- uses: now, config, jobs, counters, marker, delayed, leases, dead, owners, errors, dedup, dedup_expiry, READY,
---   layout, resent, want, lease_ms, nonce, max_deliveries, keep_ms, woken
+--   layout, resent, want, lease_ms, nonce, max_deliveries, keep_ms, woken, untold
 -- defines: reply = {status, hint ms, now, promoted, reaped, buried rows, levels, id, token, retries, record, ...}
 --   status 0 free, 1 paused, 2 rate, 3 max_inflight; hint: ms until asking again makes sense, -1: only a wake-up tells;
 --   buried rows: flat {id, token, retries, record, ...} of jobs that went to dead here
@@ -64,6 +64,7 @@ if ids then
         --@include dedup
         --@include bury
         bury(id, old, failed, record, 'r', 'max_deliveries', deliveries - failed .. ' deliveries without an answer')
+        --@include note
         local last = #gone
         gone[last + 1], gone[last + 2], gone[last + 3], gone[last + 4] = id, old, failed, record
       else

@@ -1,6 +1,6 @@
 -- sweep: promote due jobs, reap expired leases, forget what was kept long enough; at most `limit` of each
 -- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
---       parse_owner, parse_record, bury
+--       untold, parse_owner, parse_record, bury
 -- moves: delayed -> ready | inflight -> ready (at the head: it waited longest), or dead past max deliveries
 -- set_due(more): writes the exact next due time, which is now where there is more to forget, returns it or nil
 -- promote(limit): number promoted
@@ -47,6 +47,7 @@ local function reap(limit, max_deliveries, gone)
       local level, own_max = parse_record(record)
       if deliveries - retries >= (own_max > 0 and own_max or max_deliveries) then
         bury(id, token, retries, record, 'r', 'max_deliveries', 'lease expired ' .. (deliveries - retries) .. ' times')
+        --@include note
         gone[#gone + 1] = id
         gone[#gone + 1] = token
         gone[#gone + 1] = retries
@@ -74,6 +75,7 @@ local function forget(limit, keep_ms)
     redis.call('HDEL', owners, unpack(ids))
     redis.call('HDEL', errors, unpack(ids))
     redis.call('ZREM', dead, unpack(ids))
+    redis.call('ZREM', untold, unpack(ids))
     redis.call('HINCRBY', counters, 'forgotten', #ids)
   end
   return #ids, #keys == limit or #ids == limit

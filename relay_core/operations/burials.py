@@ -1,0 +1,69 @@
+"""Who tells of jobs that a claim or reap found to be over their deliveries, and buried.
+
+Nobody asked for such a burial, so nobody else would know: a Celery result, for one, would be waited for for ever. The
+script notes it, whoever gets its reply tells the plugins, and then takes the note away. Where the reply is lost, or its
+receiver dies, the note stays, and the next process with a plugin that wants to know takes it up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from relay_core import commands
+from relay_core.commands import Grant
+from relay_core.commands.moves import MAX_BATCH
+from relay_core.errors import RelayError
+from relay_core.operations.grants import Grants
+from relay_core.operations.settings import Settings
+from relay_core.operations.steps import Flow
+from relay_core.plugins import Plugins
+
+LOOK_EVERY = 10.0
+"""Seconds after which a claim takes the long way again, whose reply says whether there is something to take up. Every
+process does so, whatever its plugins, for these are not to change what it sends."""
+
+
+class Burials(Grants):
+    """Tells of burials."""
+
+    def __init__(self, settings: Settings, plugins: Plugins) -> None:
+        super().__init__(settings, plugins)
+        self._look_at: dict[str, float] = {}
+
+    def looks(self, queue: str, now: float) -> bool:
+        """Whether it is time to look after burials that nobody has told of. The first claim of a queue does so anyway:
+        it takes the long way since it does not know the queue's levels.
+
+        :param now: `time.monotonic()`
+        """
+        return now >= self._look_at.get(queue, math.inf)
+
+    def looked(self, queue: str) -> None:
+        """A script has looked, just now."""
+        self._look_at[queue] = time.monotonic() + LOOK_EVERY
+
+    def tell_buried(self, queue: str, buried: Sequence[Grant], untold: int, now_ms: int, sent: float) -> Flow[None]:
+        """Tell of what was buried here and, where the reply speaks of burials that nobody told of in time, of those.
+
+        Raises nothing that the store does: the jobs that were claimed meanwhile must reach their worker.
+        """
+        if not (buried or untold) or not self.plugins.wants("relay_job_dead"):
+            return  # it is left to who wants to know
+        q = self.settings.keys(queue)
+        with suppress(RelayError):  # then they are told of again, by whoever looks next
+            yield from self._tell(queue, buried, now_ms, sent)
+            if untold:
+                self._look_at[queue] = 0.0  # there may be more
+                yield from self._tell(queue, (yield commands.retell(q)), now_ms, sent)
+
+    def _tell(self, queue: str, burials: Sequence[Grant], now_ms: int, sent: float) -> Flow[None]:
+        for grant in burials:
+            job, _problem = self.job_of(queue, grant, now_ms, sent)
+            error = f"delivered {job.deliveries - job.retries} times without an answer"
+            self.plugins.notify("relay_job_dead", job=job, reason="max_deliveries", error=error)
+        for at in range(0, len(burials), MAX_BATCH):
+            batch = [(grant.id, grant.token) for grant in burials[at : at + MAX_BATCH]]
+            yield commands.told(self.settings.keys(queue), batch)

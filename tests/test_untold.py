@@ -1,0 +1,330 @@
+"""Whoever finds a job buried may die before it tells of it: another process tells, and once where nothing fails."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from relay_core import AsyncBroker, Broker, Job, commands, hookimpl, scripts
+from relay_core.metrics import Recorder
+from relay_core.testing import advance
+from tests.proxy import Proxy, to_socket
+from tests.servers import Server
+from tests.test_observation import Recording
+
+LATER = 60.0
+"""Seconds after which nobody waits any longer for who found a job buried to tell of it."""
+
+
+class Mourner:
+    """Hears of the dead."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.jobs: list[Job] = []
+
+    @hookimpl
+    def relay_job_dead(self, job: Job, reason: str, error: str | None) -> None:
+        self.told.append(f"{job.id}: {reason}, {error}")
+        self.jobs.append(job)
+
+
+TOLD = "poison: max_deliveries, delivered 1 times without an answer"
+
+
+class Site:
+    """A queue with a job whose only delivery has ended without an answer, and an operator who hears of nothing."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.operator = Broker(server.url)
+        self.keys = self.operator.settings.keys("q")
+        self.deliver()
+
+    def deliver(self, id: str = "poison") -> None:
+        self.operator.enqueue("q", b"body of " + id.encode(), id=id, max_deliveries=1, headers={"h": "1"})
+        assert [job.id for job in self.operator.claim("q")] == [id]
+        self.pass_time()
+
+    def pass_time(self) -> None:
+        advance(self.operator, LATER, "q")
+
+    def bury(self, how: str = "finish") -> None:
+        """As a process does that dies with the reply in its hand."""
+        run, keys = self.operator.store.run, self.keys
+        if how == "reap":
+            assert len(run(commands.reap(keys, max_deliveries=5))[1]) == 1
+        else:
+            done = run(commands.finish(keys, (), (), 1, 1000, "nonce", max_deliveries=5))
+            assert len(done.claim.buried) == 1
+
+    def mourn(self) -> list[str]:
+        """What a process hears that claims once."""
+        mourner = Mourner()
+        with Broker(self.server.url, plugins=[mourner]) as broker:
+            assert broker.claim("q") == []
+        return mourner.told
+
+    def noted(self) -> int:
+        """How many burials are noted that nobody has told of."""
+        return int(self.operator.store.raw("ZCARD", self.keys.untold))
+
+
+@pytest.fixture
+def site(server: Server) -> Iterator[Site]:
+    site = Site(server)
+    yield site
+    site.operator.close()
+
+
+@pytest.fixture
+def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim looks after what was not told of, which they else do every few seconds."""
+    monkeypatch.setattr("relay_core.operations.burials.LOOK_EVERY", 0.0)
+
+
+MOVES: dict[str, Callable[[Broker], object]] = {
+    "claim": lambda broker: broker.claim("q"),
+    "finish": lambda broker: broker.finish("q", count=5),
+    "reap": lambda broker: broker.reap("q"),
+}
+SCRIPT = {"claim": "finish", "finish": "finish", "reap": "reap"}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_burial_whose_reply_was_lost_is_told_of_later_and_once(site: Site, move: str) -> None:
+    mourner = Mourner()
+    with Proxy(to_socket(site.server.socket), unix=True) as proxy, Broker(proxy.url, plugins=[mourner]) as broker:
+        broker.stats("q")  # the server is found fit
+        site.operator.store.raw("SCRIPT", "LOAD", scripts.load(SCRIPT[move]).text)
+        proxy.cut_reply(scripts.load(SCRIPT[move]).sha.encode())
+        MOVES[move](broker)
+        assert not proxy.pending
+    assert site.operator.stats("q").dead == 1
+    assert mourner.told == []
+    assert site.mourn() == []  # who got the reply may be about to tell
+    site.pass_time()
+    assert site.mourn() == [TOLD]
+    site.pass_time()
+    assert site.mourn() == []
+    assert site.noted() == 0
+
+
+@pytest.mark.usefixtures("looks_always")
+@pytest.mark.parametrize("move", MOVES)
+def test_the_client_that_lost_the_reply_tells_itself_with_a_later_move(site: Site, move: str) -> None:
+    mourner = Mourner()
+    with Proxy(to_socket(site.server.socket), unix=True) as proxy, Broker(proxy.url, plugins=[mourner]) as broker:
+        broker.stats("q")
+        site.operator.store.raw("SCRIPT", "LOAD", scripts.load(SCRIPT[move]).text)
+        proxy.cut_reply(scripts.load(SCRIPT[move]).sha.encode())
+        for _ in range(3):
+            MOVES[move](broker)
+            site.pass_time()
+    assert mourner.told == [TOLD]
+    (job,) = mourner.jobs
+    assert (job.payload, job.headers["h"], job.deliveries) == (b"body of poison", "1", 1)
+
+
+@pytest.mark.parametrize("how", ["finish", "reap"])
+def test_a_burial_whose_finder_died_is_told_of_by_another_process_and_once(site: Site, how: str) -> None:
+    site.bury(how)
+    assert site.mourn() == []
+    site.pass_time()
+    assert site.mourn() == [TOLD]
+    site.pass_time()
+    assert site.mourn() == []
+
+
+def test_a_claim_that_buries_what_it_has_taken_notes_it_too(site: Site) -> None:
+    """A job that is released on its last delivery waits, over its bound, until a claim takes it."""
+    site.operator.store.raw("HSET", site.keys.owners, "poison", "1:1:a 0 r")
+    site.operator.store.raw("ZREM", site.keys.leases, "poison")
+    site.operator.store.raw("RPUSH", site.keys.ready[0], "poison")
+    site.bury()
+    site.pass_time()
+    assert site.mourn() == [TOLD]
+
+
+def test_under_asyncio_too(site: Site) -> None:
+    mourner = Mourner()
+
+    async def claim() -> None:
+        async with AsyncBroker(site.server.url, plugins=[mourner]) as broker:
+            assert await broker.claim("q") == []
+
+    site.bury()
+    site.pass_time()
+    asyncio.run(claim())
+    assert mourner.told == [TOLD]
+    assert site.noted() == 0
+
+
+def test_who_finds_a_job_buried_and_tells_leaves_no_note(site: Site) -> None:
+    assert site.mourn() == [TOLD]
+    assert site.noted() == 0
+    site.pass_time()
+    assert site.mourn() == []
+
+
+@pytest.mark.usefixtures("looks_always")
+def test_a_process_without_a_plugin_for_it_neither_clears_nor_holds_up_what_others_want_to_hear(site: Site) -> None:
+    for _ in range(3):
+        assert site.operator.claim("q") == []
+        assert site.operator.reap("q") == 0
+        site.pass_time()
+    assert site.operator.stats("q").dead == 1
+    assert site.mourn() == [TOLD]
+
+
+@pytest.mark.usefixtures("looks_always")
+def test_to_look_after_burials_is_the_same_on_the_wire_for_all(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    for plugins in ((), (Mourner(),)):
+        server.cli("FLUSHALL")
+        server.cli("SCRIPT", "FLUSH")
+        nonces = itertools.count()
+        monkeypatch.setattr("relay_core.operations.claiming.new_nonce", lambda n=nonces: f"n{next(n)}")
+        with Recording(server) as proxy, Broker(proxy.url, plugins=plugins) as broker:
+            broker.enqueue("q", b"x", id="a")
+            broker.ack_many(broker.claim("q"))
+            assert (broker.claim("q"), broker.reap("q")) == ([], 0)
+            sent.append(proxy.sent)
+    assert sent[0] == sent[1]
+    assert sent[0].count(scripts.load("finish").sha.encode()) >= 2
+
+
+def test_the_process_that_takes_a_burial_up_may_die_too(site: Site) -> None:
+    site.bury()
+    site.pass_time()
+    (grant,) = site.operator.store.run(commands.retell(site.keys))
+    assert (grant.id, grant.retries) == ("poison", 0)
+    assert site.operator.store.run(commands.retell(site.keys)) == []  # it is the one who tells now
+    assert site.mourn() == []
+    site.pass_time()
+    assert site.mourn() == [TOLD]
+
+
+def test_a_plugin_that_raises_has_been_told(site: Site) -> None:
+    class Troubled:
+        @hookimpl
+        def relay_job_dead(self) -> None:
+            raise RuntimeError("a plugin's own trouble")
+
+    with Broker(site.server.url, plugins=[Troubled()]) as broker:
+        broker.claim("q")
+    assert site.noted() == 0
+
+
+def test_jobs_that_were_claimed_with_a_burial_reach_their_worker_though_nobody_can_be_told(site: Site) -> None:
+    site.operator.enqueue("q", b"next", id="next")
+    mourner, told = Mourner(), scripts.load("told")
+    with (
+        Proxy(to_socket(site.server.socket), unix=True) as proxy,
+        Broker(proxy.url, plugins=[mourner], retry_for=0.0) as broker,
+    ):
+        site.operator.store.raw("SCRIPT", "LOAD", told.text)
+        broker.stats("q")
+        proxy.cut_request(told.sha.encode(), times=5)
+        (job,) = broker.claim("q", 2)
+        assert job.id == "next"
+        site.operator.ack(job)
+    assert mourner.told == [TOLD]
+    site.pass_time()
+    assert site.mourn() == [TOLD]  # nobody knew that it was told of: rather twice than never
+
+
+def test_many_are_told_of_in_bounded_batches(site: Site) -> None:
+    site.operator.enqueue_many("q", [b"x"] * 150)
+    assert len(site.operator.claim("q", 150)) == 150
+    site.pass_time()
+    done = site.operator.store.run(commands.reap(site.keys, max_deliveries=1))
+    assert len(done.buried) == 150  # the claim has found the first one
+    site.pass_time()
+    mourner, batches = Mourner(), []
+    with Broker(site.server.url, plugins=[mourner]) as broker:
+        for _ in range(3):
+            broker.claim("q")
+            batches.append(len(mourner.told))
+    assert batches == [100, 151, 151]
+    assert len(set(mourner.told)) == 151
+
+
+def test_a_late_word_of_one_burial_does_not_stand_for_the_next_one_of_the_same_job(site: Site) -> None:
+    (first,) = site.operator.store.run(
+        commands.finish(site.keys, (), (), 1, 1000, "nonce", max_deliveries=5)
+    ).claim.buried
+    site.operator.requeue("q")
+    site.operator.claim("q")
+    site.pass_time()
+    site.bury()
+    assert site.operator.store.run(commands.told(site.keys, [(first.id, first.token)])) == 0
+    site.pass_time()
+    assert site.mourn() == [TOLD]
+
+
+def forget(broker: Broker) -> object:
+    advance(broker, LATER, "q")
+    return broker.store.run(commands.reap(broker.settings.keys("q"), max_deliveries=5, keep_ms=1000))
+
+
+LEAVES: dict[str, Callable[[Broker], object]] = {
+    "requeue": lambda broker: broker.requeue("q", ["poison"]),
+    "purge": lambda broker: broker.purge("q", ["dead"]),
+    "drop": lambda broker: broker.store.run(commands.drop(broker.settings.keys("q"), ["poison"])),
+    "cancel": lambda broker: broker.cancel("q", "poison"),
+    "keep_dead": forget,
+}
+
+
+@pytest.mark.parametrize("how", LEAVES)
+def test_a_dead_job_that_leaves_takes_its_note_along(site: Site, how: str) -> None:
+    site.bury()
+    site.deliver("other")
+    site.bury()
+    assert site.noted() == 2
+    LEAVES[how](site.operator)
+    # those that take all do so
+    assert site.noted() == (0 if how in ("purge", "keep_dead") else 1)
+    assert site.operator.audit("q").clean
+    site.pass_time()
+    site.operator.purge("q", ["ready", "dead"])
+    assert site.operator.delete_queue("q")
+    assert site.operator.store.raw("KEYS", "*{q:*") == []
+
+
+def test_a_note_of_a_job_that_is_not_dead_any_more_is_not_told_of(site: Site) -> None:
+    """A relay of before knows no notes: its requeue leaves one."""
+    site.bury()
+    site.operator.requeue("q")
+    site.operator.store.raw("ZADD", site.keys.untold, 1, "poison")
+    site.operator.store.raw("ZADD", site.keys.untold, 1, "gone")
+    mourner = Mourner()
+    with Broker(site.server.url, plugins=[mourner]) as broker:
+        assert len(broker.claim("q")) == 1
+    assert mourner.told == []
+    assert site.noted() == 0
+
+
+def test_where_nobody_wants_to_know_a_bounded_number_of_notes_is_kept_the_latest(site: Site) -> None:
+    for at in range(0, 10_000, 1000):
+        notes = [arg for n in range(at, at + 1000) for arg in (n, f"old{n}")]
+        site.operator.store.raw("ZADD", site.keys.untold, *notes)
+    site.bury()
+    assert site.noted() == 10_000
+    assert site.operator.store.raw("ZSCORE", site.keys.untold, "old0") is None
+    assert site.operator.store.raw("ZSCORE", site.keys.untold, "poison") is not None
+
+
+def test_it_is_counted_once_by_whoever_tells(site: Site) -> None:
+    first, second = Recorder(), Recorder()
+    site.bury()
+    site.pass_time()
+    for recorder in (first, second):
+        with Broker(site.server.url, plugins=[recorder]) as broker:
+            broker.claim("q")
+    assert first.registry.get_sample_value("relay_jobs_dead_total", {"queue": "q"}) == 1
+    assert second.registry.get_sample_value("relay_jobs_dead_total", {"queue": "q"}) is None
