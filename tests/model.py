@@ -235,14 +235,15 @@ class Model:
                 answers.append(Verdict.LOST)
         return answers
 
-    def nack(self, items: Sequence[Nack], unit_ms: int) -> list[Verdict]:
+    def nack(self, items: Sequence[Nack], unit_ms: int, resent: bool = False) -> list[Verdict]:
         answers = []
         for item in items:
             job = self.jobs.get(item.id)
             if job is None or job.token != item.token:
                 answers.append(Verdict.LOST)
             elif job.flag != "h":
-                answers.append(Verdict.ALREADY if job.flag == "n" else Verdict.LOST)
+                known = Verdict.DEAD if resent and job.id in self.dead else Verdict.ALREADY
+                answers.append(known if job.flag == "n" else Verdict.LOST)
             else:
                 del self.leases[job.id]
                 if item.delay_ms < 0 or job.retries >= item.max_retries:

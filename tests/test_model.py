@@ -299,7 +299,8 @@ class Queue(RuleBasedStateMachine):
     @rule(pick=picks, delay=st.integers(-1, 3), retries=st.integers(0, 3), twice=lost)
     def nack(self, pick: list[int], delay: int, retries: int, twice: bool) -> None:
         if items := self.nacks(pick, delay, retries):
-            got, want = self.both(commands.nack(self.q, items), lambda _: self.model.nack(items, UNIT), twice)
+            command = commands.nack(self.q, items)
+            got, want = self.both(command, lambda resent: self.model.nack(items, UNIT, resent), twice)
             assert got == want
 
     @rule(pick=picks, nacked=picks, delay=st.integers(-1, 2), count=st.integers(0, 3), lease=times, twice=lost)
@@ -311,7 +312,7 @@ class Queue(RuleBasedStateMachine):
 
         def move(resent: bool) -> Any:
             acked = self.model.ack(acks)
-            return acked, self.model.nack(nacks, UNIT), self.model.claim(count, lease, nonce, 3, resent)
+            return acked, self.model.nack(nacks, UNIT, resent), self.model.claim(count, lease, nonce, 3, resent)
 
         got, want = self.both(command, move, twice)
         assert (got.acked, got.nacked) == want[:2]

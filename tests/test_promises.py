@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from relay_core import commands
+from relay_core import commands, hookimpl, scripts
 from relay_core.broker import Broker
 from relay_core.commands import Ack, Command, LongWay, Verdict
 from relay_core.errors import LeaseLost, Unavailable, UnsafeStore
@@ -450,6 +450,38 @@ def test_a_finish_whose_reply_is_lost_acks_and_claims_once(proxy: Proxy, unlucky
 
 
 # 6. One clock
+
+
+@pytest.mark.parametrize("move", ["nack", "finish"])
+def test_a_job_that_a_nack_whose_reply_is_lost_took_to_dead_is_told_of_once(
+    proxy: Proxy, unlucky: Broker, move: str
+) -> None:
+    told: list[str] = []
+
+    class Mourner:
+        @hookimpl
+        def relay_job_dead(self, job: Job, reason: str) -> None:
+            told.append(f"{job.id}: {reason}")
+
+    unlucky.plugins.register(Mourner())
+    unlucky.enqueue("q", b"x", id="it")
+    job = one(unlucky)
+    item = unlucky.operations.nack_of(job, "no", None, dead=True, reason="refused")
+
+    def nack() -> Verdict:
+        if move == "nack":
+            return unlucky.nack(job, "no", dead=True, reason="refused")
+        _acked, (verdict,), _claimed = unlucky.drive(unlucky.operations.finish("q", (), [(job, item)], 0))
+        return verdict
+
+    unlucky.store.raw("SCRIPT", "LOAD", scripts.load(move).text)
+    proxy.cut_reply(b"EVALSHA")
+    assert nack() is Verdict.DEAD
+    assert proxy.pending == 0
+    assert told == ["it: refused"]
+    assert depths(unlucky) == (0, 0, 0, 1)
+    assert nack() is Verdict.ALREADY  # a second one of the caller's own
+    assert told == ["it: refused"]
 
 
 @pytest.mark.parametrize("skew", [86_400.0, -86_400.0])

@@ -64,6 +64,10 @@ class Verdict(IntEnum):
     """An earlier send of the same receipt did it."""
 
 
+_DEAD_SINCE = 4
+"""What scripts answer to a nack that an earlier send did, where the job went to dead."""
+
+
 class Grant(NamedTuple):
     """One leased (or buried) job as the scripts give it."""
 
@@ -154,8 +158,14 @@ def _acked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
     return [Verdict.ALREADY if answer == 2 else Verdict(answer) for answer in reply]
 
 
-def _nacked(reply: Sequence[int], _resent: bool = False) -> list[Verdict]:
+def _extended(reply: Sequence[int], _resent: bool) -> list[Verdict]:
     return [Verdict(answer) for answer in reply]
+
+
+def _nacked(reply: Sequence[int], resent: bool) -> list[Verdict]:
+    # that it is dead was not heard by anybody yet where the reply to an earlier send was lost
+    dead = Verdict.DEAD if resent else Verdict.ALREADY
+    return [dead if answer == _DEAD_SINCE else Verdict(answer) for answer in reply]
 
 
 class Stored(list[Enqueued]):
@@ -270,9 +280,9 @@ def finish(
     for item in (*acks, *nacks):
         args += item
 
-    def parse(reply: Sequence[Any], _resent: bool) -> Finish:
+    def parse(reply: Sequence[Any], resent: bool) -> Finish:
         acked, nacked, claimed, untold = reply
-        return Finish(_acked(acked), _nacked(nacked), _claim_reply(claimed), untold)
+        return Finish(_acked(acked), _nacked(nacked, resent), _claim_reply(claimed), untold)
 
     return Command(scripts.load("finish"), (*_sweep_keys(q), q.finished), tuple(args), parse, resent_at=1)
 
@@ -311,7 +321,7 @@ def nack(q: QueueKeys, nacks: Sequence[Nack]) -> Command[list[Verdict]]:
 def extend(q: QueueKeys, receipts: Sequence[tuple[str, str]], lease_ms: int) -> Command[list[Verdict]]:
     """Heartbeat: the leases of these (id, token) pairs end `lease_ms` from now."""
     args: tuple[Arg, ...] = (lease_ms, *(arg for pair in receipts for arg in pair))
-    return Command(scripts.load("extend"), (q.owners, q.leases, q.config), args, _nacked)
+    return Command(scripts.load("extend"), (q.owners, q.leases, q.config), args, _extended)
 
 
 def release(q: QueueKeys, receipts: Sequence[tuple[str, str]]) -> Command[list[Verdict]]:

@@ -1,9 +1,9 @@
 -- nack: jobs failed, with a check of each token before every write
--- uses: now, config, jobs, READY, delayed, leases, owners, errors, counters, marker,
+-- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, counters, marker,
 --       parse_owner, parse_record, bury
 -- nack(from, count): ARGV[from..] = count times id, token, delay ms (-1: dead now), max retries, reason,
 --   error, record without its creation time ('': unchanged)
---   answers per job: 1 retried, 2 dead, 3 already nacked by this token, 0 lease lost
+--   answers per job: 1 retried, 2 dead, 3 already nacked by this token, 4 the same, and dead since, 0 lease lost
 local function nack(from, count)
   local answers, ids, due = {}, {}, tonumber(redis.call('HGET', config, 'due') or nil)
   for i = 1, count do ids[i] = ARGV[from + 7 * i - 7] end
@@ -20,6 +20,7 @@ local function nack(from, count)
       answers[i] = 0
     elseif flag ~= 'h' or done[id] then
       answers[i] = (flag == 'n' or done[id]) and 3 or 0
+      if flag == 'n' and redis.call('ZSCORE', dead, id) then answers[i] = 4 end
     else
       done[id] = true
       redis.call('ZREM', leases, id)
