@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from relay_core.errors import InvalidRecord
+from relay_core.retry import RetryPolicy
 
 State = Literal["ready", "delayed", "inflight", "dead"]
 STATES: tuple[State, ...] = ("ready", "delayed", "inflight", "dead")
@@ -85,7 +87,10 @@ class Options:
 
     @classmethod
     def from_json(cls, text: str) -> Options:
-        """Unknown fields are ignored, so that a job written by a newer minor release still runs."""
+        """Raises ValueError for a field that does not mean anything, so that whoever reads one later need not look.
+
+        Unknown fields are ignored, so that a job written by a newer minor release still runs.
+        """
         if not text:
             return NO_OPTIONS
         own: dict[str, Any] = {k: dict(v) if type(v) is dict else v for k, v in _fields(text).items()}
@@ -101,15 +106,45 @@ def _one_header(header: tuple[str, str]) -> str:
     return _to_json({"headers": dict([header])})
 
 
-_OPTION_KINDS: Mapping[str, tuple[type, ...]] = {
-    "max_retries": (int,),
-    "max_deliveries": (int,),
-    "dedup_key": (str,),
-    "dedup_ms": (int,),
-    "headers": (dict,),
-    "retry": (dict,),
-    "delay_ms": (int,),
-    "at_ms": (int,),
+MAX_COUNT = 10**6
+"""The most retries, and the most deliveries, that a job may ask for."""
+
+MAX_MS = 2**53
+"""What a script can still count in milliseconds: its numbers are doubles."""
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_text(value: Any) -> bool:
+    """A str that goes over the wire: one with half a surrogate pair does not, and no enqueue stores it."""
+    try:
+        return type(value) is str and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_headers(value: Any) -> bool:
+    return type(value) is dict and all(type(text) is str for text in value.values())
+
+
+def _is_policy(value: Any) -> bool:
+    if type(value) is not dict:
+        return False
+    RetryPolicy.from_dict(value)  # says itself what is wrong
+    return True
+
+
+_OPTION_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_retries": (f"a whole number from 0 to {MAX_COUNT}", lambda value: _whole(value, 0, MAX_COUNT)),
+    "max_deliveries": (f"a whole number from 0 to {MAX_COUNT}", lambda value: _whole(value, 0, MAX_COUNT)),
+    "dedup_key": ("a text", _is_text),
+    "dedup_ms": ("milliseconds", lambda value: _whole(value, 0, MAX_MS)),
+    "headers": ("texts by their names", _is_headers),
+    "retry": ("a retry policy", _is_policy),
+    "delay_ms": ("milliseconds", lambda value: _whole(value, 0, MAX_MS)),
+    "at_ms": ("milliseconds", lambda value: _whole(value, 0, MAX_MS)),
 }
 
 NO_OPTIONS = Options()
@@ -117,12 +152,32 @@ NO_OPTIONS = Options()
 
 @lru_cache(maxsize=256)
 def _fields(text: str) -> dict[str, Any]:
-    """Those of most jobs are the same few: an adapter's mark, and nothing else."""
-    known = {k: v for k, v in json.loads(text).items() if k in Options.__slots__}
+    """Those of most jobs are the same few: an adapter's mark, and nothing else. So they are checked once."""
+    found = json.loads(text)
+    if type(found) is not dict:
+        raise ValueError(f"options are a {type(found).__name__}")
+    known = {name: value for name, value in found.items() if name in _OPTION_CHECKS}
     for name, value in known.items():
-        if type(value) not in _OPTION_KINDS[name]:
-            raise ValueError(f"option {name} is a {type(value).__name__}")
+        wanted, is_fine = _OPTION_CHECKS[name]
+        if not is_fine(value):
+            raise ValueError(f"option {name} must be {wanted}, got {_to_json(value)[:80]}")
     return known
+
+
+_HEAD = re.compile(r"([0-9]) ([0-9]{1,7}) (.*)", re.DOTALL)
+"""As the scripts read it, which know one digit for the level."""
+
+
+@lru_cache(maxsize=256)
+def _head(raw: bytes) -> tuple[int, str]:
+    """Level and options of a record's first line without its time: those of most jobs are the same few, too."""
+    found = _HEAD.fullmatch(raw.decode("ascii"))
+    if found is None:
+        raise ValueError("its first line is not `<created ms> <priority 0..9> <max deliveries> <options>`")
+    level, max_deliveries, options = found.groups()
+    if int(max_deliveries) > MAX_COUNT:
+        raise ValueError(f"max deliveries must be at most {MAX_COUNT}, got {max_deliveries}")
+    return int(level), options
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +200,14 @@ class Record:
         """Raises InvalidRecord, naming what does not decode."""
         try:
             head, newline, payload = raw.partition(b"\n")
-            created, priority, _max_deliveries, options = head.decode("ascii").split(" ", 3)
             if not newline:
                 raise ValueError("no line break after the header")
-            return cls(int(created), int(priority), Options.from_json(options), payload)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            created, _, rest = head.partition(b" ")
+            if not created.isdigit() or len(created) > 16:
+                raise ValueError(f"created at {created[:40]!r}, which are no milliseconds")
+            level, options = _head(rest)
+            return cls(int(created), level, Options.from_json(options), payload)
+        except (ValueError, RecursionError) as error:
             raise InvalidRecord(f"record of {len(raw)} bytes does not decode: {error}") from error
 
 

@@ -94,7 +94,7 @@ def requeue(
         page = yield Raw(("ZRANGE", q.dead, 0, min(MAX_BATCH, left) - 1))
         if not page:
             break
-        moved = sum((yield commands.requeue(q, [id.decode() for id in page])))
+        moved = sum((yield commands.requeue(q, [commands.id_of(id) for id in page])))
         if not moved:
             break  # only ids without a record are left: the audit's business
         done += moved
@@ -166,7 +166,7 @@ def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) 
     findings = {}
     ordered = sorted(suspects)
     for at in range(0, len(ordered), _SUSPECTS):
-        batch = [id.decode(errors="surrogateescape") for id in ordered[at : at + _SUSPECTS]]
+        batch = [commands.id_of(id) for id in ordered[at : at + _SUSPECTS]]
         answers = yield commands.audit(q, batch, repair=repair)
         findings.update({id: finding for id, finding in zip(batch, answers, strict=True) if finding})
     if repair:

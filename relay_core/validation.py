@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_core.commands import NewJob
 from relay_core.errors import InvalidArgument
-from relay_core.job import Job, Options, Record, new_id
+from relay_core.job import MAX_COUNT, Job, Options, Record, new_id
 from relay_core.keys import LEVELS
 from relay_core.retry import MAX_DELAY, RetryPolicy
 
@@ -199,9 +199,9 @@ class JobSpec:
         """What goes into the record beside the payload, checked."""
         due = self.due()
         if self.max_retries is not None:
-            whole("max_retries", self.max_retries, least=0, most=10**6)
+            whole("max_retries", self.max_retries, least=0, most=MAX_COUNT)
         if self.max_deliveries is not None:
-            whole("max_deliveries", self.max_deliveries, least=1, most=10**6)
+            whole("max_deliveries", self.max_deliveries, least=1, most=MAX_COUNT)
         if self.dedup_key is not None and not _storable(self.dedup_key, _MAX_DEDUP_KEY):
             raise InvalidArgument(
                 f"dedup_key must be a text of 1 to {_MAX_DEDUP_KEY} bytes, got {_shown(self.dedup_key)}"

@@ -4,7 +4,7 @@ They are the only Python that knows the order of a script's KEYS and ARGV.
 """
 
 from relay_core.commands.burials import retell, told
-from relay_core.commands.command import Command
+from relay_core.commands.command import Command, id_of
 from relay_core.commands.moves import (
     Ack,
     ClaimReply,
@@ -84,6 +84,7 @@ __all__ = [
     "enqueue_one",
     "extend",
     "finish",
+    "id_of",
     "list_jobs",
     "nack",
     "promote",

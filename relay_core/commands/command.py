@@ -14,6 +14,12 @@ T = TypeVar("T")
 Arg = bytes | str | int
 
 
+def id_of(raw: bytes) -> str:
+    """A job's id as the store has it. No client stores one that is not ASCII; one that was written into a list by hand
+    must not end the worker that claims it, and goes back as the bytes that it was."""
+    return raw.decode(errors="surrogateescape")
+
+
 @dataclass(slots=True)
 class Command(Generic[T]):
     """One script call: what to send, and how to read the reply. Building one does no I/O.

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from relay_core import scripts
-from relay_core.commands.command import Arg, Command
+from relay_core.commands.command import Arg, Command, id_of
 from relay_core.job import Enqueued
 from relay_core.keys import LAYOUT, QueueKeys
 
@@ -136,7 +136,7 @@ def _sweep_keys(q: QueueKeys) -> tuple[bytes, ...]:
 
 def grants_of(flat: Sequence[Any], start: int = 0) -> list[Grant]:
     return [
-        Grant(flat[i].decode(), flat[i + 1].decode(), int(flat[i + 2]), flat[i + 3]) for i in range(start, len(flat), 4)
+        Grant(id_of(flat[i]), flat[i + 1].decode(), int(flat[i + 2]), flat[i + 3]) for i in range(start, len(flat), 4)
     ]
 
 
@@ -198,7 +198,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
             (
                 Enqueued(job.id)
                 if answer == 1
-                else Enqueued(job.id if answer == 0 else answer.decode(), duplicate=True)
+                else Enqueued(job.id if answer == 0 else id_of(answer), duplicate=True)
                 for job, answer in zip(jobs, answers, strict=True)
             ),
             bool(founded) or resent or since is not None,
@@ -230,7 +230,7 @@ def claim_one(q: QueueKeys, lease_ms: int, nonce: str, *, levels: str) -> Comman
         if isinstance(reply, bytes):
             return LongWay(resent, reply.decode())
         hint, now, *row = reply
-        grants = [Grant(row[0].decode(), row[1].decode(), 0, row[2])] if row else ()
+        grants = [Grant(id_of(row[0]), row[1].decode(), 0, row[2])] if row else ()
         return ClaimReply(grants, None, None if hint < 0 else hint, now, 0, 0, (), levels)
 
     lists = [q.ready[int(level)] for level in levels]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from relay_core import scripts
-from relay_core.commands.command import Command
+from relay_core.commands.command import Command, id_of
 from relay_core.errors import InvalidRecord
 from relay_core.job import NO_OPTIONS, Record, State, StoredJob
 from relay_core.keys import LAYOUT, LEVELS, QueueKeys
@@ -99,27 +99,32 @@ def _stored_job(
     except InvalidRecord:
         # a record that does not decode is shown as it is: its bytes are what somebody wants to see
         created, priority, payload, options = None, None, raw, NO_OPTIONS
-    token, _, rest = owner.decode().partition(" ")
+    token, _, rest = owner.decode(errors="replace").partition(" ")
     head, _, error = failure.decode(errors="replace").partition("\n")
     failed_at, _, reason = head.partition(" ")
     name = cast("State | None", state.decode() or None)
     return StoredJob(
-        id=id.decode(),
+        id=id_of(id),
         queue=q.queue,
         state=name,
         payload=payload,
         created_at=created,
         priority=priority,
-        deliveries=int(token.partition(":")[0] or 0),
-        retries=int(rest.partition(" ")[0] or 0),
+        deliveries=_number(token.partition(":")[0]),
+        retries=_number(rest.partition(" ")[0]),
         due_at=int(score) / 1000 if name in ("delayed", "inflight") else None,
         reason=reason or None,
         error=error or None,
-        failed_at=int(failed_at) / 1000 if failed_at else None,
+        failed_at=_number(failed_at) / 1000 if failed_at else None,
         options=options,
         token=token or None,
         held=rest.endswith(" h"),
     )
+
+
+def _number(text: str) -> int:
+    """Of what the scripts keep; 0 for what somebody else wrote there, as they read it themselves."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 17 else 0
 
 
 def _state_keys(q: QueueKeys) -> tuple[bytes, ...]:

@@ -82,7 +82,11 @@ def pack_all(wires: Iterable[tuple[Arg, ...]]) -> list[bytes]:
 def checked_pack(wire: tuple[Arg, ...]) -> bytes:
     """One packed command. Raises InvalidArgument for an argument of a type that cannot be sent."""
     try:
-        return pack(wire)
+        try:
+            return pack(wire)
+        except UnicodeEncodeError:
+            # an id that somebody wrote into the store by hand goes back as the bytes that it was read from
+            return pack(tuple(arg.encode(errors="surrogateescape") if isinstance(arg, str) else arg for arg in wire))
     except (TypeError, UnicodeEncodeError) as error:
         raise InvalidArgument(f"command {wire[0]!r} has an argument that cannot be sent: {error}") from error
 

@@ -9,7 +9,10 @@ local function dedup_of(record)
   -- without the headers, which stand behind it: in them may be half a surrogate pair, which cjson refuses
   local head = string.match(options, '^(.-),"headers":')
   local fine, parsed = pcall(cjson.decode, head and head .. '}' or options)
-  if fine and not parsed.dedup_ms then return parsed.dedup_key end
+  -- a record that a client refuses may hold anything, and has to be buried all the same
+  if fine and type(parsed) == 'table' and not parsed.dedup_ms and type(parsed.dedup_key) == 'string' then
+    return parsed.dedup_key
+  end
 end
 
 local function free_dedup(id, key)

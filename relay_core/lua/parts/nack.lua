@@ -25,7 +25,7 @@ local function nack(from, count)
       done[id] = true
       redis.call('ZREM', leases, id)
       if rewritten ~= '' then
-        record = string.match(record, '^%d+') .. ' ' .. rewritten
+        record = (string.match(record, '^%d+') or now) .. ' ' .. rewritten
         redis.call('HSET', jobs, id, record)
       end
       if delay < 0 or retries >= max_retries then
