@@ -127,13 +127,34 @@ def with_options(message: Message[Any], changes: dict[str, Any]) -> Message[Any]
     return message.copy(options=changes)
 
 
+_NUMBERS = ("retries", "max_retries", "min_backoff", "max_backoff")
+"""Options that Dramatiq counts with: where it cannot, its log says so, and the message that failed is acked."""
+
+
+def _check(message: Message[Any]) -> None:
+    """Raises TypeError for what a decoder lets pass, and what ends the consumer that looks the actor up, or loses a
+    message that fails."""
+    for name, kind in (("actor_name", str), ("kwargs", dict), ("options", dict)):
+        if not isinstance(value := getattr(message, name), kind):
+            raise TypeError(f"its {name} is a {type(value).__name__}")
+    options = message.options
+    if not options:
+        return
+    for name in _NUMBERS:
+        if not isinstance(value := options.get(name), (int, float, type(None))):
+            raise TypeError(f"its option {name} is a {type(value).__name__}")
+    if (throws := options.get("throws")) and not isinstance(throws, (type, tuple)):
+        raise TypeError(f"its option throws is a {type(throws).__name__}, which names no exceptions")
+
+
 def delivered(job: Job) -> Message[Any]:
-    """The message in a job, as a worker is to run it now. Raises dramatiq's DecodeError.
+    """The message in a job, as a worker is to run it now. Raises dramatiq's DecodeError, or TypeError.
 
     The store has kept it until it was due, so it carries no `eta`, which would park it in the worker's memory;
     and the queue is the one it came from, by which the worker finds its consumer.
     """
     message: Message[Any] = Message.decode(job.payload)
+    _check(message)
     eta = message.options.get("eta")
     if eta is None or isinstance(eta, (int, float)) or not _WORKER_MINDS_ETA:
         message.options.pop("eta", None)

@@ -45,7 +45,7 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
             eta=datetime.fromtimestamp(eta / 1000, timezone.utc).isoformat() if known else None,
             extra={"message_id": message["message_id"]},
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError, RecursionError):
         return JobSummary(name="(a message that is not JSON)")
 
 
