@@ -64,6 +64,7 @@ def test_a_sentinel_trio_is_told_with_its_replicas_and_what_a_failover_would_los
     ((level, detail),) = found["topology"]
     assert level == "ok"
     assert f"'relay-main' is 127.0.0.1:{primary.port}" in detail
+    assert detail.endswith("; the URL names 3")
     ((level, detail),) = found["replication"]
     assert level == "warn"
     assert "min-replicas-to-write is 0" in detail
@@ -78,14 +79,96 @@ def test_a_sentinel_trio_is_told_with_its_replicas_and_what_a_failover_would_los
         assert "write" not in found
     finally:
         primary.cli("CONFIG", "SET", "min-replicas-to-write", "0")
+    assert found["sentinels"] == [("ok", "3 sentinels agree on the primary, and see enough others for a failover")]
     one = Cli(f"relay+sentinel://127.0.0.1:{sentinel_trio.sentinels[0].port}/relay-main/0")
-    assert findings(one)["topology"][0][0] == "warn"
+    found = findings(one)
+    assert found["topology"][0][0] == "warn"
+    ((level, detail),) = found["topology"]
+    assert level == "warn"
+    assert "the URL names 1 of 3, the others are" in detail
+    for sentinel in sentinel_trio.sentinels[1:]:
+        assert f"127.0.0.1:{sentinel.port}" in detail
+    assert "who starts while it is away finds no primary" in detail
+    assert found["sentinels"] == [("ok", "1 sentinel answers, and sees enough others for a failover")]
     replica = next(server for server in sentinel_trio.servers if server is not primary)
     found = findings(Cli(replica.url), 1)
     assert found["topology"][0][0] == "error"
     assert f"replica of 127.0.0.1:{primary.port}" in found["topology"][0][1]
     replica.kill()
     eventually(lambda: "no replica is connected" in str(findings(cli).get("replication")), "the replica is gone")
+
+
+def sentinel_findings(url: str) -> dict[str, list[str]]:
+    """Level -> what was found of the sentinels."""
+    found: dict[str, list[str]] = {}
+    for level, detail in findings(Cli(url))["sentinels"]:
+        found.setdefault(level, []).append(detail)
+    return found
+
+
+@pytest.mark.slow
+def test_sentinels_that_are_away_silent_or_something_else_are_told_one_by_one(sentinel_trio: SentinelTrio) -> None:
+    first, second, third = sentinel_trio.sentinels
+    name = {one: f"127.0.0.1:{one.port}" for one in sentinel_trio.sentinels}
+    url, other = sentinel_trio.url, f"127.0.0.1:{sentinel_trio.primary.port}"
+    third.pause()
+    try:
+        (detail,) = sentinel_findings(url)["warn"]
+        assert detail.startswith(f"{name[third]}: ")
+        assert "bring it back" in detail
+    finally:
+        third.resume()
+    eventually(lambda: second.sees(3, 1) and first.sees(3, 1), "the third is seen again")
+    (detail,) = sentinel_findings(url.replace(name[third], other))["warn"]
+    assert detail.startswith(f"{other}: ")
+    assert "it is no sentinel" in detail
+    third.kill()
+    second.kill()
+    eventually(lambda: b"NOQUORUM" in _quorum(first), "the first is alone")
+    told = sentinel_findings(url)["warn"]
+    assert len(told) == 2, "who is away, and that a failover is not to be had"
+    assert name[second] in told[0]
+    assert name[third] in told[0]
+    assert told[1].startswith(f"{name[first]}: NOQUORUM ")
+    assert "nobody takes over" in told[1]
+
+
+def _quorum(sentinel: Sentinel) -> bytes:
+    try:
+        return bytes(sentinel.cli("SENTINEL", "CKQUORUM", sentinel.service))
+    except Exception as error:
+        return str(error).encode()
+
+
+@pytest.mark.slow
+def test_sentinels_that_name_two_primaries_or_none_are_told(tcp_server: Server) -> None:
+    flavour, port = tcp_server.flavour, tcp_server.port
+    with (
+        Server(flavour, tcp=True) as another,
+        Sentinel(flavour, "main", port, 1) as right,
+        Sentinel(flavour, "main", another.port, 1) as wrong,
+        Sentinel(flavour, "backup", port, 1) as ignorant,
+    ):
+        hosts = ",".join(f"127.0.0.1:{one.port}" for one in (right, wrong, ignorant))
+        stranger, apart = sentinel_findings(f"relay+sentinel://{hosts}/main/0")["warn"]
+    assert stranger.startswith(f"127.0.0.1:{ignorant.port}: no service 'main' is known there")
+    assert "they do not agree on the primary" in apart
+    assert f"127.0.0.1:{port} say 127.0.0.1:{right.port}" in apart
+    assert f"127.0.0.1:{another.port} say 127.0.0.1:{wrong.port}" in apart
+
+
+def test_a_sentinel_whose_user_may_only_ask_for_the_primary_is_no_trouble(tcp_server: Server) -> None:
+    with Sentinel(tcp_server.flavour, "main", tcp_server.port, 1) as sentinel:
+        rights = ("on", ">narrow", "+@connection", "+sentinel|get-master-addr-by-name")
+        sentinel.cli("ACL", "SETUSER", "relay", *rights)
+        query = "?sentinel_username=relay&sentinel_password="
+        url = f"relay+sentinel://127.0.0.1:{sentinel.port}/main/0{query}"
+        found = sentinel_findings(f"{url}narrow")
+        assert set(found) == {"info"}
+        assert "+sentinel|ckquorum +sentinel|sentinels lets it" in found["info"][0]
+        wrong = Cli(f"{url}wide").run("doctor", code=1)
+    assert "wide" not in wrong.stdout
+    assert "wants another user name or password" in wrong.stdout
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 from relay_core.broker import Broker
 from relay_core.cli.finding import Finding
 from relay_core.cli.output import plural
+from relay_core.cli.sentinels import sentinels
 from relay_core.errors import StoreError
 
 Infos = Mapping[str, Mapping[str, str]]
@@ -40,11 +41,7 @@ def topology(broker: Broker, infos: Infos) -> Iterator[Finding]:
         return
     if url.topology == "sentinel":
         told = f"the primary of {url.service!r} is {node}, as sentinels say{tls}"
-        if len(url.hosts) < 2:
-            advice = "who starts while it is down finds no primary; name all sentinels"
-            yield Finding("topology", "warn", f"{told}; the URL names one sentinel only: {advice}")
-        else:
-            yield Finding("topology", "ok", f"{told}; the URL names {len(url.hosts)}")
+        yield from sentinels(broker, node, told)
     elif url.topology == "embedded":
         kept = "it ends with its last user unless `relay server start` keeps it"
         detail = f"the embedded server of {url.path}: for one machine, {kept}"

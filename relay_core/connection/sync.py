@@ -97,6 +97,17 @@ class SyncStore:
         flow = attempts.everywhere(args, self._router, self._policy, time.monotonic())
         return {name: call.outcome() for name, call in self._drive(flow).items()}
 
+    def ask_sentinels(self, *questions: tuple[Arg, ...]) -> dict[str, list[Any] | str]:
+        """The replies of every sentinel that the URL names, by `host:port`, an error reply as the exception; of one
+        that does not answer, or refuses the first question, the text of why. Each has a second."""
+        answers: dict[str, list[Any] | str] = {}
+        for host, port in self.url.hosts:
+            address = Address(host, port)
+            outcome = self._perform(Exchange(address, list(questions), sentinel=True))
+            assert outcome is not None  # as of every exchange
+            answers[str(address)] = self._router.heard(outcome, address)
+        return answers
+
     @contextmanager
     def hurried(self, seconds: float = math.inf, until: Callable[[], float] | None = None) -> Iterator[None]:
         """What this thread runs meanwhile is repeated for so long at most, whatever `retry_for` says: it has others to

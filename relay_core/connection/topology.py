@@ -175,6 +175,13 @@ class Router:
         self.why = "no cluster node answers: " + "; ".join(notes)
         return refused
 
+    def heard(self, outcome: Outcome, at: Address) -> list[Any] | str:
+        """All replies of one that was asked several things; why it told nothing, where it did not answer the first."""
+        _reply, note, error = self._answer(outcome, at)
+        if not note:
+            return outcome.replies
+        return str(error) if isinstance(error, AuthError) else note
+
     def _answer(self, outcome: Outcome, at: Address) -> tuple[Any, str, RelayError | None]:
         """The reply, what to note in its place, and the error if it is a permanent one."""
         hint = ""
