@@ -44,7 +44,7 @@ def settled(broker: Broker, queue: str, spoiled: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", SPOILED)
 def test_a_record_that_cannot_be_read_is_refused_where_it_is_read(name: str) -> None:
-    with pytest.raises(InvalidRecord, match="does not decode: .{10,}"):
+    with pytest.raises(InvalidRecord, match=r"does not decode: .{10,}"):
         Record.unpack(SPOILED[name])
 
 
@@ -170,9 +170,7 @@ def test_a_worker_outlives_them_all(kind: str, concurrency: int, broker: Broker)
     thread = threading.Thread(target=lambda: _caught(worker.run, errors))
     thread.start()
     try:
-        eventually(
-            lambda: bool(errors) or sum(ledger.ran.values()) > len(named) + len(ODD) + 1, "all that can be run"
-        )
+        eventually(lambda: bool(errors) or sum(ledger.ran.values()) > len(named) + len(ODD) + 1, "all that can be run")
         eventually(lambda: bool(errors) or not broker.stats("mail").pending, "all that is in hand")
     finally:
         worker.stop()
@@ -210,7 +208,7 @@ def test_a_worker_whose_handler_fails_outlives_them_all(kind: str, broker: Broke
     try:
         # two of them bring a policy of their own, by which they wait for their next try
         eventually(
-            lambda: bool(errors) or len(broker.dead("mail", limit=1000)) >= len(named) - 2 and _calm(broker),
+            lambda: bool(errors) or (len(broker.dead("mail", limit=1000)) >= len(named) - 2 and _calm(broker)),
             "the end of all others",
         )
     finally:

@@ -165,7 +165,7 @@ class Consuming(Settling):
         """As Celery is to see it; None for one that does not decode, or is no longer wanted."""
         try:
             raw = unpack(job.payload)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             logger.error("message %s of queue %r does not decode and goes to dead: %s", job.id, job.queue, error)
             self.broker.nack(job, error, dead=True, reason="undecodable")
             return None
@@ -174,7 +174,8 @@ class Consuming(Settling):
         properties, headers = raw["properties"], raw.get("headers")
         properties["delivery_tag"] = tag
         redelivered = job.deliveries - properties.pop(DELIVERED, 0) > 1
-        properties.setdefault("delivery_info", {})["redelivered"] = redelivered
+        info = properties["delivery_info"] = properties.get("delivery_info") or {}
+        info["redelivered"] = redelivered
         if headers and headers.get("eta"):
             due.run_now(headers)
         return raw

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping, MutableMapping
 from datetime import datetime, timezone
@@ -33,6 +34,11 @@ AGAIN = 0.05
 _PAGE = 20
 """Messages claimed at a time."""
 
+_END_OF_TIME = 2.0**43
+"""Unix seconds."""
+
+_MILLISECONDS = re.compile("[0-9]{1,18}")
+
 LONG_AGO = "1970-01-01T00:00:00+00:00"
 
 
@@ -47,7 +53,7 @@ class DeadLetters(Routing):
         terms = self.topology.terms(job.queue)
         limits = [terms.ttl] if terms is not None and terms.ttl is not None else []
         with_own = (raw.get("properties") or {}).get("expiration")
-        if with_own is not None and str(with_own).isdigit():
+        if with_own is not None and _MILLISECONDS.fullmatch(str(with_own)):
             limits.append(int(with_own))
         if not limits or (job.claimed_at - _waits_from(job, raw)) * 1000 <= min(limits):
             return False
@@ -74,7 +80,7 @@ class DeadLetters(Routing):
             return False
         message = unpack(job.payload)
         properties = message["properties"]
-        info = properties.setdefault("delivery_info", {})
+        info = properties["delivery_info"] = properties.get("delivery_info") or {}
         key = info.get("routing_key") or "" if terms.dead_key is None else terms.dead_key
         _note_death(message, job.queue, reason, info, job.claimed_at)
         properties.pop("expiration", None)
@@ -165,14 +171,18 @@ def _waits_from(job: Job | StoredJob, head: Mapping[str, Any]) -> float:
     time for which it was set."""
     due = timestamp((head.get("headers") or {}).get("eta"))
     since = (head.get("properties") or {}).get(SINCE)
-    return max(job.created_at or 0.0, due or 0.0, float(since) if isinstance(since, (int, float)) else 0.0)
+    # compared before it is converted, which an int of hundreds of digits cannot be
+    if not isinstance(since, (int, float)) or not 0 < since < _END_OF_TIME:
+        since = 0.0
+    return max(job.created_at or 0.0, due or 0.0, float(since))
 
 
 def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info: dict[str, Any], now: float) -> None:
     """Add to the header x-death as RabbitMQ does: one entry per queue and reason, with a count, the last one first."""
-    headers = message.setdefault("headers", {})
-    deaths = [dict(death) for death in headers.get("x-death") or ()]
-    entry = next((death for death in deaths if (death["queue"], death["reason"]) == (queue, reason)), None)
+    headers = message["headers"] = message.get("headers") or {}
+    told = headers.get("x-death")
+    deaths = [dict(death) for death in told if isinstance(death, dict)] if isinstance(told, list) else []
+    entry = next((death for death in deaths if (death.get("queue"), death.get("reason")) == (queue, reason)), None)
     if entry is None:
         entry = {
             "queue": queue, "reason": reason, "count": 0,
@@ -180,7 +190,8 @@ def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info
         }  # fmt: skip
     else:
         deaths.remove(entry)
-    entry["count"] += 1
+    count = entry.get("count")
+    entry["count"] = (count if isinstance(count, int) else 0) + 1
     entry["time"] = datetime.fromtimestamp(now, timezone.utc).isoformat()
     headers["x-death"] = [entry, *deaths]
     for name in ("queue", "reason", "exchange"):

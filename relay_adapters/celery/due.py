@@ -54,7 +54,7 @@ def protocol_1(message: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         task = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return task if isinstance(task, dict) and "task" in task and "id" in task else None
 

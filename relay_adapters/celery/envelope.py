@@ -61,13 +61,34 @@ def pack_stored(message: Mapping[str, Any]) -> bytes:
 
 
 def head_of(payload: bytes) -> dict[str, Any]:
-    """All but the body. Raises ValueError for what is no message."""
+    """All but the body, of the types that it is read by here and in kombu. Raises ValueError for what is no message."""
     line = payload.partition(b"\n")[0].decode()
-    # values of Python types that JSON lacks are marked, and rare
-    head = json.loads(line, object_hook=object_hook) if '"__type__"' in line else _decode(line)
+    try:
+        # values of Python types that JSON lacks are marked, and rare
+        head = json.loads(line, object_hook=object_hook) if '"__type__"' in line else _decode(line)
+    except (ValueError, RecursionError):
+        raise ValueError("its first line is not JSON") from None
+    except Exception as error:  # of a marked value that its type cannot be made of
+        raise ValueError(f"its first line has a value of no such type: {error!r}") from error
     if not isinstance(head, dict) or not isinstance(head.get("properties"), dict):
         raise ValueError("its first line is not the JSON of a message's headers and properties")
+    _check(head, head["properties"])
     return head
+
+
+def _check(head: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+    """Raises ValueError for what would be no message's fault to whoever reads it next, and end them."""
+    headers, info = head.get("headers"), properties.get("delivery_info")
+    if headers is not None and not isinstance(headers, dict):
+        raise ValueError(f"its headers are a {type(headers).__name__}")
+    if info is not None and not isinstance(info, dict):
+        raise ValueError(f"its delivery_info is a {type(info).__name__}")
+    for name in ("content-type", "content-encoding"):
+        value = head.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"its {name} is a {type(value).__name__}")
+    if not isinstance(properties.get(DELIVERED, 0), int):
+        raise ValueError(f"its {DELIVERED} is no number")
 
 
 def unpack(payload: bytes) -> MutableMapping[str, Any]:

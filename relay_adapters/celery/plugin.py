@@ -29,17 +29,22 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
     options = job.options
     if options.headers.get(HEADER) != ADAPTER:
         return None
-    headers = json.loads(job.payload.partition(b"\n")[0]).get("headers") or {}
-    if "task" not in headers:
-        return None
-    return JobSummary(
-        name=headers["task"],
-        args=headers.get("argsrepr") or "",
-        kwargs=headers.get("kwargsrepr") or "",
-        retries=headers.get("retries"),
-        eta=headers.get("eta"),
-        extra={name: headers[name] for name in ("id", "root_id", "parent_id", "group", "origin") if headers.get(name)},
-    )
+    try:
+        headers = json.loads(job.payload.partition(b"\n")[0])["headers"] or {}
+        if "task" not in headers:
+            return None
+        retries, eta = headers.get("retries"), headers.get("eta")
+        told = ("id", "root_id", "parent_id", "group", "origin")
+        return JobSummary(
+            name=str(headers["task"]),
+            args=str(headers.get("argsrepr") or ""),
+            kwargs=str(headers.get("kwargsrepr") or ""),
+            retries=retries if isinstance(retries, int) else None,
+            eta=None if eta is None else str(eta),
+            extra={name: headers[name] for name in told if headers.get(name)},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # it is no message, and goes to dead when it is claimed
 
 
 @hookimpl

@@ -127,13 +127,13 @@ def _bears(payload: bytes, stamps: Stamps) -> bool:
     """Whether the task bears one of the stamps."""
     try:
         headers = head_of(payload).get("headers") or {}
-    except (ValueError, KeyError, TypeError):
-        return False
-    borne = headers.get("stamps") or {}
-    return any(
-        value in stamps[name]
-        for name in headers.get("stamped_headers") or ()
-        if name in stamps
-        for value in _several(borne.get(name))
-        if value is not None
-    )
+        borne = headers.get("stamps") or {}
+        return any(
+            value in stamps[name]
+            for name in headers.get("stamped_headers") or ()
+            if name in stamps
+            for value in _several(borne.get(name))
+            if value is not None
+        )
+    except (ValueError, TypeError, AttributeError):
+        return False  # of other types than Celery stamps with

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from relay_adapters.celery import children, given, revoking
+from relay_adapters.celery import children, given, revoking, spoiled
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.options import is_relay, safe_text
@@ -43,6 +43,7 @@ def install(**_: Any) -> None:
     from celery.concurrency.asynpool import AsynPool
     from celery.worker import strategy
     from celery.worker.consumer.connection import Connection as Connecting
+    from celery.worker.consumer.consumer import Consumer
     from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
     from celery.worker.pidbox import gPidbox
@@ -57,6 +58,8 @@ def install(**_: Any) -> None:
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
         Panel.data["query_task"] = _QueryTask(Panel.data["query_task"])
         strategy.create_request_cls = _derived(strategy.create_request_cls)
+        Consumer.create_task_handler = spoiled.reading(Consumer.create_task_handler)
+        Consumer.on_decode_error = spoiled.kept(Consumer.on_decode_error)
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
@@ -66,12 +69,14 @@ def install(**_: Any) -> None:
 def _derived(stock: Callable[..., type]) -> Callable[..., type]:
     """Of a task with a class for its requests of its own, they are relay's too."""
 
-    def create_request_cls(base: type, *args: Any, **options: Any) -> type:
+    def create_request_cls(base: type, *args: Any, **options: Any) -> Any:
         from relay_adapters.celery.request import Request
 
         if not issubclass(base, Request):
             base = type(base.__name__, (Request, base), {})
-        return stock(base, *args, **options)
+        made: Any = stock(base, *args, **options)
+        made.execute_using_pool = spoiled.starting(made.execute_using_pool)
+        return made
 
     return create_request_cls
 

@@ -196,9 +196,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
         founded, *answers = reply
         return Stored(
             (
-                Enqueued(job.id)
-                if answer == 1
-                else Enqueued(job.id if answer == 0 else id_of(answer), duplicate=True)
+                Enqueued(job.id) if answer == 1 else Enqueued(job.id if answer == 0 else id_of(answer), duplicate=True)
                 for job, answer in zip(jobs, answers, strict=True)
             ),
             bool(founded) or resent or since is not None,
