@@ -7,7 +7,6 @@ from relay_adapters.celery.held import Held
 from relay_adapters.celery.inhand import nack_uncounted
 from relay_core import Broker, Verdict
 from relay_core.errors import LeaseLost
-from relay_core.operations.ending import safe_repr
 
 _SOONEST = 0.1
 
@@ -32,7 +31,7 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
     """
     job, cause = held.job, held.cause
     if held.spoiled is not None:
-        broker.nack(job, f"message does not decode: {safe_repr(held.spoiled)}", dead=True, reason="undecodable")
+        broker.nack(job, f"message is no task: {held.spoiled}", dead=True, reason="undecodable")
         return None
     if is_returned(held, requeue):
         item = broker.operations.nack_of(job, "requeued by its consumer", 0.0, reason="requeued")

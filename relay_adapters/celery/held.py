@@ -28,5 +28,5 @@ class Held:
     """True when it may have done so: that its ack finds it gone is no surprise."""
     cause: BaseException | None = None
     """Why the task failed, where Celery said so."""
-    spoiled: BaseException | None = None
-    """What ended the worker's reading of the message, where nobody can make a task of it."""
+    spoiled: str | None = None
+    """What is wrong with the message, where nobody can make a task of it."""

@@ -14,7 +14,6 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.worker.request import Request as Stock
 from celery.worker.state import task_ready
 
-from relay_adapters.celery import spoiled
 from relay_adapters.celery.inhand import LEASE, lease_of, lent
 from relay_adapters.celery.leases import Leases
 from relay_core import Job
@@ -38,7 +37,6 @@ class Request(Stock):
         self._job: Job | None = None
         if self._leases is None:
             return
-        spoiled.check(self.name, self.time_limits)
         # Celery has its loop do this in its next turn, for which a task that runs in the loop's own thread lets it wait
         self._on_ack = partial(_ack, message)
         if (held := self._leases.get(message.delivery_tag)) is not None:

@@ -2,44 +2,82 @@
 
 Celery's consumer trusts what it reads of a message: a header of another type than its own clients write ends the whole
 worker, and with its redelivery the next one. A body that does not decode it acks, so that nobody can look at it again.
+What fails over a message that is sound is a fault of the worker's code, which is left as loud as it is.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from functools import wraps
 from typing import Any
 
+from relay_adapters.celery.held import Held
+
 logger = logging.getLogger("relay.celery")
 
-_OF_A_WRONG_TYPE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a value of a wrong type raises. A result backend that is away, or a lost connection, raises others."""
+_NONE = type(None)
 
 
-def check(name: Any, limits: Any) -> None:
-    """Raises TypeError for a request whose name or time limits are none. Celery and its pools look at them only when
-    the task has started, from where nobody knows any more whose trouble it is.
-
-    :param limits: hard and soft, seconds
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"its name is a {type(name).__name__}")
-    hard, soft = limits  # or else its error says that there are not two
-    for limit in (hard, soft):
-        if limit is not None and not isinstance(limit, (int, float)):
-            raise TypeError(f"a time limit of it is a {type(limit).__name__}")
+def fault_of(message: Any) -> str:
+    """What is wrong with a message whose types would end the worker; empty for others, also those that Celery itself
+    refuses, such as one whose body does not decode."""
+    headers = message.headers or {}
+    try:
+        body = message.payload
+    except Exception:
+        return ""  # Celery meets it again
+    return next(filter(None, _faults(headers, body)), "")
 
 
-def bury(message: Any, error: BaseException) -> bool:
-    """Send a message that a worker has just received to dead. False: it is none of relay's, or it ended already."""
-    leases = getattr(message.channel, "leases", None)
-    held = None if leases is None else leases.get(message.delivery_tag)
-    if held is None or held.acked or held.started:
-        return False
-    held.spoiled = error
-    message.reject()
-    return True
+def _faults(headers: Mapping[str, Any], body: Any) -> Iterator[str]:
+    """One after the other, an empty text for each thing that is as it should be."""
+    if "task" not in headers:  # protocol 1, or none of Celery's
+        if isinstance(body, dict) and "task" in body:
+            yield _wrong("task", body["task"], str)
+            yield from _faults_of_call(body.get("args"), body.get("kwargs"))
+        return
+    if isinstance(body, dict):  # protocol 1 with the headers of 2
+        yield from _faults_of_call(body.get("args"), body.get("kwargs"))
+    elif isinstance(body, (list, tuple)) and len(body) == 3:
+        yield from _faults_of_call(body[0], body[1])
+        yield _wrong("third part", body[2], dict, _NONE)
+    else:
+        yield "its body is no list of args, kwargs and callbacks"
+    yield _wrong("task", headers["task"], str)
+    yield _wrong("id", headers.get("id"), str)
+    yield _wrong("shadow", headers.get("shadow"), str, _NONE)
+    for name in ("eta", "expires"):
+        yield _wrong(name, headers.get(name), str, datetime, _NONE) or _empty(name, headers.get(name))
+    yield from _faults_of_limits(headers.get("timelimit"))
+    if (stamped := headers.get("stamped_headers")) is not None:
+        if not (isinstance(stamped, (list, tuple)) and all(isinstance(name, str) for name in stamped)):
+            yield "its stamped_headers are no list of names"
+        yield _wrong("stamps", headers.get("stamps"), dict, _NONE)
+
+
+def _faults_of_call(args: Any, kwargs: Any) -> Iterator[str]:
+    yield _wrong("args", args, list, tuple, _NONE)
+    yield _wrong("kwargs", kwargs, dict, _NONE)
+
+
+def _faults_of_limits(limits: Any) -> Iterator[str]:
+    if limits is None:
+        return
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        yield "its timelimit is no pair"
+        return
+    for limit in limits:
+        yield _wrong("timelimit", limit, int, float, _NONE)
+
+
+def _wrong(name: str, value: Any, *kinds: type) -> str:
+    return "" if isinstance(value, kinds) else f"its {name} is a {type(value).__name__}"
+
+
+def _empty(name: str, value: Any) -> str:
+    return f"its {name} is empty" if value == "" else ""
 
 
 def reading(stock: Callable[..., Callable[[Any], Any]]) -> Callable[..., Callable[[Any], Any]]:
@@ -48,41 +86,18 @@ def reading(stock: Callable[..., Callable[[Any], Any]]) -> Callable[..., Callabl
     @wraps(stock)
     def create_task_handler(consumer: Any, *args: Any, **options: Any) -> Callable[[Any], Any]:
         handle = stock(consumer, *args, **options)
-        expected = (*consumer.connection_errors, *consumer.channel_errors)
 
         def on_task_received(message: Any) -> Any:
-            try:
+            held = _held(message)
+            if held is None or not (fault := fault_of(message)):
                 return handle(message)
-            except _OF_A_WRONG_TYPE as error:
-                if isinstance(error, expected) or not bury(message, error):
-                    raise
-                logger.error("message %s is no task, and goes to dead", message.delivery_tag, exc_info=True)
+            logger.error("message %s is no task, and goes to dead: %s", held.job.id, fault)
+            held.spoiled = fault
+            return message.reject()
 
         return on_task_received
 
     return create_task_handler
-
-
-def starting(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Around a request's `execute_using_pool`. A prefork pool calls it for a task that had to wait for a free process
-    only then, from where nobody knows any more whose trouble it is."""
-
-    @wraps(stock)
-    def execute_using_pool(request: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return stock(request, *args, **options)
-        except _OF_A_WRONG_TYPE as error:
-            if not bury(request.message, error):
-                raise
-            from celery.exceptions import TaskRevokedError
-            from celery.worker.state import task_ready
-
-            logger.error("task %s cannot be started, and goes to dead", request.id, exc_info=True)
-            task_ready(request)
-            # at which the worker frees the process that it had taken for it, and goes on
-            raise TaskRevokedError(request.id) from error
-
-    return execute_using_pool
 
 
 def kept(stock: Callable[..., None]) -> Callable[..., None]:
@@ -90,8 +105,16 @@ def kept(stock: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(stock)
     def on_decode_error(consumer: Any, message: Any, error: BaseException) -> None:
-        if bury(message, error):
-            message.ack = lambda *_args, **_options: None
+        if (held := _held(message)) is not None:
+            held.spoiled = f"its body does not decode: {error!r}"
+            message.ack = message.reject
         stock(consumer, message, error)
 
     return on_decode_error
+
+
+def _held(message: Any) -> Held | None:
+    """How relay holds it; None for a message of another transport, and for one that needs no ack."""
+    leases = getattr(message.channel, "leases", None)
+    held: Held | None = None if leases is None else leases.get(message.delivery_tag)
+    return held

@@ -69,14 +69,12 @@ def install(**_: Any) -> None:
 def _derived(stock: Callable[..., type]) -> Callable[..., type]:
     """Of a task with a class for its requests of its own, they are relay's too."""
 
-    def create_request_cls(base: type, *args: Any, **options: Any) -> Any:
+    def create_request_cls(base: type, *args: Any, **options: Any) -> type:
         from relay_adapters.celery.request import Request
 
         if not issubclass(base, Request):
             base = type(base.__name__, (Request, base), {})
-        made: Any = stock(base, *args, **options)
-        made.execute_using_pool = spoiled.starting(made.execute_using_pool)
-        return made
+        return stock(base, *args, **options)
 
     return create_request_cls
 
