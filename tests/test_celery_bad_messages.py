@@ -100,6 +100,14 @@ NO_TASK: Mapping[str, bytes] = {
 """Delivered to Celery, which can make no task of them."""
 
 LENIENT: Mapping[str, bytes] = {
+    "id a UUID": payload(headers__id={"__type__": "uuid", "__value__": {"hex": "0" * 32}}),
+    "id a number": payload(headers__id=7),
+    "timelimit a decimal": payload(headers__timelimit=[{"__type__": "decimal", "__value__": "60"}, None]),
+    "times of their types": payload(
+        headers__eta={"__type__": "datetime", "__value__": "2020-01-01T00:00:00+00:00"},
+        headers__expires={"__type__": "datetime", "__value__": "2999-01-01T00:00:00+00:00"},
+    ),
+    "callbacks null": payload(b'[["odd"], {}, null]'),
     "content encoding unknown": payload(content_encoding="x-mine"),
     "compression empty": payload(headers__compression={}),
     "retries a text": payload(headers__retries="x"),

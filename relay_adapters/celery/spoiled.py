@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import wraps
+from numbers import Number
 from typing import Any
+from uuid import UUID
 
 from relay_adapters.celery.held import Held
 
@@ -46,7 +48,7 @@ def _faults(headers: Mapping[str, Any], body: Any) -> Iterator[str]:
     else:
         yield "its body is no list of args, kwargs and callbacks"
     yield _wrong("task", headers["task"], str)
-    yield _wrong("id", headers.get("id"), str)
+    yield _wrong("id", headers.get("id"), str, int, UUID)
     yield _wrong("shadow", headers.get("shadow"), str, _NONE)
     for name in ("eta", "expires"):
         yield _wrong(name, headers.get(name), str, datetime, _NONE) or _empty(name, headers.get(name))
@@ -69,7 +71,7 @@ def _faults_of_limits(limits: Any) -> Iterator[str]:
         yield "its timelimit is no pair"
         return
     for limit in limits:
-        yield _wrong("timelimit", limit, int, float, _NONE)
+        yield _wrong("timelimit", limit, Number, _NONE)
 
 
 def _wrong(name: str, value: Any, *kinds: type) -> str:
