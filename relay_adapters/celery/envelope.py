@@ -77,7 +77,7 @@ def head_of(payload: bytes) -> dict[str, Any]:
 
 
 def _check(head: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
-    """Raises ValueError for what would be no message's fault to whoever reads it next, and end them."""
+    """Raises ValueError for a part of a type that would end whoever reads it next, here or in kombu."""
     headers, info = head.get("headers"), properties.get("delivery_info")
     if headers is not None and not isinstance(headers, dict):
         raise ValueError(f"its headers are a {type(headers).__name__}")

@@ -137,3 +137,8 @@ def progress(verb: str, total: int | None) -> Iterator[Callable[[int], None]]:
             click.echo(f"{verb}: {done}" + (f" of {total}" if total is not None else ""), err=True)
 
     yield note
+
+
+def as_text(value: object) -> str:
+    """A reply of the server, for people: its bytes, where it is some, as UTF-8."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

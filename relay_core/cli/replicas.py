@@ -8,7 +8,7 @@ from typing import Any
 
 from relay_core.broker import Broker
 from relay_core.cli.finding import Finding
-from relay_core.cli.output import plural
+from relay_core.cli.output import as_text, plural
 from relay_core.cli.sentinels import sentinels
 from relay_core.errors import StoreError
 
@@ -60,7 +60,7 @@ def _cluster(broker: Broker, tls: str) -> Iterator[Finding]:
     covered = sum(int(high) - int(low) + 1 for low, high, *_nodes in ranges)
     replicas: dict[str, int] = {}
     for _low, _high, primary, *others in ranges:
-        name = f"{_text(primary[0])}:{int(primary[1])}"
+        name = f"{as_text(primary[0])}:{int(primary[1])}"
         replicas[name] = max(replicas.get(name, 0), len(others))
     told = f"a cluster of {len(replicas)} {'primary' if len(replicas) == 1 else 'primaries'}{tls}"
     if covered < _SLOTS:
@@ -72,10 +72,6 @@ def _cluster(broker: Broker, tls: str) -> Iterator[Finding]:
     if alone:
         advice = "when one fails, its queues stand still until it is back; give each a replica"
         yield Finding("replication", "warn", f"without a replica: {', '.join(alone)}: {advice}")
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def replication(broker: Broker, infos: Infos) -> Iterator[Finding]:

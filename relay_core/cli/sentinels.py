@@ -8,7 +8,7 @@ from typing import Any
 
 from relay_core.broker import Broker
 from relay_core.cli.finding import Finding
-from relay_core.cli.output import plural
+from relay_core.cli.output import as_text, plural
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ def _said(name: str, answer: Sequence[Any] | str) -> Said:
     if isinstance(primary, Exception):
         said.trouble = str(primary)
     elif isinstance(primary, list) and len(primary) == 2:
-        said.primary = f"{_text(primary[0])}:{_text(primary[1])}"
+        said.primary = f"{as_text(primary[0])}:{as_text(primary[1])}"
     if isinstance(quorum, Exception):
         if _is_forbidden(quorum):
             said.asked = False
@@ -74,7 +74,7 @@ def _said(name: str, answer: Sequence[Any] | str) -> Said:
     if isinstance(others, Exception):
         said.asked = said.asked and not _is_forbidden(others)
     else:
-        facts = [dict(zip(map(_text, row[::2]), map(_text, row[1::2]), strict=False)) for row in others or ()]
+        facts = [dict(zip(map(as_text, row[::2]), map(as_text, row[1::2]), strict=False)) for row in others or ()]
         said.others = [f"{one.get('ip', '?')}:{one.get('port', '?')}" for one in facts]
     return said
 
@@ -137,7 +137,3 @@ def _named(said: Sequence[Said], told: str) -> Finding:
 
 def _is_forbidden(error: Exception) -> bool:
     return "NOPERM" in str(error) or "no permissions" in str(error).lower()
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
