@@ -41,6 +41,8 @@ class Site:
 
     def into_the_pipes(self, key: str) -> None:
         """One message to each child, none of which has read it, and the main process frozen too."""
+        # a child that is stopped before it says that it starts nothing would keep the credit for one of the messages
+        eventually(lambda: not (self.asked("active") or self.asked("reserved")), "the worker to be done")
         self.signal(signal.SIGSTOP, self.children)
         self.send(key)
         eventually(lambda: self.broker.stats("celery").inflight == len(TASKS), "the messages to be fetched")
@@ -48,6 +50,11 @@ class Site:
         for _ in range(3):
             assert self.app.control.ping([f"w@{gethostname()}"], timeout=20, limit=1)
         self.signal(signal.SIGSTOP, [self.worker.process.pid])
+
+    def asked(self, what: str) -> list[Any]:
+        """What the worker says that it has: `active` or `reserved` tasks."""
+        name = f"w@{gethostname()}"
+        return list(getattr(self.app.control.inspect([name], timeout=20, limit=1), what)()[name])
 
     def resume_children(self) -> None:
         """Until they have read their messages, and wait for word or, if they should not, have run them."""
