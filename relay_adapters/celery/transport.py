@@ -14,7 +14,17 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import exporter_name, flower_queues, groups, lookups, monitoring, ports, producers, worker
+from relay_adapters.celery import (
+    exporter_name,
+    flower_queues,
+    groups,
+    lookups,
+    monitoring,
+    ports,
+    producers,
+    reprs,
+    worker,
+)
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.mailwatch import MailWatch
@@ -74,6 +84,7 @@ class Transport(virtual.Transport):
         exporter_name.install()
         producers.install(channels.Channel, Transport)
         lookups.install()
+        reprs.install()
         groups.install(Transport)
         Pace.give(client)
         self._watches: dict[tuple[channels.Channel, str], Watch | MailWatch] = {}
