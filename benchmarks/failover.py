@@ -22,7 +22,7 @@ class Producers:
     def __init__(self, url: str, durability: str) -> None:
         self.acknowledged: set[str] = set()
         self.longest = 0.0
-        self._broker = Broker(url, durability=durability, retry_for=30.0)
+        self._broker = Broker(url, durability=durability, durability_timeout=1.0, retry_for=30.0)
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(PRODUCERS)]
 

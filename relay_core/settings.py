@@ -324,7 +324,8 @@ class StoreSettings:
         send; an attempt under way is not cut short. 0 tries once. Default 10
     :ivar durability: what confirms a stored job: "none", "replica:N" (WAIT) or "aof" (WAITAOF).
         Default "none"
-    :ivar durability_timeout: how long that may take before NotDurable is raised. Default 1
+    :ivar durability_timeout: how long that may take before NotDurable is raised. Default 5: under `appendfsync
+        everysec` a server syncs a second after its last sync, and waits two more for one that is under way
     :ivar max_connections: connections per server that commands share; a thread that finds all in use waits.
         Blocked waits for work have their own. Default 100
     :ivar credential_provider: called at each connect, returns `(user or None, password)`; wins over the URL
@@ -338,7 +339,7 @@ class StoreSettings:
     connect_timeout: float = 5.0
     retry_for: float = 10.0
     durability: str = "none"
-    durability_timeout: float = 1.0
+    durability_timeout: float = 5.0
     max_connections: int = 100
     credential_provider: Callable[[], Credentials] | None = field(default=None, repr=False)
     ssl: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
