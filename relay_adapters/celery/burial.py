@@ -10,6 +10,7 @@ from typing import Any
 
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_adapters.celery.protocol import told_of
 from relay_adapters.celery.unstarted import context_of, stores_errors
 from relay_core import Job, hookimpl
 from relay_core.connection import forks
@@ -71,19 +72,19 @@ def fail(job: Job, why: str) -> None:
     from celery.backends.base import DisabledBackend
 
     message = unpack(job.payload)
-    headers = message["headers"]
-    if "task" not in headers:
+    told = told_of(message)
+    if "task" not in told:
         return
     app = current_app._get_current_object()
-    error = WorkerLostError(f"Task {headers['task']}[{headers['id']}] went to dead: {why}")
+    error = WorkerLostError(f"Task {told['task']}[{told['id']}] went to dead: {why}")
     logger.error("%s", error)
     context = context_of(app, message)
-    task = app.tasks.get(headers["task"])
+    task = app.tasks.get(told["task"])
     backend = app.backend if task is None else task.backend
     # an app without results cannot be asked for one
-    if not isinstance(backend, DisabledBackend) and backend.get_state(headers["id"]) == "SUCCESS":
+    if not isinstance(backend, DisabledBackend) and backend.get_state(told["id"]) == "SUCCESS":
         return  # it was done, and only the answer was lost
-    backend.mark_as_failure(headers["id"], error, request=context, store_result=stores_errors(task, headers))
+    backend.mark_as_failure(told["id"], error, request=context, store_result=stores_errors(task, told))
     if task is not None:
         _tell(task, context, error)
 

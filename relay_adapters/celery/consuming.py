@@ -171,13 +171,12 @@ class Consuming(Settling):
             return None
         if self.expired(job, raw):
             return None
-        properties, headers = raw["properties"], raw.get("headers")
+        properties = raw["properties"]
         properties["delivery_tag"] = tag
         redelivered = job.deliveries - properties.pop(DELIVERED, 0) > 1
         info = properties["delivery_info"] = properties.get("delivery_info") or {}
         info["redelivered"] = redelivered
-        if headers and headers.get("eta"):
-            due.run_now(headers)
+        due.run_now(raw)
         return raw
 
     def take_back(self, deliveries: list[Delivery], wait: bool = True) -> None:

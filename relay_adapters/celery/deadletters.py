@@ -8,13 +8,14 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from datetime import datetime, timezone
 from typing import Any
 
-from relay_adapters.celery.due import protocol_1, timestamp
+from relay_adapters.celery.due import timestamp
 from relay_adapters.celery.envelope import SINCE, head_of, unpack
 from relay_adapters.celery.errors import NotFound
+from relay_adapters.celery.protocol import protocol_1, told_of
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms
 from relay_core import Job, commands
@@ -134,9 +135,7 @@ class DeadLetters(Routing):
         head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
         now = self.topology.now_ms() / 1000 if head else 0.0
         for job in head:
-            if job.created_at is None or (
-                terms.dead_exchange is None and "task" in (_head_of(job).get("headers") or {})
-            ):
+            if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(_read(job))):
                 break
             left = _left(job, terms, now)
             if left > 0:
@@ -156,21 +155,21 @@ class DeadLetters(Routing):
 
 def _left(job: Job | StoredJob, terms: Terms, now: float) -> float:
     """Seconds until a message expires by its queue's terms, at the server's time `now`."""
-    return _waits_from(job, _head_of(job)) + (terms.ttl or 0) / 1000 - now
+    return _waits_from(job, _read(job)) + (terms.ttl or 0) / 1000 - now
 
 
-def _head_of(job: Job | StoredJob) -> dict[str, Any]:
+def _read(job: Job | StoredJob) -> MutableMapping[str, Any]:
     try:
-        return head_of(job.payload)
+        return unpack(job.payload)
     except ValueError:
         return {}
 
 
-def _waits_from(job: Job | StoredJob, head: Mapping[str, Any]) -> float:
+def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any]) -> float:
     """Since when a message waits for a worker, by the server's clock: its publish, a retry that put it back, or the
     time for which it was set."""
-    due = timestamp((head.get("headers") or {}).get("eta"))
-    since = (head.get("properties") or {}).get(SINCE)
+    due = timestamp(told_of(message).get("eta"))
+    since = (message.get("properties") or {}).get(SINCE)
     # compared before it is converted, which an int of hundreds of digits cannot be
     if not isinstance(since, (int, float)) or not 0 < since < _END_OF_TIME:
         since = 0.0

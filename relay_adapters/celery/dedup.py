@@ -7,6 +7,7 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
+from relay_adapters.celery.protocol import told_of
 from relay_core.errors import InvalidArgument
 
 KEY, FOR = "relay_dedup_key", "relay_dedup_for"
@@ -25,17 +26,21 @@ def dedup_of(message: MutableMapping[str, Any]) -> dict[str, Any]:
     if key is None or key is False:
         return {}
     if key is True:
-        key = _of_arguments(headers, message)
+        key = _of_arguments(message)
     return {"dedup_key": key} if seconds is None else {"dedup_key": key, "dedup_for": seconds}
 
 
-def _of_arguments(headers: MutableMapping[str, Any], message: MutableMapping[str, Any]) -> str:
-    name = headers.get("task")
+def _of_arguments(message: MutableMapping[str, Any]) -> str:
+    told = told_of(message)
+    name = told.get("task")
     if name is None or message.get("content-type") != "application/json":
         raise InvalidArgument(
             f"{KEY}=True makes the key of a task's name and arguments as JSON, but task {name!r} is sent as "
             f"{message.get('content-type')!r}; use task_serializer='json', or give a key of your own"
         )
-    args, kwargs, _embedded = json.loads(message["body"])
+    if "task" in (message.get("headers") or {}):
+        args, kwargs, _embedded = json.loads(message["body"])
+    else:
+        args, kwargs = told.get("args"), told.get("kwargs")
     text = json.dumps([args, kwargs], sort_keys=True, separators=(",", ":"))
     return f"{name[:400]}:{hashlib.sha256(text.encode()).hexdigest()[:40]}"

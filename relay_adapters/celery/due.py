@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from relay_adapters.celery.protocol import protocol_1, told_of
 from relay_core.errors import InvalidArgument
 from relay_core.retry import MAX_DELAY
 
@@ -16,15 +17,13 @@ _AFTER = 0.05
 """Seconds after its end at which an expired task is handed out, so that any worker's clock agrees that it has."""
 
 
-def wait_of(message: Mapping[str, Any]) -> float:
+def wait_of(message: MutableMapping[str, Any]) -> float:
     """Seconds that a task must wait, by this process's clock: a producer with a wrong clock wrote its eta by it too.
 
     A task that expires before it is due is handed out when it expires, so that its worker can revoke it.
     """
-    headers = message.get("headers") or {}
-    eta, expires = headers.get("eta"), headers.get("expires")
-    if eta is None and "task" not in headers and (task := protocol_1(message)) is not None:
-        eta, expires = task.get("eta"), task.get("expires")
+    told = told_of(message)
+    eta, expires = told.get("eta"), told.get("expires")
     due = timestamp(eta)
     if due is None:
         return 0.0
@@ -34,33 +33,29 @@ def wait_of(message: Mapping[str, Any]) -> float:
     wait = max(0.0, due - time.time())
     if wait > MAX_DELAY:
         raise InvalidArgument(
-            f"the eta of task {headers.get('task')!r} ({eta}) is {wait / _YEAR:.1f} years away; a message waits for "
+            f"the eta of task {told.get('task')!r} ({eta}) is {wait / _YEAR:.1f} years away; a message waits for "
             f"{MAX_DELAY / _YEAR:.0f} years at most"
         )
     return wait
 
 
-def run_now(headers: MutableMapping[str, Any]) -> None:
+def run_now(message: MutableMapping[str, Any]) -> None:
     """The store says that a task is due. A worker whose clock is late must not hold it back by the eta."""
-    due, now = timestamp(headers.get("eta")), time.time()
-    if due is not None and due > now:
-        headers["eta"] = datetime.fromtimestamp(now, timezone.utc).isoformat()
+    headers = message.get("headers") or {}
+    if "eta" in headers:
+        if _is_ahead(headers["eta"]):
+            headers["eta"] = _now()
+    elif (task := protocol_1(message)) is not None and _is_ahead(task.get("eta")):
+        message["body"] = json.dumps({**task, "eta": _now()})
 
 
-def protocol_1(message: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What protocol 1 has in the body, for want of headers, of a task that is sent as JSON; None for other messages."""
-    body = message.get("body")
-    if message.get("content-type") != "application/json" or not body or '"eta"' not in _text(body):
-        return None
-    try:
-        task = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return task if isinstance(task, dict) and "task" in task and "id" in task else None
+def _is_ahead(eta: Any) -> bool:
+    due = timestamp(eta)
+    return due is not None and due > time.time()
 
 
-def _text(body: Any) -> str:
-    return body if isinstance(body, str) else bytes(body).decode("utf-8", "replace")
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat()
 
 
 def timestamp(when: Any) -> float | None:

@@ -16,16 +16,24 @@ REPLACED = 20
 """How often a task may replace itself, so that its revoke still finds it in the store."""
 
 
-def job_id_of(headers: Mapping[str, Any]) -> str:
+def job_id_of(told: Mapping[str, Any]) -> str:
     """The task's id; of a retry, and of what replaces a task, which are new messages of the same id, one more. Of other
-    messages a fresh id."""
-    task_id, retries, replaced = headers.get("id"), headers.get("retries"), headers.get("replaced_task_nesting")
-    if "task" not in headers or not isinstance(task_id, str) or not (task_id.isascii() and task_id.isprintable()):
+    messages a fresh id.
+
+    :param told: see `told_of`
+    """
+    task_id, retries, replaced = told.get("id"), told.get("retries"), told.get("replaced_task_nesting")
+    if "task" not in told or not isinstance(task_id, str) or not (task_id.isascii() and task_id.isprintable()):
         return new_id()
     if not 0 < len(task_id) <= 100 or " " in task_id:
         return new_id()
-    name = f"{task_id}^{replaced}" if replaced else task_id
-    return f"{name}.{retries}" if retries else name
+    name = f"{task_id}^{replaced}" if _is_count(replaced) else task_id
+    return f"{name}.{retries}" if _is_count(retries) else name
+
+
+def _is_count(number: Any) -> bool:
+    """Whether it is one that Celery writes, and not whatever else there may be: an id has no room for more."""
+    return isinstance(number, int) and 0 < number < 1_000_000
 
 
 def ids_of(task_id: str, retries: int = 100) -> list[str]:

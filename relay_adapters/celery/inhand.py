@@ -64,9 +64,9 @@ def lent(lease: Any) -> Iterator[None]:
         _lent.reset(token)
 
 
-def lease_here(headers: Mapping[str, Any]) -> Any:
-    """The lease of the task that runs here, where a message with these headers may be its next try; else None."""
-    if not headers.get("retries") or (state := sys.modules.get("celery._state")) is None:
+def lease_here(told: Mapping[str, Any]) -> Any:
+    """The lease of the task that runs here, where a message that tells this may be its next try; else None."""
+    if not told.get("retries") or (state := sys.modules.get("celery._state")) is None:
         return None
     if (lease := _lent.get()) is not None:
         return lease
@@ -74,13 +74,13 @@ def lease_here(headers: Mapping[str, Any]) -> Any:
     return None if task is None else (task.request.properties or {}).get(LEASE)
 
 
-def retried(lease: Any, queues: Sequence[str], headers: Mapping[str, Any]) -> Job | None:
-    """The job in hand, where this message is its next try on the same queue; else None."""
+def retried(lease: Any, queues: Sequence[str], told: Mapping[str, Any]) -> Job | None:
+    """The job in hand, where a message that tells this is its next try on the same queue; else None."""
     try:
         job = job_of(lease)
     except (ValueError, TypeError):
         return None
-    next_try = headers.get("id") == lease[6] and headers.get("retries") == lease[7] + 1 and job.token not in _moved
+    next_try = told.get("id") == lease[6] and told.get("retries") == lease[7] + 1 and job.token not in _moved
     return job if next_try and list(queues) == [job.queue] else None
 
 

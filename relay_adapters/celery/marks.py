@@ -16,6 +16,9 @@ STORED = "relay_stored"
 BATCH = "relay_batch"
 """What collects it."""
 
+TOLD = "relay_told"
+"""What it tells of its task, where that had to be looked for in its body."""
+
 TRIED = "relay_again"
 """`sent_now()` of its first try, where that may have stored it. Between two tries a Tried lies in its headers or
 properties."""

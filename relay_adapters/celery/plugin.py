@@ -1,4 +1,4 @@
-"""What relay's tools can read of a Celery task: protocol 2's headers, never its pickled or encoded body."""
+"""What relay's tools can read of a Celery task: protocol 2's headers, protocol 1's JSON, never what is pickled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from relay_adapters.celery.protocol import protocol_1
 from relay_core.hooks import hookimpl
 from relay_core.job import Job, JobSummary, StoredJob
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 HEADER, ADAPTER = "relay_adapter", "celery"
 """The header, and its value, of the jobs that this adapter stores."""
+
+_LONGEST = 1024
+"""Characters of arguments that are shown."""
 
 
 @hookimpl
@@ -25,14 +29,19 @@ def relay_register_adapter(register: Callable[..., None]) -> None:
 
 @hookimpl
 def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
-    """Name, arguments as the client wrote them (its safe reprs), retries, eta, and the ids around it."""
+    """Name, arguments as the client wrote them (its safe reprs), retries, eta, and the ids around it. A client of
+    protocol 1 writes no reprs."""
     options = job.options
     if options.headers.get(HEADER) != ADAPTER:
         return None
     try:
-        headers = json.loads(job.payload.partition(b"\n")[0])["headers"] or {}
+        head, _, body = job.payload.partition(b"\n")
+        message = json.loads(head)
+        headers = message["headers"] or {}
         if "task" not in headers:
-            return None
+            if (task := protocol_1({**message, "body": body})) is None:
+                return None
+            headers = {**task, "argsrepr": _shown(task.get("args")), "kwargsrepr": _shown(task.get("kwargs"))}
         retries, eta = headers.get("retries"), headers.get("eta")
         told = ("id", "root_id", "parent_id", "group", "origin")
         return JobSummary(
@@ -45,6 +54,12 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # it is no message, and goes to dead when it is claimed
+
+
+def _shown(arguments: Any) -> str:
+    """As long as Celery's own reprs, which are texts, too."""
+    text = "" if arguments is None else repr(arguments)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from relay_adapters.celery.envelope import DELIVERED, SINCE, pack
 from relay_adapters.celery.groups import gathered_for
 from relay_adapters.celery.ids import TAKEN, job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_adapters.celery.protocol import told_of
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms, limits_of
 from relay_core import JobSpec
@@ -37,15 +38,15 @@ class Publishing(Routing):
     def basic_publish(self, message: MutableMapping[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message, confirmed. Where it was cut off, kombu or Celery repeats this call: the id stays, and what
         was stored by then is not stored twice."""
-        headers, properties = message["headers"], message["properties"]
-        lease = inhand.lease_here(headers)
+        headers, properties, told = message["headers"], message["properties"], told_of(message)
+        lease = inhand.lease_here(told)
         # a task's headers stay the same through all that Celery and kombu do to repeat its publish; those of other
-        # messages may be the next one's, too
-        kept, own = (headers, headers.get("id")) if "task" in headers else (properties, None)
+        # messages may be the next one's, too, and where there are none kombu makes new ones each time
+        kept, own = headers if "task" in headers else properties, told.get("id") if "task" in told else None
         again = kept.pop(marks.TRIED, None)
         if not isinstance(again, marks.Tried) or again.task_id != own:
             again = None  # none, or of another message that had the same headers and another id
-        id, since = (job_id_of(headers), None) if again is None else (again.job_id, again.at)
+        id, since = (job_id_of(told), None) if again is None else (again.job_id, again.at)
         message[marks.ID], message[marks.TRIED], sent_at = id, since, sent_now()
         if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]
@@ -79,7 +80,7 @@ class Publishing(Routing):
         :param taken: how many tasks of the same id are known to be there
         :param dedup: False for one that was stored before, in another queue, and is no duplicate of itself
         """
-        own = message.get(marks.ID) or job_id_of(message["headers"])
+        own = message.get(marks.ID) or job_id_of(told_of(message))
         id = f"{own}~{taken}" if taken else own
         message[marks.ID] = id
         terms = self.topology.terms(queue)
@@ -116,7 +117,7 @@ class Publishing(Routing):
         if terms is not None:
             options |= limits_of(terms)
         # a retry is never a duplicate of what it retries
-        if dedup and not message["headers"].get("retries"):
+        if dedup and not told_of(message).get("retries"):
             options |= dedup_of(message)
         return options
 
@@ -129,7 +130,7 @@ class Publishing(Routing):
 
     def _moved(self, lease: Any, queues: list[str], message: MutableMapping[str, Any]) -> bool:
         """`self.retry` of a late-acked task: its job goes back to wait with the new message in one move."""
-        job = inhand.retried(lease, queues, message["headers"])
+        job = inhand.retried(lease, queues, told_of(message))
         if job is None:
             return False
         terms = self.topology.terms(job.queue)

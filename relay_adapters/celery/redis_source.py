@@ -17,7 +17,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kombu.utils.json import object_hook
@@ -26,6 +26,7 @@ from relay_adapters.celery.due import wait_of
 from relay_adapters.celery.envelope import pack_stored, unpack
 from relay_adapters.celery.ids import job_id_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
+from relay_adapters.celery.protocol import told_of
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import Arrival, ArrivalState, new_id
 from relay_core.keys import LEVELS
@@ -173,7 +174,7 @@ class RedisSource:
         except RelayError:  # it was a list a moment ago
             return False
         message = None if text is None else _message(text)
-        return message is not None and "task" in message.envelope["headers"]
+        return message is not None and "task" in message.told
 
     def _list(self, key: str, queue: str, step: int) -> Iterator[Sequence[Arrival]]:
         holding = self._prefix + _HOLDING + key
@@ -314,7 +315,7 @@ class RedisSource:
         if not isinstance(priority, int) or isinstance(priority, bool):
             priority = step
         level = max(0, min(priority, LEVELS - 1))
-        id, own = _ids_of(message.envelope)
+        id, own = _ids_of(message)
         return Arrival(
             queue,
             id,
@@ -331,11 +332,13 @@ class Message(NamedTuple):
     """One message: in kombu's envelope, and as relay's transport keeps it.
 
     :ivar wait: seconds until its ETA, 0 without one
+    :ivar told: what it tells of its task
     """
 
     envelope: dict[str, Any]
     payload: bytes
     wait: float
+    told: Mapping[str, Any]
 
 
 def _message(envelope: Any) -> Message | None:
@@ -346,22 +349,24 @@ def _message(envelope: Any) -> Message | None:
         if not isinstance(envelope.get("headers"), dict) or "body" not in envelope:
             return None
         payload = pack_stored(envelope)
-        return Message(envelope, payload, wait_of(unpack(payload)))
+        message = unpack(payload)
+        return Message(envelope, payload, wait_of(message), told_of(message))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidArgument):
         return None
 
 
-def _ids_of(envelope: dict[str, Any]) -> tuple[str, str]:
+def _ids_of(message: Message) -> tuple[str, str]:
     """The id that relay's transport would have chosen, and one that is this very message's alone.
 
     Both are the same however often it is read; without a delivery tag nothing tells two alike apart.
     """
+    envelope = message.envelope
     tag = envelope["properties"].get("delivery_tag")
     if not tag:
         own = new_id()
         return own, own
     own = hashlib.blake2b(json.dumps([tag, envelope["body"]], default=str).encode(), digest_size=13).hexdigest()
-    id, task_id = job_id_of(envelope["headers"]), envelope["headers"].get("id")
+    id, task_id = job_id_of(message.told), message.told.get("id")
     return (id, own) if task_id and id.startswith(str(task_id)) else (own, own)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from relay_adapters.celery.envelope import head_of, unpack
 from relay_adapters.celery.ids import ids_of
+from relay_adapters.celery.protocol import told_of
 from relay_adapters.celery.unstarted import context_of, stores_errors
 from relay_core import Broker
 from relay_core.errors import RelayError
@@ -81,20 +82,20 @@ class Revoker:
                 logger.exception("job %s of queue %r was revoked, and not all were told", id, queue)
         return len(out)
 
-    def _tell(self, queue: str, message: Mapping[str, Any]) -> None:
+    def _tell(self, queue: str, message: MutableMapping[str, Any]) -> None:
         """Its event, its result with its chord, and the signal."""
         from celery import signals
 
-        headers = message["headers"]
-        logger.info("task %s was revoked while it waited in queue %r", headers["id"], queue)
-        task = self._app.tasks.get(headers["task"])
+        told = told_of(message)
+        logger.info("task %s was revoked while it waited in queue %r", told["id"], queue)
+        task = self._app.tasks.get(told["task"])
         context = context_of(self._app, message)
         context.hostname = self._hostname
         how = {"terminated": False, "signum": None, "expired": False}
         if self._events is not None and self._events.enabled and getattr(task, "send_events", True):
-            self._events.send("task-revoked", uuid=headers["id"], **how)
+            self._events.send("task-revoked", uuid=told["id"], **how)
         backend = self._app.backend if task is None else task.backend
-        backend.mark_as_revoked(headers["id"], "revoked", request=context, store_result=stores_errors(task, headers))
+        backend.mark_as_revoked(told["id"], "revoked", request=context, store_result=stores_errors(task, told))
         if task is not None:
             signals.task_revoked.send(sender=task, request=context, **how)
 

@@ -14,6 +14,7 @@ from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import pack
 from relay_adapters.celery.errors import NotFound
 from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.protocol import told_of
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Table
 from relay_adapters.celery.upkeep import end
@@ -179,7 +180,6 @@ def _again(message: Any) -> bool:
 
 
 def _is_reply(message: Any) -> bool:
-    """True for the answer to a request, as a result of Celery's `rpc://`. Tasks of protocol 1 say where to reply to."""
+    """True for the answer to a request, as a result of Celery's `rpc://`."""
     properties = message["properties"]
-    is_request = "task" in (message.get("headers") or {}) or properties.get("reply_to")
-    return bool(properties.get("correlation_id")) and not is_request
+    return bool(properties.get("correlation_id")) and not (properties.get("reply_to") or "task" in told_of(message))

@@ -6,7 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from relay_adapters.celery.protocol import told_of
+
 logger = logging.getLogger("relay.celery")
+
+_IN_BODY = ("args", "kwargs", "callbacks", "errbacks", "chord")
 
 
 def context_of(app: Any, message: Any) -> Any:
@@ -14,22 +18,25 @@ def context_of(app: Any, message: Any) -> Any:
     from celery.app.task import Context
     from kombu.serialization import loads, prepare_accept_content
 
-    headers, properties = message["headers"], message["properties"]
-    request: dict[str, Any] = {**headers, "reply_to": properties.get("reply_to"), "errbacks": None}
+    told, properties = told_of(message), message["properties"]
+    request: dict[str, Any] = {**told, "reply_to": properties.get("reply_to"), "errbacks": None}
     request |= {"correlation_id": properties.get("correlation_id"), "delivery_info": properties.get("delivery_info")}
     accept = prepare_accept_content(app.conf.accept_content)
     try:
         body = loads(message["body"], message["content-type"], message["content-encoding"], accept=accept)
-        request["args"], request["kwargs"], embedded = body
-        request |= embedded or {}
+        if isinstance(body, dict):  # protocol 1: its types are those that Celery reads, and its custom headers count
+            request |= {name: body.get(name) for name in _IN_BODY}
+        else:
+            request["args"], request["kwargs"], embedded = body
+            request |= embedded or {}
     except Exception as error:  # a body that does not decode has no callbacks that could be read
-        logger.warning("task %s: its callbacks cannot be read: %r", headers["id"], error)
+        logger.warning("task %s: its callbacks cannot be read: %r", told["id"], error)
     return Context(request, called_directly=False)
 
 
-def stores_errors(task: Any, headers: Mapping[str, Any]) -> bool:
+def stores_errors(task: Any, told: Mapping[str, Any]) -> bool:
     """Whether its result is to say how it ended.
 
     :param task: None where this process does not know it
     """
-    return not headers.get("ignore_result") or bool(getattr(task, "store_errors_even_if_ignored", False))
+    return not told.get("ignore_result") or bool(getattr(task, "store_errors_even_if_ignored", False))

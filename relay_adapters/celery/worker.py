@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ from relay_adapters.celery import children, given, revoking, spoiled
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.options import is_relay, safe_text
+from relay_adapters.celery.protocol import told_of
 from relay_core import Broker
 
 logger = logging.getLogger("relay.celery")
@@ -182,20 +183,20 @@ class _QueryTask(_Command):
         return found
 
 
-def _as_listed(message: Mapping[str, Any], hostname: str) -> dict[str, Any]:
+def _as_listed(message: MutableMapping[str, Any], hostname: str) -> dict[str, Any]:
     """A waiting task as Celery lists those of its own timers."""
-    headers, properties = message["headers"], message["properties"]
+    told, properties = told_of(message), message["properties"]
     info = properties.get("delivery_info") or {}
     args, kwargs = _arguments(message)
     return {
-        "eta": headers["eta"],
+        "eta": told["eta"],
         "priority": 6,
         "request": {
-            "id": headers["id"],
-            "name": headers["task"],
+            "id": told["id"],
+            "name": told["task"],
             "args": args,
             "kwargs": kwargs,
-            "type": headers["task"],
+            "type": told["task"],
             "hostname": hostname,
             "time_start": None,
             "acknowledged": False,
@@ -210,9 +211,12 @@ def _as_listed(message: Mapping[str, Any], hostname: str) -> dict[str, Any]:
     }
 
 
-def _arguments(message: Mapping[str, Any]) -> tuple[Any, Any]:
+def _arguments(message: MutableMapping[str, Any]) -> tuple[Any, Any]:
     """The arguments where they are plain JSON; else what the client wrote of them, so that nothing is unpickled."""
-    headers = message["headers"]
+    headers = message.get("headers") or {}
+    if "task" not in headers:
+        told = told_of(message)
+        return told.get("args"), told.get("kwargs")
     if message.get("content-type") == "application/json" and not headers.get("compression"):
         args, kwargs, _embed = json.loads(message["body"])
         return args, kwargs

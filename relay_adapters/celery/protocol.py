@@ -1,0 +1,47 @@
+"""What a message tells of its task: by protocol 2 its headers, by protocol 1, Celery 3's, its body.
+
+A body is read where it is JSON. One that is pickled, compressed or in another format says nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from relay_adapters.celery import marks
+
+
+def told_of(message: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """The headers of a task, be they in the body, which is read once; of another message, its headers.
+
+    In the body of protocol 1 there are the arguments and callbacks, too. Headers that the message has beside it count
+    more, as they do to Celery's workers.
+    """
+    headers: Mapping[str, Any] = message.get("headers") or {}
+    if "task" in headers:
+        return headers
+    told: Mapping[str, Any] | None = message.get(marks.TOLD)
+    if told is None:
+        task = protocol_1(message)
+        told = message[marks.TOLD] = headers if task is None else {**task, **headers}
+    return told
+
+
+def protocol_1(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What protocol 1 has in the body, for want of headers, of a task that is sent as JSON; None for other messages."""
+    if message.get("content-type") != "application/json" or "task" in (message.get("headers") or {}):
+        return None
+    body = message.get("body")
+    # all of Celery's have these, and most that are no tasks lack one, which need not be parsed then
+    if not (body and _has(body, '"eta"') and _has(body, '"task"')):
+        return None
+    try:
+        task = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return task if isinstance(task, dict) and isinstance(task.get("task"), str) and "id" in task else None
+
+
+def _has(body: Any, text: str) -> bool:
+    return text in body if isinstance(body, str) else text.encode() in bytes(body)
