@@ -115,6 +115,13 @@ def again_early(self: Any, key: str, times: int) -> str:
     return _again(self, key, times)
 
 
+@app.task(bind=True)
+def wait_again(self: Any, key: str) -> None:
+    """Its next try is an hour away."""
+    note(key)
+    raise self.retry(countdown=3600)
+
+
 @app.task(bind=True, acks_late=True)
 def refuse(self: Any, key: str, requeue: bool) -> str:
     """Rejects itself: for good, or once."""
