@@ -44,6 +44,16 @@ def payload(
     return json.dumps(head).encode() + b"\n" + body
 
 
+def of_protocol_1(**changed: Any) -> bytes:
+    """A task's message without headers, with other fields in its body; a value of `...` is left out."""
+    body = {
+        "task": "tests.celery_app.run", "id": "odd", "args": ["odd"], "kwargs": {}, "retries": 0, "eta": None,
+        "expires": None, "utc": True, "callbacks": None, "errbacks": None, "timelimit": [None, None], "taskset": None,
+        "chord": None, **changed,
+    }  # fmt: skip
+    return payload(json.dumps({name: value for name, value in body.items() if value is not ...}).encode(), headers={})
+
+
 DEEP = b"[" * 100_000
 NO_MESSAGE: Mapping[str, bytes] = {
     "nothing": b"",
@@ -96,6 +106,15 @@ NO_TASK: Mapping[str, bytes] = {
     "compression a list": payload(headers__compression=[1]),
     "stamped_headers of lists": payload(headers__stamped_headers=[[]], headers__stamps=[]),
     "compression unknown": payload(headers__compression="x-mine"),
+    "protocol 1, task a list": of_protocol_1(task=[1]),
+    "protocol 1, id a list": of_protocol_1(id=[1]),
+    "protocol 1, eta a number": of_protocol_1(eta=5),
+    "protocol 1, eta empty": of_protocol_1(eta=""),
+    "protocol 1, expires a dict": of_protocol_1(expires={}),
+    "protocol 1, timelimit of texts": of_protocol_1(timelimit=["x", None]),
+    "protocol 1, timelimit a number": of_protocol_1(timelimit=5),
+    "protocol 1, shadow a dict": of_protocol_1(shadow={"a": 1}),
+    "protocol 1, kwargs a list": of_protocol_1(kwargs=[1]),
 }
 """Delivered to Celery, which can make no task of them."""
 
@@ -130,6 +149,11 @@ LENIENT: Mapping[str, bytes] = {
     "argsrepr a dict": payload(headers__argsrepr={}),
     "origin a list": payload(headers__origin=[1]),
     "x-death a text": payload(**{"headers__x-death": "x"}),
+    "protocol 1": of_protocol_1(),
+    "protocol 1, retries a text": of_protocol_1(retries="x"),
+    "protocol 1, without all that may be missing": of_protocol_1(
+        retries=..., eta=..., expires=..., utc=..., callbacks=..., errbacks=..., timelimit=..., taskset=..., chord=...
+    ),
 }
 """Run as any other task."""
 

@@ -212,6 +212,21 @@ def test_tasks_of_one_id_are_all_kept_and_what_is_no_message_is_put_aside(
     assert sorted(in_order(relay)) == ["(1,)", "(2,)", "(2,)"]
 
 
+def test_tasks_of_protocol_1_are_found_by_their_ids_too(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    stock.conf.task_protocol = 1
+    soon = datetime.now(timezone.utc) + timedelta(seconds=60)
+    send(stock, [1], task_id="now")
+    send(stock, [2], task_id="later", eta=soon)
+    hold(origin, "celery", 2)
+    Cli(server.url).json("migrate", "celery-redis", "--from", origin)
+    assert [job.id for job in relay.jobs("celery", "ready")] == ["now"]
+    (later,) = relay.jobs("celery", "delayed")
+    summary = relay.plugins.describe(later)
+    assert (later.id, summary and summary.args) == ("later", "[2]")
+
+
 def test_a_message_that_relay_cannot_take_holds_up_no_other(
     stock: Celery, relay: Broker, server: Server, origin: str
 ) -> None:
@@ -275,9 +290,11 @@ def test_names_that_are_no_text_hold_up_no_other(
     assert told["migrated"] == relay.stats("celery").ready == (1 if which == "list" else 2)
 
 
+@pytest.mark.parametrize("protocol", [1, 2])
 def test_a_queue_whose_binding_is_gone_is_known_by_its_messages_and_other_lists_are_left(
-    stock: Celery, relay: Broker, server: Server, origin: str
+    stock: Celery, relay: Broker, server: Server, origin: str, protocol: int
 ) -> None:
+    stock.conf.task_protocol = protocol
     send(stock, range(3), priority=6)
     server.cli("DEL", "_kombu.binding.celery")
     server.cli("LPUSH", "shopping", "milk")

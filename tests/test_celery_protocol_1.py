@@ -14,6 +14,7 @@ from typing import Any
 import kombu
 import pytest
 from celery import Celery, chord, group
+from celery._state import _task_stack
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.nodenames import gethostname
 from kombu import Queue
@@ -86,6 +87,13 @@ def test_of_a_task_that_is_pickled_or_compressed_nothing_is_read(app: Celery, br
         broker.purge("celery")
 
 
+def test_one_that_says_nowhere_to_reply_to_is_taken_for_no_reply(server: Server, broker: Broker) -> None:
+    body = {"task": "pay", "id": "t", "args": [], "kwargs": {}, "eta": None}
+    with kombu.Connection(server.url) as connection:
+        kombu.Producer(connection.default_channel).publish(body, routing_key="undeclared", correlation_id="t")
+    assert [job.id for job in stored(broker, "undeclared")] == ["t"]
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_publish_whose_answer_is_lost_is_stored_once(app: Celery, broker: Broker, times: int) -> None:
     app.send_task("warm-up", queue="other")
@@ -133,6 +141,24 @@ def test_the_retry_of_a_task_is_no_duplicate_of_it(app: Celery, broker: Broker) 
     app.send_task("pay", [1], task_id="t", headers=keyed)
     app.send_task("pay", [1], task_id="t", headers=keyed, retries=1)
     assert {job.id for job in stored(broker)} == {"t", "t.1"}
+
+
+def test_nor_is_one_whose_body_does_not_tell_that_it_is_a_retry(app: Celery, broker: Broker) -> None:
+    keyed = {"relay_dedup_key": "k"}
+
+    @app.task(name="runs", shared=False)
+    def task() -> None: ...
+
+    app.send_task("pay", [1], task_id="t", headers=keyed, serializer="pickle")
+    _task_stack.push(task)
+    task.push_request(id="t")
+    try:
+        app.send_task("pay", [1], task_id="t", headers=keyed, retries=1, serializer="pickle")
+        app.send_task("pay", [1], task_id="u", headers=keyed, serializer="pickle")
+    finally:
+        task.pop_request()
+        _task_stack.pop()
+    assert len(stored(broker)) == 2
 
 
 def test_an_eta_that_no_message_waits_for_is_refused_in_the_words_of_a_task(app: Celery) -> None:
@@ -227,8 +253,9 @@ class Site:
         for number in (1, 2):
             stack.enter_context(
                 CeleryWorker(
-                    server.url, folder, "-P", "prefork", "-c", "1", "-Q", f"by-{number}", name=f"by-{number}",
-                    results=results, conf={"task_protocol": number}, options={"max_deliveries": 2, "lease": 2.0},
+                    server.url, folder, "-P", "prefork", "-c", "1", "-Q", f"by-{number}",
+                    "--include", "tests.celery_note_revoked", name=f"by-{number}", results=results,
+                    conf={"task_protocol": number}, options={"max_deliveries": 2, "lease": 2.0},
                 )
             )  # fmt: skip
 
@@ -262,6 +289,8 @@ def test_a_revoke_finds_it_in_the_store_delayed_or_ready(site: Site) -> None:
     assert [job.id for job in stored(site.broker, "by-2")] == [kept.id]
     assert again.id == gone[0].id
     eventually(lambda: {result.state for result in gone} == {"REVOKED"}, "the results to say so")
+    for result in gone:
+        eventually(lambda id=result.id: lines(site.folder, "revoked", id), "the signal")
     assert site.broker.cancel("by-2", kept.id) == "delayed"
     site.broker.resume("by-2")
     assert lines(site.folder, start="gone") == []
@@ -275,6 +304,7 @@ def test_the_chord_of_one_that_is_revoked_hears_of_it(site: Site) -> None:
     site.revoke(2, result.parent.results[1].id)
     with pytest.raises((ChordError, TaskRevokedError)):
         result.get(timeout=20)
+    eventually(lambda: lines(site.folder, "mourned", result.id), "the error link of its body")
     site.emptied(2)
 
 

@@ -74,6 +74,15 @@ def lease_here(told: Mapping[str, Any]) -> Any:
     return None if task is None else (task.request.properties or {}).get(LEASE)
 
 
+def runs_here(message: Mapping[str, Any]) -> bool:
+    """Whether a message that is no task of protocol 2 is about the task that runs here: its next try by protocol 1."""
+    id, state = message["properties"].get("correlation_id"), sys.modules.get("celery._state")
+    if id is None or state is None or "task" in message["headers"]:
+        return False
+    task = state.get_current_task()
+    return task is not None and task.request.id == id
+
+
 def retried(lease: Any, queues: Sequence[str], told: Mapping[str, Any]) -> Job | None:
     """The job in hand, where a message that tells this is its next try on the same queue; else None."""
     try:

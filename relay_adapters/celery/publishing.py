@@ -116,8 +116,8 @@ class Publishing(Routing):
             options["delay"] = wait
         if terms is not None:
             options |= limits_of(terms)
-        # a retry is never a duplicate of what it retries
-        if dedup and not told_of(message).get("retries"):
+        # a retry is never a duplicate of what it retries, nor where its body does not tell that it is one
+        if dedup and not told_of(message).get("retries") and not inhand.runs_here(message):
             options |= dedup_of(message)
         return options
 

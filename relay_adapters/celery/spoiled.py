@@ -37,8 +37,9 @@ def _faults(headers: Mapping[str, Any], body: Any) -> Iterator[str]:
     """One after the other, an empty text for each thing that is as it should be."""
     if "task" not in headers:  # protocol 1, or none of Celery's
         if isinstance(body, dict) and "task" in body:
-            yield _wrong("task", body["task"], str)
             yield from _faults_of_call(body.get("args"), body.get("kwargs"))
+            yield _wrong("id", body.get("id"), str, int, UUID, _NONE)
+            yield from _faults_of_task({**body, **headers})
         return
     if isinstance(body, dict):  # protocol 1 with the headers of 2
         yield from _faults_of_call(body.get("args"), body.get("kwargs"))
@@ -47,16 +48,20 @@ def _faults(headers: Mapping[str, Any], body: Any) -> Iterator[str]:
         yield _wrong("third part", body[2], dict, _NONE)
     else:
         yield "its body is no list of args, kwargs and callbacks"
-    yield _wrong("task", headers["task"], str)
     yield _wrong("id", headers.get("id"), str, int, UUID)
-    yield _wrong("shadow", headers.get("shadow"), str, _NONE)
-    for name in ("eta", "expires"):
-        yield _wrong(name, headers.get(name), str, datetime, _NONE) or _empty(name, headers.get(name))
-    yield from _faults_of_limits(headers.get("timelimit"))
+    yield from _faults_of_task(headers)
     if (stamped := headers.get("stamped_headers")) is not None:
         if not (isinstance(stamped, (list, tuple)) and all(isinstance(name, str) for name in stamped)):
             yield "its stamped_headers are no list of names"
         yield _wrong("stamps", headers.get("stamps"), dict, _NONE)
+
+
+def _faults_of_task(told: Mapping[str, Any]) -> Iterator[str]:
+    yield _wrong("task", told["task"], str)
+    yield _wrong("shadow", told.get("shadow"), str, _NONE)
+    for name in ("eta", "expires"):
+        yield _wrong(name, told.get(name), str, datetime, _NONE) or _empty(name, told.get(name))
+    yield from _faults_of_limits(told.get("timelimit"))
 
 
 def _faults_of_call(args: Any, kwargs: Any) -> Iterator[str]:
