@@ -21,6 +21,7 @@ from kombu import Queue
 
 from relay_adapters.celery import due, groups
 from relay_adapters.celery.envelope import unpack
+from relay_adapters.celery.protocol import protocol_1, told_of
 from relay_core import Broker
 from relay_core.errors import InvalidArgument
 from tests.aging import age_by
@@ -64,6 +65,14 @@ def test_what_can_be_no_id_of_a_job_is_stored_under_another(
     first, second = stored(broker)
     assert first.id not in ("", "good")
     assert second.id == "good"
+
+
+def test_of_a_task_with_headers_the_body_is_not_looked_at() -> None:
+    headers = {"task": "pay", "id": "t"}
+    message = {"content-type": "application/json", "headers": headers, "properties": {}, "body": object()}
+    assert told_of(message) is headers
+    assert protocol_1(message) is None
+    due.run_now(message)
 
 
 @pytest.mark.parametrize(

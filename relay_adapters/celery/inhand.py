@@ -76,11 +76,10 @@ def lease_here(told: Mapping[str, Any]) -> Any:
 
 def runs_here(message: Mapping[str, Any]) -> bool:
     """Whether a message that is no task of protocol 2 is about the task that runs here: its next try by protocol 1."""
-    id, state = message["properties"].get("correlation_id"), sys.modules.get("celery._state")
-    if id is None or state is None or "task" in message["headers"]:
+    if "task" in message["headers"] or (state := sys.modules.get("celery._state")) is None:
         return False
     task = state.get_current_task()
-    return task is not None and task.request.id == id
+    return task is not None and task.request.id == message["properties"].get("correlation_id")
 
 
 def retried(lease: Any, queues: Sequence[str], told: Mapping[str, Any]) -> Job | None:
