@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from relay_core.async_broker import AsyncBroker
 from relay_core.broker import Broker
 from relay_core.commands import QueueStats, Verdict
+from relay_core.errors import NotYet
 from relay_core.hooks import hookimpl
 from relay_core.job import Claimed, Enqueued, Job, JobSummary, StoredJob
 from relay_core.maintenance import AuditReport
@@ -32,6 +33,7 @@ __all__ = [
     "Job",
     "JobSpec",
     "JobSummary",
+    "NotYet",
     "QueueStats",
     "RetryPolicy",
     "StoredJob",

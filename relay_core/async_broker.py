@@ -206,6 +206,10 @@ class AsyncBroker(BrokerBase):
         """See Broker.reap."""
         return await self.drive(self.operations.reap(queue, limit))
 
+    async def told(self, job: Job) -> bool:
+        """See Broker.told."""
+        return await self.drive(self.operations.burial_told(job))
+
     async def promote(self, queue: str, limit: int = 200) -> int:
         """See Broker.promote."""
         return await self.drive(self.operations.promote(queue, limit))

@@ -224,6 +224,11 @@ class Broker(BrokerBase):
         """End expired leases, at most `limit` (default and most 200): how many. Claims do this by themselves."""
         return self.drive(self.operations.reap(queue, limit))
 
+    def told(self, job: Job) -> bool:
+        """A plugin whose `relay_job_dead` raised NotYet for this `job` has done its part, and is not told again. False:
+        somebody has said so before, or the job is dead no longer."""
+        return self.drive(self.operations.burial_told(job))
+
     def promote(self, queue: str, limit: int = 200) -> int:
         """Make due jobs ready, at most `limit` (default and most 200): how many. Claims do this by themselves."""
         return self.drive(self.operations.promote(queue, limit))

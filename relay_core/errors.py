@@ -89,5 +89,11 @@ class PluginError(RelayError):
     """A plugin cannot be registered: a misspelt hook name, or an async implementation."""
 
 
+class NotYet(RelayError):
+    """Raised by a plugin's `relay_job_dead` that could not do its part: a server of its own is away, or it does it on a
+    thread of its own, which calls `Broker.told` when that is done. It is told again, see docs/hooks.md.
+    """
+
+
 class EmbeddedError(RelayError):
     """The embedded server cannot run here, or did not start."""

@@ -63,7 +63,7 @@ def relay_job_retried(job: Job, delay: float, error: str | None) -> None:
 
 
 @hookspec
-def relay_job_dead(job: Job, reason: str, error: str | None) -> None:
+def relay_job_dead(job: Job, reason: str, error: str | None, again: bool) -> None:
     """A job went to dead: at a nack, or because its deliveries were used up when a claim or reap found it.
 
     In the latter case nobody asked for it, and it is told of at least once: where the process that found it died before
@@ -71,8 +71,15 @@ def relay_job_dead(job: Job, reason: str, error: str | None) -> None:
     after half a minute. That may be the second time where telling took longer, or ended with its process. Of a queue
     where nobody has such a plugin, the last 10,000 that are not yet dropped wait for one.
 
+    One that takes the parameter `again` may then raise `relay_core.NotYet`: it could not do its part, for a server of
+    its own is away, say, or does it on a thread of its own, which calls `broker.told(job)` once it is done. Until then
+    it is told again, here or in another process: after half a minute, later on after half of the time that has gone by
+    since, at most 10 minutes, until the job leaves the dead. Those that do not take `again` are told no second time.
+    What else is raised counts as told.
+
     :param job: in the latter case a job that this process never ran; its token is the last holder's
     :param reason: `max_retries`, `max_deliveries`, `rejected`, `undecodable`, or what the nack named
+    :param again: all plugins were told before, and one of them, here or in another process, raised NotYet
     """
 
 

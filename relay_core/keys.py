@@ -131,7 +131,7 @@ class QueueKeys:
 
     @cached_property
     def untold(self) -> bytes:
-        """ZSET id, score = unix ms from which on anybody may tell of its burial, of which nobody has yet."""
+        """ZSET id, score = unix ms from which on anybody may tell of its burial; a half: some were told before."""
         return self._key("g")
 
 

@@ -14,7 +14,7 @@ import pluggy
 from pluggy import HookImpl
 
 from relay_core import hooks
-from relay_core.errors import InvalidArgument, PluginError
+from relay_core.errors import InvalidArgument, NotYet, PluginError
 from relay_core.job import Job, JobSummary, StoredJob
 from relay_core.validation import seconds
 
@@ -178,6 +178,28 @@ class Plugins:
         """Tell every plugin; one that raises is logged and does not stop the others."""
         if self._impls(name):
             self._call_each(self._in_order(name), name, **arguments)
+
+    def tell_buried(self, job: Job, error: str, again: bool) -> bool:
+        """Tell the plugins of a job that a claim or reap buried. False: it has to be told again, for one says NotYet.
+
+        :param again: all were told before, and one said so: only those that take the parameter `again` are told now
+        """
+        name = "relay_job_dead"
+        arguments = {"job": job, "reason": "max_deliveries", "error": error, "again": again}
+        able = [impl for impl in self._in_order(name) if "again" in impl.argnames]
+        waiting = again and not able  # then it is for a plugin that other processes have
+        for impl in able if again else self._in_order(name):
+            try:
+                self._call(impl, arguments)
+            except NotYet as why:
+                if impl not in able:
+                    logger.error("plugin %s: %s raised NotYet, but takes no `again`", impl.plugin_name, name)
+                    continue
+                waiting = True
+                logger.debug("plugin %s: %s of job %s: not yet: %s", impl.plugin_name, name, job.id, why)
+            except (Exception, SystemExit):  # as above
+                logger.exception("plugin %s: %s raised; the job goes on", impl.plugin_name, name)
+        return not waiting
 
     def retry_delay(self, job: Job, error: BaseException | str | None, delay: float) -> float:
         """The seconds that the first plugin to answer says, else `delay`; nonsense is logged and passed over."""

@@ -57,6 +57,7 @@ class Model:
     leases: dict[str, At] = field(default_factory=dict)
     dead: dict[str, At] = field(default_factory=dict)
     untold: dict[str, int] = field(default_factory=dict)
+    marked: set[str] = field(default_factory=set)
     """Until which clock it is left to somebody to tell of a burial."""
     dedup: dict[str, tuple[str, At | None]] = field(default_factory=dict)
     finished: set[tuple[str, str]] = field(default_factory=set)
@@ -121,6 +122,7 @@ class Model:
     def _find_buried(self, job: ModelJob) -> None:
         self._bury(job, "r")
         self.untold[job.id] = self.clock
+        self.marked.discard(job.id)
 
     def owed(self) -> int:
         return sum(until < self.clock for until in self.untold.values())
@@ -130,8 +132,12 @@ class Model:
         self.untold.update(dict.fromkeys(ids, self.clock))
         return ids
 
-    def told(self, burials: Sequence[tuple[str, str]]) -> int:
+    def told(self, burials: Sequence[tuple[str, str]], by_all: bool) -> int:
         settled = {id for id, token in burials if id in self.untold and self.jobs[id].token == token}
+        if not by_all:
+            settled -= self.marked
+            self.marked |= settled
+            return len(settled)
         for id in settled:
             del self.untold[id]
         return len(settled)

@@ -360,16 +360,18 @@ class Queue(RuleBasedStateMachine):
         for grant in got:
             job = self.model.jobs[grant.id]
             assert (grant.token, grant.retries) == (job.token, job.retries)
+            assert grant.again == (grant.id in self.model.marked)
         self.found_buried(got)
         if twice:
             assert self.send(command, True) == []
 
-    @rule(back=st.integers(0, 3), count=st.integers(1, 3), twice=lost)
-    def told(self, back: int, count: int, twice: bool) -> None:
+    @rule(back=st.integers(0, 3), count=st.integers(1, 3), by_all=st.booleans(), twice=lost)
+    def told(self, back: int, count: int, by_all: bool, twice: bool) -> None:
         """Of the burials that were found last, or of ones from before: their jobs may be anywhere by now."""
         burials = self.burials[-count - back :][:count]
         if burials:
-            got, want = self.both(commands.told(self.q, burials), lambda _: self.model.told(burials), twice)
+            command = commands.told(self.q, burials, by_all=by_all)
+            got, want = self.both(command, lambda _: self.model.told(burials, by_all), twice)
             assert got == want
 
     def found_buried(self, grants: list[Grant]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from relay_core import AsyncBroker, Broker, Job, commands, hookimpl, scripts
+from relay_core import AsyncBroker, Broker, Job, NotYet, commands, hookimpl, scripts
 from relay_core.metrics import Recorder
 from relay_core.testing import advance
 from tests.proxy import Proxy, to_socket
@@ -217,6 +217,190 @@ def test_a_plugin_that_raises_has_been_told(site: Site) -> None:
     with Broker(site.server.url, plugins=[Troubled()]) as broker:
         broker.claim("q")
     assert site.noted() == 0
+
+
+class Unready:
+    """Says that it cannot do its part, until it can."""
+
+    def __init__(self, ready: bool = False) -> None:
+        self.ready = ready
+        self.told: list[tuple[str, str, bool]] = []
+        self.jobs: list[Job] = []
+
+    @hookimpl
+    def relay_job_dead(self, job: Job, reason: str, again: bool) -> None:
+        self.told.append((job.id, reason, again))
+        self.jobs.append(job)
+        if not self.ready:
+            raise NotYet("its own server is away")
+
+
+def ask(site: Site, *plugins: object, claims: int = 1) -> None:
+    """What a process does that has these plugins."""
+    with Broker(site.server.url, plugins=plugins) as broker:
+        for _ in range(claims):
+            assert broker.claim("q") == []
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_plugin_that_is_not_ready_is_told_again_and_the_others_are_not(site: Site, move: str) -> None:
+    unready, mourner = Unready(), Mourner()
+    with Broker(site.server.url, plugins=[mourner, unready]) as broker:
+        MOVES[move](broker)
+    assert (len(unready.told), mourner.told, site.noted()) == (1, [TOLD], 1)
+    for unready.ready in (False, False, True):
+        assert site.noted() == 1
+        advance(site.operator, 600, "q")
+        ask(site, unready, mourner)
+    assert site.noted() == 0
+    site.pass_time()
+    ask(site, mourner, unready)
+    assert unready.told == [("poison", "max_deliveries", again) for again in (False, True, True, True)]
+    assert mourner.told == [TOLD]
+
+
+def test_a_plugin_that_is_not_ready_is_told_again_by_another_process_and_there_alone(site: Site) -> None:
+    first, second, mourner = Unready(), Unready(ready=True), Mourner()
+    ask(site, first)
+    ask(site, second, mourner)
+    assert second.told == []  # it is left to the first for half a minute
+    site.pass_time()
+    ask(site, mourner)
+    assert site.noted() == 1  # a process without such a plugin neither tells nor clears
+    site.pass_time()
+    ask(site, second, mourner)
+    assert (second.told, mourner.told, site.noted()) == ([("poison", "max_deliveries", True)], [], 0)
+
+
+@pytest.mark.usefixtures("looks_always")
+def test_who_is_never_ready_is_told_ever_less_often_and_until_the_job_leaves(site: Site) -> None:
+    unready, seconds, pauses, last = Unready(), 0, [], 0
+    ask(site, unready)
+    while seconds < 7200:
+        advance(site.operator, 10, "q")
+        seconds += 10
+        ask(site, unready, claims=3)  # three looks at one time are no three times
+        if len(unready.told) > len(pauses) + 1:
+            pauses.append(seconds - last)
+            last = seconds
+    assert pauses[0] in (30, 40)
+    assert all(one <= two <= 610 for one, two in itertools.pairwise(pauses[1:]))
+    assert pauses[-1] in (600, 610)
+    assert len(pauses) < 25
+    site.operator.purge("q", ["dead"])
+    site.pass_time()
+    ask(site, unready)
+    assert (len(unready.told), site.noted()) == (len(pauses) + 1, 0)
+
+
+def test_a_plugin_does_its_part_later_and_says_so(site: Site) -> None:
+    unready = Unready()
+    with Broker(site.server.url, plugins=[unready]) as broker:
+        broker.claim("q")
+        (job,) = unready.jobs
+        assert broker.told(job) is True
+        assert broker.told(job) is False
+    assert site.noted() == 0
+    site.pass_time()
+    ask(site, unready)
+    assert len(unready.told) == 1
+
+
+def test_a_plugin_does_its_part_while_it_is_still_being_told(site: Site) -> None:
+    """As its thread does that is quicker than the word that it is not done yet."""
+
+    class Quick(Unready):
+        @hookimpl
+        def relay_job_dead(self, job: Job, again: bool) -> None:
+            assert site.operator.told(job) is True
+            raise NotYet("another thread does it")
+
+    ask(site, Quick())
+    assert site.noted() == 0
+
+
+def test_under_asyncio_a_plugin_does_its_part_later_too(site: Site) -> None:
+    unready = Unready()
+
+    async def claim() -> None:
+        async with AsyncBroker(site.server.url, plugins=[unready]) as broker:
+            assert await broker.claim("q") == []
+            assert site.noted() == 1
+            assert await broker.told(unready.jobs[0])
+
+    asyncio.run(claim())
+    assert site.noted() == 0
+
+
+def test_what_a_plugin_did_for_one_burial_does_not_stand_for_the_next_one_of_the_same_job(site: Site) -> None:
+    unready, mourner = Unready(), Mourner()
+    ask(site, unready)
+    site.operator.requeue("q")
+    site.operator.claim("q")
+    site.pass_time()
+    site.bury()
+    assert site.operator.told(unready.jobs[0]) is False
+    site.pass_time()
+    ask(site, unready, mourner)
+    assert unready.told[-1] == ("poison", "max_deliveries", False)
+    assert mourner.told == [TOLD]
+
+
+def test_who_takes_no_again_is_told_once_whatever_it_raises(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    class Deaf:
+        @hookimpl
+        def relay_job_dead(self, job: Job) -> None:
+            raise NotYet("never mind")
+
+    ask(site, Deaf())
+    assert site.noted() == 0
+    assert "raised NotYet, but takes no `again`" in caplog.text
+
+
+def test_who_says_not_yet_of_a_nack_is_logged_and_the_job_is_dead(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    unready = Unready()
+    with Broker(server.url, plugins=[unready]) as broker:
+        broker.enqueue("q", b"x", id="refused")
+        broker.nack(broker.claim("q")[0], "no", dead=True)
+        assert broker.stats("q").dead == 1
+        assert broker.store.raw("ZCARD", broker.settings.keys("q").untold) == 0
+    assert unready.told == [("refused", "rejected", False)]
+    assert "raised" in caplog.text
+
+
+def test_jobs_that_were_claimed_with_a_burial_reach_their_worker_though_a_plugin_is_not_ready(site: Site) -> None:
+    site.operator.enqueue("q", b"next", id="next")
+    with Broker(site.server.url, plugins=[Unready()]) as broker:
+        (job,) = broker.claim("q", 2)
+        assert job.id == "next"
+        broker.ack(job)
+    assert site.noted() == 1
+
+
+@pytest.mark.usefixtures("looks_always")
+def test_many_of_which_a_plugin_is_not_ready_to_hear_are_asked_for_in_no_hurry(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.operator.enqueue_many("q", [b"x"] * 250)
+    assert sum(len(site.operator.claim("q", count)) for count in (200, 50)) == 250
+    site.pass_time()
+    for _ in range(2):
+        site.operator.store.run(commands.reap(site.keys, max_deliveries=1))
+    site.pass_time()
+    monkeypatch.setattr("relay_core.operations.burials.LOOK_EVERY", 10.0)
+    unready = Unready()
+    ask(site, unready, claims=20)
+    assert len(unready.told) == 100
+
+
+def test_it_is_counted_once_though_another_plugin_was_not_ready(site: Site) -> None:
+    recorder = Recorder()
+    for _ in range(3):
+        ask(site, recorder, Unready())
+        site.pass_time()
+    assert recorder.registry.get_sample_value("relay_jobs_dead_total", {"queue": "q"}) == 1
 
 
 def test_jobs_that_were_claimed_with_a_burial_reach_their_worker_though_nobody_can_be_told(site: Site) -> None:

@@ -69,12 +69,16 @@ _DEAD_SINCE = 4
 
 
 class Grant(NamedTuple):
-    """One leased (or buried) job as the scripts give it."""
+    """One leased (or buried) job as the scripts give it.
+
+    :ivar again: all plugins but some were told of this burial before
+    """
 
     id: str
     token: str
     retries: int
     record: bytes
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

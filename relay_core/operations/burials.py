@@ -1,8 +1,9 @@
 """Who tells of jobs that a claim or reap found to be over their deliveries, and buried.
 
 Nobody asked for such a burial, so nobody else would know: a Celery result, for one, would be waited for for ever. The
-script notes it, whoever gets its reply tells the plugins, and then takes the note away. Where the reply is lost, or its
-receiver dies, the note stays, and the next process with a plugin that wants to know takes it up.
+script notes it, whoever gets its reply tells the plugins, and then takes the note away. Where the reply is lost, its
+receiver dies, or a plugin says that it cannot do its part yet, the note stays, and the next process with a plugin that
+wants to know takes it up.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from relay_core import commands
 from relay_core.commands import Grant
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError
+from relay_core.job import Job
 from relay_core.operations.grants import Grants
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow
 from relay_core.plugins import Plugins
+from relay_core.validation import check_job
 
 LOOK_EVERY = 10.0
 """Seconds after which a claim takes the long way again, whose reply says whether there is something to take up. Every
@@ -57,13 +60,26 @@ class Burials(Grants):
             yield from self._tell(queue, buried, now_ms, sent)
             if untold:
                 self._look_at[queue] = 0.0  # there may be more
-                yield from self._tell(queue, (yield commands.retell(q)), now_ms, sent)
+                if not (yield from self._tell(queue, (yield commands.retell(q)), now_ms, sent)):
+                    self.looked(queue)  # the rest is in no hurry: a plugin cannot do its part now
 
-    def _tell(self, queue: str, burials: Sequence[Grant], now_ms: int, sent: float) -> Flow[None]:
+    def _tell(self, queue: str, burials: Sequence[Grant], now_ms: int, sent: float) -> Flow[bool]:
+        """False: some of them have to be told of again."""
+        q, done = self.settings.keys(queue), True
+        marks: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
         for grant in burials:
             job, _problem = self.job_of(queue, grant, now_ms, sent)
             error = f"delivered {job.deliveries - job.retries} times without an answer"
-            self.plugins.notify("relay_job_dead", job=job, reason="max_deliveries", error=error)
-        for at in range(0, len(burials), MAX_BATCH):
-            batch = [(grant.id, grant.token) for grant in burials[at : at + MAX_BATCH]]
-            yield commands.told(self.settings.keys(queue), batch)
+            by_all = self.plugins.tell_buried(job, error, grant.again)
+            done = done and by_all
+            if by_all or not grant.again:
+                marks[by_all].append((grant.id, grant.token))
+        for by_all, pairs in marks.items():
+            for at in range(0, len(pairs), MAX_BATCH):
+                yield commands.told(q, pairs[at : at + MAX_BATCH], by_all=by_all)
+        return done
+
+    def burial_told(self, job: Job) -> Flow[bool]:
+        """A plugin that said NotYet has done its part. False: somebody has said so before, or the job is not dead."""
+        check_job("told", job)
+        return bool((yield commands.told(self.settings.keys(job.queue), [(job.id, job.token)])))

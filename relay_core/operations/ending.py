@@ -138,7 +138,7 @@ class Ending(Base):
         if verdict is Verdict.DONE:
             self.plugins.notify("relay_job_retried", job=job, delay=item.delay_ms / 1000, error=error)
         elif verdict is Verdict.DEAD:
-            self.plugins.notify("relay_job_dead", job=job, reason=item.reason, error=error)
+            self.plugins.notify("relay_job_dead", job=job, reason=item.reason, error=error, again=False)
         elif verdict is Verdict.LOST:
             self.tell_lost(job, "nack")
 
