@@ -3,90 +3,78 @@
 from __future__ import annotations
 
 import logging
-import queue
 import sys
-import threading
+from collections.abc import Callable
 from typing import Any
 
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.protocol import told_of
+from relay_adapters.celery.telling import Teller
 from relay_adapters.celery.unstarted import context_of, stores_errors
-from relay_core import Job, hookimpl
-from relay_core.connection import forks
+from relay_core import Broker, Job, NotYet, hookimpl
 
 logger = logging.getLogger("relay.celery")
 
-OWN_THREADS = "relay-celery-"
-"""What the names of relay's threads in a worker begin with."""
-
 
 class Burial:
-    """Plugin of the transport's brokers: any consumer that buries a task tells its result backend."""
+    """Plugin of the transport's brokers: any consumer that buries a task tells its result backend.
+
+    :ivar broker: the one that it is a plugin of, and hears when that is done
+    """
+
+    broker: Broker | None = None
 
     @hookimpl
-    def relay_job_dead(self, job: Job, reason: str, error: str | None) -> None:
+    def relay_job_dead(self, job: Job, reason: str, error: str | None, again: bool) -> None:
         if reason != "max_deliveries" or job.headers.get(HEADER) != ADAPTER:
             return
-        if threading.current_thread().name.startswith(OWN_THREADS):
-            _teller.tell(job, error or reason)
-        else:
-            fail(job, error or reason)
+        _teller.take(self.broker, job, error or reason)
 
 
-class _Teller:
-    """A thread that tells result backends, for one may be slow, and relay's other threads have leases to keep."""
-
-    def __init__(self) -> None:
-        self.after_fork()
-        forks.watch(self)
-
-    def after_fork(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Job, str]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def tell(self, job: Job, why: str) -> None:
-        self._jobs.put((job, why))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="celery-burials", daemon=True)
-            self._thread.start()
-
-    def _work(self) -> None:
-        while True:
-            job, why = self._jobs.get()
-            try:
-                fail(job, why)
-            except Exception:
-                logger.exception("job %s went to dead, and not all were told", job.id)
+def _told(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
+    fail(job, why, is_ours)
 
 
-_teller = _Teller()
+_teller = Teller(_told)
 
 
-def fail(job: Job, why: str) -> None:
-    """Mark the task as failed as if its worker process had died: result, chord, `link_error`, signal and event."""
+def fail(job: Job, why: str, is_ours: Callable[[], bool] = lambda: True) -> None:
+    """Mark the task as failed as if its worker process had died: result, chord, `link_error`, signal and event.
+
+    :param is_ours: asked when the backend is found to be there: False leaves it to another process
+
+    Raises what the result backend does, and NotYet where it is left to another process.
+    """
     if "celery" not in sys.modules:
         return
     from billiard.exceptions import WorkerLostError
     from celery import current_app
     from celery.backends.base import DisabledBackend
 
-    message = unpack(job.payload)
-    told = told_of(message)
-    if "task" not in told:
-        return
+    try:
+        message = unpack(job.payload)
+        told = told_of(message)
+        name, id = told["task"], told["id"]
+    except (ValueError, KeyError, TypeError):
+        return  # no task
     app = current_app._get_current_object()
-    error = WorkerLostError(f"Task {told['task']}[{told['id']}] went to dead: {why}")
-    logger.error("%s", error)
-    context = context_of(app, message)
-    task = app.tasks.get(told["task"])
+    error = WorkerLostError(f"Task {name}[{id}] went to dead: {why}")
+    task = app.tasks.get(name)
     backend = app.backend if task is None else task.backend
     # an app without results cannot be asked for one
-    if not isinstance(backend, DisabledBackend) and backend.get_state(told["id"]) == "SUCCESS":
+    if not isinstance(backend, DisabledBackend) and backend.get_state(id) == "SUCCESS":
         return  # it was done, and only the answer was lost
-    backend.mark_as_failure(told["id"], error, request=context, store_result=stores_errors(task, told))
+    if not is_ours():
+        raise NotYet("its result backend was waited for too long")
+    context = context_of(app, message)
+    backend.mark_as_failure(id, error, request=context, store_result=stores_errors(task, told))
+    logger.error("%s", error)
     if task is not None:
-        _tell(task, context, error)
+        try:
+            _tell(task, context, error)
+        except (Exception, SystemExit):  # the task's own; the rest is done, and is not to be done twice for that
+            logger.exception("task %s went to dead, and its on_failure raised", id)
 
 
 def _tell(task: Any, context: Any, error: Exception) -> None:

@@ -235,9 +235,10 @@ def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
     key = (url, repr(sorted(options.items())))
     with _lock:
         if key not in _shared:
-            plugins = (*options.get("plugins", ()), Burial())
+            burial = Burial()
             try:
-                _shared[key] = Broker(url, **{**options, "plugins": plugins})
+                burial.broker = Broker(url, **{**options, "plugins": (*options.get("plugins", ()), burial)})
+                _shared[key] = burial.broker
             except InvalidUrl:
                 raise
             except InvalidArgument as error:

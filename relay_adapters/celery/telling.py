@@ -1,0 +1,85 @@
+"""A thread that tells result backends of buried tasks.
+
+One may be slow or away for hours, and whoever finds a task buried has an event loop to turn, or leases to keep.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from relay_core import Broker, Job, NotYet
+from relay_core.connection import forks
+from relay_core.errors import RelayError
+
+logger = logging.getLogger("relay.celery")
+
+_OURS = 20.0
+"""Seconds for which it is left to this process to tell of a burial: others do so after half a minute."""
+
+_BUGS = (TypeError, LookupError, AttributeError, NotImplementedError)
+"""What a backend raises that is there and cannot do it, be it asked again or not."""
+
+_Key = tuple[int, str, str, str]
+
+
+class Teller:
+    """Takes burials in hand. Their notes stay in the store until the backend was told, for this process may die.
+
+    :param tell: raises what the backend does, and asks the function that it is given before it changes anything: a
+        backend that was waited for may have been told by another process meanwhile
+    """
+
+    def __init__(self, tell: Callable[[Job, str, Callable[[], bool]], None]) -> None:
+        self._tell = tell
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[_Key, Broker | None, Job, str]] = queue.SimpleQueue()
+        self._until: dict[_Key, float] = {}
+        self._thread: threading.Thread | None = None
+
+    def take(self, broker: Broker | None, job: Job, why: str) -> None:
+        """Raises NotYet, always: the broker hears of it when it is done."""
+        key = (id(broker), job.queue, job.id, job.token)
+        with self._lock:
+            if key not in self._until:
+                self._queue.put((key, broker, job, why))
+            self._until[key] = time.monotonic() + _OURS  # what waits here, and is handed out again, is ours anew
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="celery-burials", daemon=True)
+                self._thread.start()
+        raise NotYet("a thread of the worker tells the result backend")
+
+    def _is_ours(self, key: _Key) -> bool:
+        return time.monotonic() < self._until[key]
+
+    def _work(self) -> None:
+        while True:
+            key, broker, job, why = self._queue.get()
+            try:
+                if self._is_ours(key):
+                    self._tell(job, why, lambda key=key: self._is_ours(key))  # type: ignore[misc]
+                    _done(broker, job)
+            except _BUGS:
+                logger.exception("task %s went to dead, and its result backend cannot be told", job.id)
+                _done(broker, job)
+            except (Exception, SystemExit) as error:  # whatever the backend raises, or a callback
+                logger.warning("task %s went to dead; its result backend is told of it later: %r", job.id, error)
+            finally:
+                with self._lock:
+                    del self._until[key]
+
+
+def _done(broker: Broker | None, job: Job) -> None:
+    if broker is None:
+        return
+    try:
+        broker.told(job)
+    except RelayError as error:
+        logger.warning("task %s went to dead, and its result backend may be told of it twice: %s", job.id, error)

@@ -1,0 +1,216 @@
+"""A task that went to dead is a FAILURE to who waits for it, though its result backend or its worker was away then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from celery import chord
+from celery.result import AsyncResult
+
+from relay_adapters.celery import telling
+from relay_core import Broker, Job, NotYet
+from relay_core.testing import advance
+from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
+from tests.servers import Server, eventually
+
+QUEUE = "graves"
+
+
+class Site:
+    """A server for the broker and one for the results. Each task of the queue has one delivery."""
+
+    def __init__(self, server: Server, results: Server, folder: Path) -> None:
+        self.server, self.results, self.folder = server, results, folder
+        self.app = client_of(server.url, folder, results_of(results))
+        self.broker = Broker(server.url)
+
+    def worker(self, name: str, pool: str, conf: dict[str, Any]) -> CeleryWorker:
+        return CeleryWorker(
+            self.server.url, self.folder, *POOLS[pool], name=name, results=results_of(self.results), conf=conf,
+            options={"max_deliveries": 1},
+        )  # fmt: skip
+
+    def send(self) -> tuple[AsyncResult[Any], AsyncResult[Any]]:
+        """A task whose only delivery ends without an answer, and the chord that waits for it."""
+        mourned = self.app.signature("tests.celery_app.mourn", queue="celery", ignore_result=True)
+        body = self.app.signature("tests.celery_app.count", queue="celery")
+        head = self.app.signature("tests.celery_app.add", (1, 1), queue=QUEUE, link_error=mourned)
+        whole = chord([head])(body)
+        with Broker(self.server.url, lease=0.1) as dying:
+            assert dying.claim(QUEUE)
+            eventually(lambda: not dying.store.raw("ZCOUNT", self.leases, time.time() * 1000, "inf"), "its lease's end")
+        return whole.parent.results[0], whole
+
+    @property
+    def leases(self) -> bytes:
+        return self.broker.settings.keys(QUEUE).leases
+
+    def noted(self) -> int:
+        return int(self.broker.store.raw("ZCARD", self.broker.settings.keys(QUEUE).untold))
+
+    def consume(self, worker: CeleryWorker) -> None:
+        """Have a worker find the task dead."""
+        self.app.control.add_consumer(QUEUE)
+        eventually(lambda: self.broker.stats(QUEUE).dead == 1, "the burial")
+
+    def runs(self, key: str) -> float:
+        """Seconds that a task takes to run, whose result nobody asked for."""
+        began = time.monotonic()
+        self.app.send_task("tests.celery_app.run", (key,), queue="celery", ignore_result=True)
+        eventually(lambda: lines(self.folder, start=f"{key} "), f"{key} to run")
+        return time.monotonic() - began
+
+    def pass_time(self) -> None:
+        advance(self.broker, 600, QUEUE)
+
+    def is_known(self, result: AsyncResult[Any], whole: AsyncResult[Any]) -> None:
+        eventually(lambda: result.state == "FAILURE", "the result to be a failure", 60)
+        eventually(lambda: whole.state == "FAILURE", "the chord to fail")
+        eventually(lambda: lines(self.folder, "mourned"), "the error link")
+        assert "delivered 1 times" in str(result.result)
+        eventually(lambda: not self.noted(), "no note is left")
+        assert len(lines(self.folder, "mourned")) == 1
+
+
+def kept() -> Server:
+    """It knows its chords still when it is back."""
+    return Server("redis", tcp=True, options={"appendonly": "yes", "appendfsync": "always"})
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with Server("valkey", tcp=True) as server, kept() as results:
+        site = Site(server, results, tmp_path)
+        yield site
+        site.app.close()
+        site.broker.close()
+
+
+PATIENT = {"result_backend_always_retry": True}
+IMPATIENT = {"result_backend_transport_options": {"retry_policy": {"max_retries": 1, "interval_max": 0.1}}}
+
+
+@pytest.mark.parametrize(
+    ("pool", "conf"),
+    [
+        pytest.param("prefork", {}, id="prefork"),
+        pytest.param("solo", PATIENT, id="solo-always_retry"),
+        pytest.param("gevent", {}, id="gevent"),
+        pytest.param("threads", IMPATIENT, id="threads-retry_policy"),
+    ],
+)
+def test_a_result_backend_that_is_away_at_a_burial_is_told_of_it_when_it_is_back(
+    site: Site, pool: str, conf: dict[str, Any]
+) -> None:
+    with site.worker("w", pool, conf) as worker:
+        dead = site.send()
+        site.results.kill()
+        site.consume(worker)
+        assert max(site.runs(key) for key in ("r0", "r1", "r2")) < 10
+        if conf is not PATIENT:
+            eventually(lambda: worker.logged("its result backend is told of it later"), "the backend to be asked", 60)
+        assert site.noted() == 1
+        assert site.runs("r3") < 10
+        site.results.start()
+        site.pass_time()
+        site.is_known(*dead)
+        assert worker.process.poll() is None
+
+
+def test_a_worker_that_is_killed_while_it_tells_a_result_backend_has_told_nobody(site: Site) -> None:
+    """The backend answers nothing: so the worker dies as it has the burial in hand, and not before or after."""
+    with site.worker("first", "prefork", {}) as worker:
+        dead = site.send()
+        site.results.pause()
+        site.consume(worker)
+        assert site.runs("r0") < 10
+        assert site.noted() == 1
+        worker.kill()
+    site.results.resume()
+    assert dead[0].state == "PENDING"
+    with site.worker("second", "prefork", {}) as worker:
+        site.consume(worker)
+        assert site.noted() == 1
+        site.pass_time()
+        site.is_known(*dead)
+
+
+class Desk:
+    """A broker that hears of what a teller has done. What that does is given."""
+
+    def __init__(self, tell: Callable[[Job, str, Callable[[], bool]], None]) -> None:
+        self.heard: list[str] = []
+        self.teller = telling.Teller(tell)
+
+    def told(self, job: Job) -> bool:
+        self.heard.append(job.id)
+        return True
+
+    def take(self, id: str) -> None:
+        job = Job(id, "q", b"", 0.0, 0.0, 0, 1, 0, "1:1:a", 0.0, 0.0)
+        with pytest.raises(NotYet):
+            self.teller.take(cast(Broker, self), job, "gone")
+
+
+def test_a_broker_hears_of_a_burial_once_its_backend_was_told_and_not_of_one_that_was_not() -> None:
+    asked: list[str] = []
+
+    def tell(job: Job, _why: str, _is_ours: Callable[[], bool]) -> None:
+        asked.append(job.id)
+        match job.id:
+            case "away":
+                raise ConnectionError("no backend")
+            case "never":
+                raise NotImplementedError("a backend that cannot do it, today or tomorrow")
+            case "exit":
+                raise SystemExit("a callback")
+
+    desk = Desk(tell)
+    for id in ("away", "never", "exit", "fine"):
+        desk.take(id)
+    eventually(lambda: len(asked) == 4 and "fine" in desk.heard, "all to be asked")
+    assert desk.heard == ["never", "fine"]
+    desk.take("away")  # when it is handed out again
+    eventually(lambda: asked.count("away") == 2, "it to be asked again")
+
+
+def test_a_burial_that_is_in_hand_is_not_taken_twice() -> None:
+    asked, go = [], threading.Event()
+
+    def tell(job: Job, _why: str, _is_ours: Callable[[], bool]) -> None:
+        asked.append(job.id)
+        go.wait(30)
+
+    desk = Desk(tell)
+    for id in ("one", "two", "one", "two"):
+        desk.take(id)
+    go.set()
+    eventually(lambda: len(desk.heard) == 2, "both to be told")
+    desk.take("three")
+    eventually(lambda: len(desk.heard) == 3, "the thread to be free")
+    assert asked == ["one", "two", "three"]
+
+
+def test_what_waited_too_long_is_left_to_others_unless_it_was_handed_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "_OURS", 0.2)
+    asked, go = [], threading.Event()
+
+    def tell(job: Job, _why: str, is_ours: Callable[[], bool]) -> None:
+        assert is_ours()
+        go.wait(30)
+        asked.append((job.id, is_ours()))
+
+    desk = Desk(tell)
+    for id in ("first", "late", "renewed"):
+        desk.take(id)
+    time.sleep(0.3)
+    monkeypatch.setattr(telling, "_OURS", 60.0)
+    desk.take("renewed")
+    go.set()
+    eventually(lambda: ("renewed", True) in asked, "the last one")
+    assert asked == [("first", False), ("renewed", True)]
