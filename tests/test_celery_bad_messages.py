@@ -171,7 +171,7 @@ def test_what_is_no_message_is_refused_where_it_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
-@pytest.mark.parametrize("kind", ["solo", "prefork", "threads"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_a_celery_worker_outlives_them_all(kind: str, server: Server, broker: Broker, tmp_path: Path) -> None:
     client = client_of(server.url, tmp_path)
     bad = {**NO_MESSAGE, **NO_TASK}

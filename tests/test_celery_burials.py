@@ -6,17 +6,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from celery import chord
 from celery.result import AsyncResult
 
-from relay_adapters.celery import telling
+from relay_adapters.celery import burial, telling
 from relay_core import Broker, Job, NotYet
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
+from tests.test_celery_bad_messages import LENIENT, NO_MESSAGE, NO_TASK
 
 QUEUE = "graves"
 
@@ -140,6 +142,19 @@ def test_a_worker_that_is_killed_while_it_tells_a_result_backend_has_told_nobody
         site.is_known(*dead)
 
 
+def test_a_message_that_no_client_has_written_is_told_of_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its backend can do nothing with some of their ids, and will not tomorrow."""
+    with kept() as results:
+        app = client_of("memory://", tmp_path, results_of(results))
+        monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
+        desk = Desk(burial.fail)
+        payloads = {**NO_MESSAGE, **NO_TASK, **LENIENT}
+        for name, payload in payloads.items():
+            desk.take(name, payload)
+        eventually(lambda: len(desk.heard) == len(payloads), "all to be told of")
+        app.close()
+
+
 class Desk:
     """A broker that hears of what a teller has done. What that does is given."""
 
@@ -151,8 +166,8 @@ class Desk:
         self.heard.append(job.id)
         return True
 
-    def take(self, id: str) -> None:
-        job = Job(id, "q", b"", 0.0, 0.0, 0, 1, 0, "1:1:a", 0.0, 0.0)
+    def take(self, id: str, payload: bytes = b"") -> None:
+        job = Job(id, "q", payload, 0.0, 0.0, 0, 1, 0, "1:1:a", 0.0, 0.0)
         with pytest.raises(NotYet):
             self.teller.take(cast(Broker, self), job, "gone")
 
