@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from celery.utils.nodenames import gethostname
 
+from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_core import Broker
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
+from tests.test_celery_bad_messages import LENIENT, NO_MESSAGE, NO_TASK
 
 FLAGS = ("--include", "tests.celery_batches_app,tests.celery_hold_close", "--prefetch-multiplier", "3")
 
@@ -70,4 +73,33 @@ def test_what_a_pool_has_not_begun_when_the_connection_is_lost_runs_once(
         assert worker.stop() == 0
     assert (sorted(lines(tmp_path)), sorted(lines(tmp_path, "started"))) == (list("abcdef"), list("abcdef"))
     assert broker.stats("celery").counters["processed"] == 6
+    client.close()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+@pytest.mark.parametrize("kind", POOLS)
+def test_messages_that_no_client_has_written_keep_nothing_from_its_batch(
+    server: Server, broker: Broker, tmp_path: Path, kind: str
+) -> None:
+    client, good = client_of(server.url, tmp_path), []
+    bad, names = {**NO_MESSAGE, **NO_TASK}, {}
+    task = b"tests.celery_batches_app.batch"
+    for name, raw in {**bad, **LENIENT}.items():
+        good.append(f"good-{len(good)}")
+        client.send_task(task.decode(), [good[-1]])
+        names[broker.enqueue("celery", raw.replace(b"tests.celery_app.run", task), headers={HEADER: ADAPTER}).id] = name
+    if (len(good) + len(LENIENT)) % 2:
+        good.append("last")  # they run by twos
+        client.send_task(task.decode(), [good[-1]])
+    (tmp_path / "go").touch()
+    with CeleryWorker(server.url, tmp_path, *POOLS[kind], "--include", "tests.celery_batches_app") as worker:
+        eventually(
+            lambda: worker.process.poll() is not None or not broker.stats("celery").pending, "the end of all of them"
+        )
+        assert worker.process.poll() is None, worker.text[-3000:]
+        assert worker.stop() == 0
+    assert Counter(lines(tmp_path)) == Counter([*good, *["odd"] * len(LENIENT)])
+    dead = broker.dead("celery", limit=1000)
+    assert {names[job.id] for job in dead} == set(bad)
+    assert {job.reason for job in dead} <= {"undecodable", "rejected"}
     client.close()
