@@ -21,6 +21,7 @@ from dramatiq.results.backends import StubBackend
 import relay_core
 from relay_adapters.dramatiq import RelayBroker
 from relay_core.errors import InvalidArgument
+from relay_core.testing import advance
 from tests.dramatiq_workers import running, signals_of
 from tests.servers import Server, eventually
 
@@ -333,6 +334,44 @@ def test_a_message_that_killed_its_workers_fails_through_the_middleware(broker: 
     assert [name for name in seen if name.endswith("nack")] == ["before_nack", "after_nack"]
     assert [job.reason for job in broker.core.dead("risky")] == ["max_deliveries"]
     gone.close()
+
+
+def test_a_result_backend_that_is_away_as_a_message_goes_to_dead_is_told_later(
+    broker: RelayBroker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Away(StubBackend):
+        away, asked = True, 0
+
+        def store_exception(self, *args: Any) -> None:
+            self.asked += 1
+            if self.away:
+                raise ConnectionError("no backend")
+            super().store_exception(*args)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr("relay_core.operations.burials.LOOK_EVERY", 0.1)
+    backend = Away()
+    broker.add_middleware(Results(backend=backend))  # type: ignore[no-untyped-call]
+
+    @dramatiq.actor(store_results=True, queue_name="risky")
+    def deadly() -> None:
+        raise AssertionError("its workers are gone")
+
+    sent = deadly.send()
+    with relay_core.Broker(server.url, lease=0.1) as gone:
+        for _ in range(2):  # two workers that die with it
+            assert len(gone.claim("risky", wait=5)) == 1
+    seen = signals_of(broker)
+    with running(broker):
+        eventually(lambda: backend.asked, "the backend to be asked")
+        advance(broker.core, 600, "risky")
+        eventually(lambda: backend.asked == 2, "it to be asked again")
+        backend.away = False
+        advance(broker.core, 600, "risky")
+        with pytest.raises(ResultFailure, match="WorkerLost"):
+            sent.get_result(backend=backend, block=True, timeout=20_000)
+        noted = broker.core.settings.keys("risky").untold
+        eventually(lambda: not broker.core.store.raw("ZCARD", noted), "no note is left")
+    assert [name for name in seen if name.endswith("nack")] == ["before_nack", "after_nack"]
 
 
 def test_join_counts_what_is_delayed_and_what_runs(broker: RelayBroker) -> None:
