@@ -34,7 +34,7 @@ class Site:
     def worker(self, name: str, pool: str, conf: dict[str, Any]) -> CeleryWorker:
         return CeleryWorker(
             self.server.url, self.folder, *POOLS[pool], name=name, results=results_of(self.results), conf=conf,
-            options={"max_deliveries": 1},
+            options={"max_deliveries": 1, "retry": {"max_retries": 0}},
         )  # fmt: skip
 
     def send(self) -> tuple[AsyncResult[Any], AsyncResult[Any]]:
@@ -121,6 +121,21 @@ def test_a_result_backend_that_is_away_at_a_burial_is_told_of_it_when_it_is_back
         site.results.start()
         site.pass_time()
         site.is_known(*dead)
+        assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize("conf", [{}, PATIENT], ids=["", "always_retry"])
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_result_backend_that_is_away_at_the_last_reject_holds_up_no_worker_and_is_told_when_it_is_back(
+    site: Site, pool: str, conf: dict[str, Any]
+) -> None:
+    with site.worker("w", pool, conf) as worker:
+        site.results.kill()
+        result = site.app.send_task("tests.celery_app.refuse", ("no", True), queue="celery")
+        eventually(lambda: site.broker.stats("celery").dead == 1, "the message to go to dead")
+        assert max(site.runs(key) for key in ("r0", "r1")) < 10
+        site.results.start()
+        eventually(lambda: result.state == "FAILURE", "the result to be a failure")
         assert worker.process.poll() is None
 
 

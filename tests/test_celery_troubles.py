@@ -179,7 +179,7 @@ def test_a_request_class_of_the_users_is_relays_too(tcp_server: Server, tmp_path
     assert store.stats("celery").counters["enqueued"] == 1, "its retry was a move of its job"
 
 
-def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pytest.MonkeyPatch, store: Broker) -> None:
     told, slow = [], threading.Event()
 
     def fail(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
@@ -190,8 +190,10 @@ def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pyte
     options = Options(headers={burial.HEADER: burial.ADAPTER})
     job = Job("id", "q", b"", 0.0, 0.0, 0, 5, 0, "5:5:a", 0.0, 0.0, options)
     began = time.monotonic()
+    plugin = burial.Burial()
+    plugin.broker = store
     with pytest.raises(NotYet):
-        burial.Burial().relay_job_dead(job, "max_deliveries", "gone", False)
+        plugin.relay_job_dead(job, "max_deliveries", "gone", False)
     assert time.monotonic() - began < 15
     slow.set()
     eventually(lambda: told, "the backend to be told")

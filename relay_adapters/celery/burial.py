@@ -16,6 +16,9 @@ from relay_core import Broker, Job, NotYet, hookimpl
 
 logger = logging.getLogger("relay.celery")
 
+PATIENCE = 1.0
+"""Seconds for which an event loop waits for a result backend, so that one which is there is told before it goes on."""
+
 
 class Burial:
     """Plugin of the transport's brokers: any consumer that buries a task tells its result backend.
@@ -29,6 +32,8 @@ class Burial:
     def relay_job_dead(self, job: Job, reason: str, error: str | None, again: bool) -> None:
         if reason != "max_deliveries" or job.headers.get(HEADER) != ADAPTER:
             return
+        if self.broker is None:  # it is a plugin of none yet
+            return
         _teller.take(self.broker, job, error or reason)
 
 
@@ -37,6 +42,11 @@ def _told(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
 
 
 _teller = Teller(_told)
+
+
+def failed(job: Job, why: str) -> None:
+    """A task went to dead by its holder's own word, of which the store keeps no note."""
+    _teller.tell(job, why, PATIENCE)
 
 
 def fail(job: Job, why: str, is_ours: Callable[[], bool] = lambda: True) -> None:

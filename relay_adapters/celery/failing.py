@@ -53,6 +53,6 @@ def refuse(broker: Broker, held: Held, requeue: bool) -> float | None:
     item = broker.operations.nack_of(job, error, 0.0 if requeue and job.retries == 0 else None)
     if broker.nack(job, error, item.delay_ms / 1000, reason="requeued" if requeue else None) is Verdict.DEAD:
         if kind == "Reject":
-            burial.fail(job, f"requeued {job.retries} times")
+            burial.failed(job, f"requeued {job.retries} times")
         return None
     return item.delay_ms / 1000
