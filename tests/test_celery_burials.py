@@ -20,6 +20,9 @@ from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_
 from tests.servers import Server, eventually
 from tests.test_celery_bad_messages import LENIENT, NO_MESSAGE, NO_TASK
 
+# Celery's own backend, in the test's process, and redis-py 8
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+
 QUEUE = "graves"
 
 
