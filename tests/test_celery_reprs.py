@@ -30,8 +30,8 @@ flat = st.one_of(
 deep = st.one_of(flat, st.lists(flat, max_size=3), st.dictionaries(st.text(), flat, max_size=3))
 
 
-@given(deep, st.one_of(st.none(), st.integers(-2, 80)), st.integers(-1, 3))
-def test_it_is_celerys_whatever_the_value_and_the_bounds(value: Any, most: int | None, levels: int) -> None:
+@given(deep, st.one_of(st.none(), st.integers(-2, 80)), st.one_of(st.none(), st.integers(-1, 3)))
+def test_it_is_celerys_whatever_the_value_and_the_bounds(value: Any, most: int | None, levels: int | None) -> None:
     assert OURS(value, most, maxlevels=levels) == STOCK(value, most, maxlevels=levels)
 
 

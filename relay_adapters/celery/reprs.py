@@ -24,7 +24,7 @@ def _joining(stock: Any) -> Any:
     def saferepr(o: Any, maxlen: Any = None, maxlevels: Any = 3, seen: Any = None) -> Any:
         text = _joined(o)
         # one that is shorter was not cut anywhere; fewer levels than none are for Celery to make sense of
-        if text is not None and (maxlen is None or len(text) < maxlen) and maxlevels >= 0:
+        if text is not None and (maxlen is None or len(text) < maxlen) and (not maxlevels or maxlevels > 0):
             return text
         return stock(o, maxlen, maxlevels, seen)
 
