@@ -280,7 +280,7 @@ def test_a_full_server_takes_what_workers_declare_so_that_they_can_start_and_emp
 ) -> None:
     exchange, queue = declare(here, "direct", "k")
     send(here, 1, exchange, "k")
-    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    server.cli("CONFIG", "SET", "maxmemory", "1")
     with link(url, retry_for=0.0) as worker:
         with pytest.raises(Unavailable, match="maxmemory"):
             send(worker, 2, exchange, "k")

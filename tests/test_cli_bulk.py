@@ -281,7 +281,7 @@ def test_a_purge_leaves_a_job_that_was_requeued_in_the_meantime(
 
 def test_dead_jobs_are_purged_when_memory_is_full(server: Server, cli: Cli) -> None:
     fill(server, 1000)
-    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    server.cli("CONFIG", "SET", "maxmemory", "1")
     assert cli.json("--timeout", "0.1", "dlq", "purge", "-q", "mail", "--error", "timeout", "--yes")["purged"] == 500
     assert cli.json("--timeout", "0.1", "dlq", "purge", "-q", "mail", "--all", "--yes")["purged"] == 500
 

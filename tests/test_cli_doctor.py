@@ -71,7 +71,7 @@ def test_snapshots_alone_are_a_warning_that_shows_them(server: Server) -> None:
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_memory_that_is_full_is_no_server_that_is_away(server: Server) -> None:
-    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    server.cli("CONFIG", "SET", "maxmemory", "1")
     found = findings(Cli(server.url), 1, "--timeout", "0.1")
     assert found["reachable"][0] == "ok"
     assert found["memory"][0] == "warn"

@@ -312,7 +312,7 @@ def test_a_replica_is_named_as_one(store_at: Open) -> None:
 
 def test_a_full_server_is_named_with_its_setting(server: Server, store_at: Open) -> None:
     store = store_at(server.url, retry_for=0.2)
-    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    server.cli("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(Unavailable, match="maxmemory") as caught:
         store.run(count())
     assert not caught.value.maybe_executed

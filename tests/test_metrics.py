@@ -170,7 +170,7 @@ def fail_in_all_ways(server: Server, broker: Broker, counts: Recorder) -> None:
     with pytest.raises(RelayError, match="layout"):
         broker.claim("mail")
     server.cli("HSET", broker.settings.keys("mail").config, "v", 1)
-    server.cli("CONFIG", "SET", "maxmemory", "1mb")
+    server.cli("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(RelayError):
         broker.enqueue("mail", b"x")
     server.cli("CONFIG", "SET", "maxmemory", "0")

@@ -116,7 +116,7 @@ def test_an_event_is_told_only_after_its_script_succeeded(server: Server) -> Non
         for move in (broker.ack, broker.nack):
             with pytest.raises(LeaseLost):
                 move(job)
-        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        server.cli("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(RelayError):
             broker.enqueue("q", b"x")
     assert watcher.seen == ["enqueued", "claimed", "reaped", "lost at ack", "lost at nack"]

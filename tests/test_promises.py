@@ -537,7 +537,7 @@ def test_a_worker_starts_no_job_whose_lease_is_over_by_its_own_monotonic_clock(
 def test_when_memory_is_full_only_enqueue_is_refused(server: Server) -> None:
     with Broker(server.url, retry_for=0.3, lease=0.2) as broker:
         broker.enqueue_many("q", [JobSpec(b"x", delay=0.01 if n == 9 else None) for n in range(10)])
-        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        server.cli("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(Unavailable, match="maxmemory"):
             broker.enqueue("q", b"x" * 100_000)
         with Broker(server.url, retry_for=0.0) as newcomer, pytest.raises(Unavailable, match="maxmemory"):

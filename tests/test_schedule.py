@@ -380,7 +380,7 @@ def test_a_full_server_refuses_a_tick_which_comes_when_there_is_room(server: Ser
     with Broker(server.url, retry_for=0.0) as broker:
         broker.schedule("a", "q", every=60.0)
         tick = move_back(server, "a", 60)
-        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        server.cli("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(Unavailable, match="maxmemory"):
             broker.run_due()
         server.cli("CONFIG", "SET", "maxmemory", "0")
@@ -391,7 +391,7 @@ def test_a_full_server_refuses_a_tick_which_comes_when_there_is_room(server: Ser
 def test_a_schedule_can_be_removed_when_memory_is_full(server: Server) -> None:
     with Broker(server.url, retry_for=0.0) as broker:
         broker.schedule("a", "q", every=60.0)
-        server.cli("CONFIG", "SET", "maxmemory", "1mb")
+        server.cli("CONFIG", "SET", "maxmemory", "1")
         assert broker.unschedule("a")
         assert server.cli("ZCARD", broker.settings.keys("q").ticks) == 1, "ticks that are on their way are shut out"
 
