@@ -230,18 +230,20 @@ def test_a_burial_that_is_in_hand_is_not_taken_twice() -> None:
 
 
 def test_what_waited_too_long_is_left_to_others_unless_it_was_handed_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "_OURS", 0.2)
-    asked, go = [], threading.Event()
+    asked, begun, go = [], threading.Event(), threading.Event()
 
     def tell(job: Job, _why: str, is_ours: Callable[[], bool]) -> None:
         assert is_ours()
+        begun.set()
         go.wait(30)
         asked.append((job.id, is_ours()))
 
     desk = Desk(tell)
+    desk.take("first")
+    assert begun.wait(30)
+    monkeypatch.setattr(telling, "_OURS", 0.0)
     for id in ("first", "late", "renewed"):
         desk.take(id)
-    time.sleep(0.3)
     monkeypatch.setattr(telling, "_OURS", 60.0)
     desk.take("renewed")
     go.set()

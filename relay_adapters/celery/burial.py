@@ -49,7 +49,7 @@ def failed(job: Job, why: str) -> None:
     _teller.tell(job, why, PATIENCE)
 
 
-def fail(job: Job, why: str, is_ours: Callable[[], bool] = lambda: True) -> None:
+def fail(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
     """Mark the task as failed as if its worker process had died: result, chord, `link_error`, signal and event.
 
     :param is_ours: asked when the backend is found to be there: False leaves it to another process

@@ -7,6 +7,8 @@ tasks take a few numbers and short texts: here these are joined, to the same tex
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 _AS_THEY_ARE = frozenset((int, float, bool, type(None)))
@@ -35,18 +37,24 @@ def _joining(stock: Any) -> Any:
 def _joined(o: Any) -> str | None:
     """The text of a value, or of a tuple, list or dict of values; None where one of them is of another kind."""
     kind = type(o)
-    if kind is tuple or kind is list:
-        texts = [_text(value) for value in o]
-        if None in texts:
-            return None
-        inner = ", ".join(texts)  # type: ignore[arg-type]
-        return f"[{inner}]" if kind is list else f"({inner},)" if len(o) == 1 else f"({inner})"
+    if kind is not tuple and kind is not list and kind is not dict:
+        return _text(o)
+    texts = _texts(chain.from_iterable(o.items()) if kind is dict else o)
+    if texts is None:
+        return None
     if kind is dict:
-        pairs = [(_text(key), _text(value)) for key, value in o.items()]
-        if any(None in pair for pair in pairs):
+        return "{" + ", ".join([f"{key}: {value}" for key, value in zip(texts[::2], texts[1::2], strict=True)]) + "}"
+    inner = ", ".join(texts)
+    return f"[{inner}]" if kind is list else f"({inner},)" if len(texts) == 1 else f"({inner})"
+
+
+def _texts(values: Iterable[Any]) -> list[str] | None:
+    texts = []
+    for value in values:
+        if (text := _text(value)) is None:
             return None
-        return f"{{{', '.join([f'{key}: {value}' for key, value in pairs])}}}"
-    return _text(o)
+        texts.append(text)
+    return texts
 
 
 def _text(value: Any) -> str | None:

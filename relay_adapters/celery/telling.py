@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from relay_core import Broker, Job, NotYet
 from relay_core.connection import forks
@@ -92,7 +93,7 @@ class Teller:
             key, job, again = burial.key, burial.job, False
             try:
                 if self._is_ours(key):
-                    self._tell(job, burial.why, lambda key=key: self._is_ours(key))  # type: ignore[misc]
+                    self._tell(job, burial.why, partial(self._is_ours, key))
                     _done(burial)
             except _BUGS:
                 logger.exception("task %s went to dead, and its result backend cannot be told", job.id)
