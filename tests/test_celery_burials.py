@@ -1,10 +1,12 @@
-"""A task that went to dead is a FAILURE to who waits for it, though its result backend or its worker was away then."""
+"""Who waits for a task that went to dead, or was revoked, hears of it, though its result backend or its worker was away
+then."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -142,6 +144,26 @@ def test_a_result_backend_that_is_away_at_the_last_reject_holds_up_no_worker_and
         assert worker.process.poll() is None
 
 
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+@pytest.mark.parametrize(
+    ("leave", "come_back"), [(Server.kill, Server.start), (Server.pause, Server.resume)], ids=["away", "silent"]
+)
+def test_a_task_is_revoked_though_its_result_backend_is_away_which_hears_of_it_later(
+    site: Site, pool: str, leave: Callable[[Server], None], come_back: Callable[[Server], None]
+) -> None:
+    with site.worker("w", pool, {}) as worker:
+        late = [site.app.signature("tests.celery_app.run", (key,), queue="celery") for key in ("a", "b")]
+        results = [task.apply_async(countdown=3600) for task in late]
+        leave(site.results)
+        site.app.control.revoke([result.id for result in results])
+        eventually(lambda: site.broker.stats("celery").delayed == 0, "them to be taken out")
+        if leave is Server.kill:
+            assert site.runs("r0") < 10  # Celery itself waits for one that is silent
+        come_back(site.results)
+        eventually(lambda: [result.state for result in results] == ["REVOKED"] * 2, "their results")
+        assert worker.process.poll() is None
+
+
 def test_a_worker_that_is_killed_while_it_tells_a_result_backend_has_told_nobody(site: Site) -> None:
     """The backend answers nothing: so the worker dies as it has the burial in hand, and not before or after."""
     with site.worker("first", "prefork", {}) as worker:
@@ -165,7 +187,7 @@ def test_a_message_that_no_client_has_written_is_told_of_once(monkeypatch: pytes
     with kept() as results:
         app = client_of("memory://", tmp_path, results_of(results))
         monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
-        desk = Desk(burial.fail)
+        desk = Desk(lambda job, is_ours: burial.fail(job, "gone", is_ours))
         payloads = {**NO_MESSAGE, **NO_TASK, **LENIENT}
         for name, payload in payloads.items():
             desk.take(name, payload)
@@ -176,9 +198,9 @@ def test_a_message_that_no_client_has_written_is_told_of_once(monkeypatch: pytes
 class Desk:
     """A broker that hears of what a teller has done. What that does is given."""
 
-    def __init__(self, tell: Callable[[Job, str, Callable[[], bool]], None]) -> None:
+    def __init__(self, tell: Callable[[Job, Callable[[], bool]], None]) -> None:
         self.heard: list[str] = []
-        self.teller = telling.Teller(tell)
+        self.tell, self.teller = tell, telling.Teller()
 
     def told(self, job: Job) -> bool:
         self.heard.append(job.id)
@@ -187,13 +209,13 @@ class Desk:
     def take(self, id: str, payload: bytes = b"") -> None:
         job = Job(id, "q", payload, 0.0, 0.0, 0, 1, 0, "1:1:a", 0.0, 0.0)
         with pytest.raises(NotYet):
-            self.teller.take(cast(Broker, self), job, "gone")
+            self.teller.take(cast(Broker, self), job, partial(self.tell, job))
 
 
 def test_a_broker_hears_of_a_burial_once_its_backend_was_told_and_not_of_one_that_was_not() -> None:
     asked: list[str] = []
 
-    def tell(job: Job, _why: str, _is_ours: Callable[[], bool]) -> None:
+    def tell(job: Job, _is_ours: Callable[[], bool]) -> None:
         asked.append(job.id)
         match job.id:
             case "away":
@@ -215,7 +237,7 @@ def test_a_broker_hears_of_a_burial_once_its_backend_was_told_and_not_of_one_tha
 def test_a_burial_that_is_in_hand_is_not_taken_twice() -> None:
     asked, go = [], threading.Event()
 
-    def tell(job: Job, _why: str, _is_ours: Callable[[], bool]) -> None:
+    def tell(job: Job, _is_ours: Callable[[], bool]) -> None:
         asked.append(job.id)
         go.wait(30)
 
@@ -232,7 +254,7 @@ def test_a_burial_that_is_in_hand_is_not_taken_twice() -> None:
 def test_what_waited_too_long_is_left_to_others_unless_it_was_handed_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, begun, go = [], threading.Event(), threading.Event()
 
-    def tell(job: Job, _why: str, is_ours: Callable[[], bool]) -> None:
+    def tell(job: Job, is_ours: Callable[[], bool]) -> None:
         assert is_ours()
         begun.set()
         go.wait(30)
@@ -249,3 +271,21 @@ def test_what_waited_too_long_is_left_to_others_unless_it_was_handed_out_anew(mo
     go.set()
     eventually(lambda: ("renewed", True) in asked, "the last one")
     assert asked == [("first", False), ("renewed", True)]
+
+
+def test_what_no_note_is_kept_of_is_told_again_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longer it fails, the less often; what comes meanwhile is told at once."""
+    monkeypatch.setattr(telling, "_SOONEST", 0.02)
+    asked: list[str] = []
+
+    def tell(name: str, until: int, _is_ours: Callable[[], bool]) -> None:
+        asked.append(name)
+        if asked.count(name) < until:
+            raise ConnectionError("no backend")
+
+    teller = telling.Teller()
+    for name, until in (("old", 4), ("older", 3), ("new", 1)):
+        teller.tell(name, partial(tell, name, until), 20)
+    assert asked.count("new") == 1
+    eventually(lambda: len(asked) == 8, "all to be told")
+    assert not teller._later

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.protocol import told_of
-from relay_adapters.celery.telling import Teller
+from relay_adapters.celery.telling import PATIENCE, teller
 from relay_adapters.celery.unstarted import context_of, stores_errors
 from relay_core import Broker, Job, NotYet, hookimpl
 
 logger = logging.getLogger("relay.celery")
-
-PATIENCE = 1.0
-"""Seconds for which an event loop waits for a result backend, so that one which is there is told before it goes on."""
 
 
 class Burial:
@@ -34,19 +32,12 @@ class Burial:
             return
         if self.broker is None:  # it is a plugin of none yet
             return
-        _teller.take(self.broker, job, error or reason)
-
-
-def _told(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
-    fail(job, why, is_ours)
-
-
-_teller = Teller(_told)
+        teller.take(self.broker, job, partial(fail, job, error or reason))
 
 
 def failed(job: Job, why: str) -> None:
     """A task went to dead by its holder's own word, of which the store keeps no note."""
-    _teller.tell(job, why, PATIENCE)
+    teller.tell(f"task {job.id} went to dead", partial(fail, job, why), PATIENCE)
 
 
 def fail(job: Job, why: str, is_ours: Callable[[], bool]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from relay_adapters.celery.envelope import head_of, unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.protocol import told_of
+from relay_adapters.celery.telling import PATIENCE, teller
 from relay_adapters.celery.unstarted import context_of, stores_errors
 from relay_core import Broker
 from relay_core.errors import RelayError
@@ -38,6 +41,8 @@ class Revoker:
     def __init__(self, app: Any, broker: Broker, queues: Sequence[str], events: Any, hostname: str) -> None:
         self._app, self._broker, self._queues = app, broker, queues
         self._events, self._hostname = events, hostname
+        # of many that are revoked at once, a result backend that is not there holds up the first
+        self._told_by = time.monotonic() + PATIENCE
 
     def by_ids(self, task_ids: Iterable[str]) -> None:
         """Take these tasks out."""
@@ -78,7 +83,7 @@ class Revoker:
         for id in out:
             try:
                 self._tell(queue, unpack(payloads[id]))
-            except Exception:  # a backend may fail in any way, and the others are to be revoked all the same
+            except Exception:  # a message may be no task, and the others are to be revoked all the same
                 logger.exception("job %s of queue %r was revoked, and not all were told", id, queue)
         return len(out)
 
@@ -94,10 +99,17 @@ class Revoker:
         how = {"terminated": False, "signum": None, "expired": False}
         if self._events is not None and self._events.enabled and getattr(task, "send_events", True):
             self._events.send("task-revoked", uuid=told["id"], **how)
-        backend = self._app.backend if task is None else task.backend
-        backend.mark_as_revoked(told["id"], "revoked", request=context, store_result=stores_errors(task, told))
+        mark = partial(_mark_as_revoked, self._app, told, context)
+        teller.tell(f"task {told['id']} was revoked", mark, max(0.0, self._told_by - time.monotonic()))
         if task is not None:
             signals.task_revoked.send(sender=task, request=context, **how)
+
+
+def _mark_as_revoked(app: Any, told: Mapping[str, Any], context: Any, _is_ours: Callable[[], bool]) -> None:
+    """:param told: what the task's message says of it"""
+    task = app.tasks.get(told["task"])
+    backend = app.backend if task is None else task.backend  # of this thread: not all are for several
+    backend.mark_as_revoked(told["id"], "revoked", request=context, store_result=stores_errors(task, told))
 
 
 def payloads(broker: Broker, queue: str, ids: Sequence[str]) -> dict[str, bytes]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+from kombu.utils.functional import maybe_list
+
 from relay_adapters.celery import children, given, revoking, spoiled
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
@@ -140,11 +142,11 @@ class _Command:
 
 class _Revoke(_Command):
     def __call__(self, state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
-        answer = self._stock(state, task_id, *args, **options)
-        ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
+        ids = [id for id in maybe_list(task_id) or () if isinstance(id, str)]
+        # first: Celery's own may wait for a result backend that is not there
         for revoker in _revokers(state):
             revoker.by_ids(ids)
-        return answer
+        return self._stock(state, task_id, *args, **options)
 
 
 class _RevokeByStamps(_Command):
