@@ -302,7 +302,8 @@ def test_a_server_that_is_away_from_held_leases_is_told_of_once_until_it_is_back
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
-    with Server("valkey", options={"appendonly": "yes"}) as server, Broker(server.url, retry_for=0) as broker:
+    kept = {"appendonly": "yes", "appendfsync": "no"}
+    with Server("valkey", options=kept) as server, Broker(server.url, retry_for=0) as broker:
         leases = Leases(broker)
         broker.enqueue("q", b"")
         job = broker.claim("q")[0]
