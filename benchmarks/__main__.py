@@ -26,6 +26,7 @@ def main(names: list[str]) -> int:
             "round-trip": round_trip.round_trip,
             "client": lambda: client.client(Path(folder)),
             "celery": lambda: celery_speed.celery(Path(folder)),
+            "celery-large": lambda: celery_speed.celery_large(Path(folder)),
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
             "dramatiq": lambda: dramatiq_speed.dramatiq(Path(folder)),
             "dramatiq-pickup": lambda: dramatiq_speed.dramatiq_pickup(Path(folder)),

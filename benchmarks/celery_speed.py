@@ -38,18 +38,19 @@ app.conf.broker_connection_retry_on_startup = True
 done = os.open(os.environ["DONE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 @app.task
-def noop(i):
+def noop(i, *large):
     os.write(done, b".")
 
 if __name__ == "__main__":
     import time
     from celery import group
     jobs, size = int(os.environ["JOBS"]), int(os.environ["GROUP"])
+    large = ("x" * int(os.environ["BYTES"]),) if "BYTES" in os.environ else ()
     noop.delay(0)
     began = time.perf_counter()
     for at in range(1, jobs, size):
         if size == 1:
-            noop.delay(at)
+            noop.delay(at, *large)
         else:
             group(noop.s(i) for i in range(at, min(at + size, jobs))).apply_async()
     print((time.perf_counter() - began) / (jobs - 1))
@@ -67,12 +68,14 @@ be."""
 
 _SENDING, _CPU_SHARE, _IDLE = 1.8, 0.40, 2.0
 
+_LARGE, _LARGE_JOBS = (1_000, 10_000, 30_000, 100_000), 500
+
 
 def _url(server: Server, kind: str) -> str:
     return server.url if kind == "relay" else f"redis://127.0.0.1:{server.port}/0"
 
 
-def _environment(folder: Path, server: Server, kind: str, jobs: int = JOBS, size: int = 1) -> dict[str, str]:
+def _environment(folder: Path, server: Server, kind: str, jobs: int, size: int = 1) -> dict[str, str]:
     own = {"BROKER": _url(server, kind), "JOBS": str(jobs), "GROUP": str(size), "DONE": str(folder / "done")}
     return {**os.environ, **own, "PYTHONPATH": str(folder)}
 
@@ -93,12 +96,19 @@ def _worker(folder: Path, environment: dict[str, str], flags: list[str]) -> Iter
             raise
 
 
-def _round(folder: Path, server: Server, kind: str, size: int, flags: list[str]) -> tuple[float, float, float]:
-    """Per task, in µs: to send so many at a time, to run, and processor time of the server for both."""
+def _round(
+    folder: Path, server: Server, kind: str, size: int, flags: list[str], jobs: int = JOBS, large: int | None = None
+) -> tuple[float, float, float]:
+    """Per task, in µs: to send so many at a time, to run, and processor time of the server for both.
+
+    :param large: bytes of an argument of each task
+    """
     server.cli("FLUSHALL")
     done = folder / "done"
     done.unlink(missing_ok=True)
-    environment = _environment(folder, server, kind, size=size)
+    environment = _environment(folder, server, kind, jobs, size)
+    if large is not None:
+        environment["BYTES"] = str(large)
     client = server.client()
     before = cpu_seconds(client)
     sent = subprocess.run(
@@ -111,13 +121,13 @@ def _round(folder: Path, server: Server, kind: str, size: int, flags: list[str])
             now, count = time.monotonic(), done.stat().st_size
             if now > deadline or worker.poll() is not None:
                 log = (folder / "worker.log").read_text()[-2000:]
-                raise RuntimeError(f"{' '.join(flags)} on {kind} ran {count} of {JOBS} tasks\n{log}")
+                raise RuntimeError(f"{' '.join(flags)} on {kind} ran {count} of {jobs} tasks\n{log}")
             first = first or (now if count else 0.0)
-            last = now if count >= JOBS else 0.0
+            last = now if count >= jobs else 0.0
             time.sleep(0.002)
         used = cpu_seconds(client) - before
     client.close()
-    return float(sent.stdout) * 1e6, (last - first) / JOBS * 1e6, used / JOBS * 1e6
+    return float(sent.stdout) * 1e6, (last - first) / jobs * 1e6, used / jobs * 1e6
 
 
 def celery(folder: Path) -> Table:
@@ -144,6 +154,25 @@ def celery(folder: Path) -> Table:
         name = "send" if size == 1 else f"send in groups of {size}"
         stock, relay = (statistics.median(sent[kind]) for kind in KINDS)
         table.add_row(f"{name}, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}", f"≥ {_SENDING:g}")
+    return table
+
+
+def celery_large(folder: Path) -> Table:
+    """Tasks with an argument of so many bytes, and a worker of two processes."""
+    (folder / "bench_app.py").write_text(_APP)
+    table = Table(title=f"Celery, large arguments, prefork 2 ({_LARGE_JOBS} tasks, medians of {ROUNDS} rounds in turn)")
+    for column in ("bytes, measure", "stock", "relay", "stock / relay"):
+        table.add_column(column, justify="left" if column.startswith("bytes") else "right")
+    with Server("redis", tcp=True) as server:
+        for large in _LARGE:
+            found: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS}
+            for _ in range(ROUNDS):
+                for kind in KINDS:
+                    one = _round(folder, server, kind, 1, ["-P", "prefork", "-c", "2"], _LARGE_JOBS, large)
+                    found[kind].append(one)
+            both = zip(("send", "run", "server CPU"), medians(found["stock"]), medians(found["relay"]), strict=True)
+            for measure, stock, relay in both:
+                table.add_row(f"{large:,}, {measure}, µs", f"{stock:.0f}", f"{relay:.0f}", f"{stock / relay:.2f}")
     return table
 
 
