@@ -29,7 +29,7 @@ class Topic(exchange.TopicExchange):
         return topic_pattern(rkey)
 
     def _match(self, pattern: str, string: str) -> Any:
-        return _compiled(pattern).match("." + string)
+        return _matches(pattern, string)
 
 
 class Fanout(exchange.FanoutExchange):
@@ -44,11 +44,7 @@ class Fanout(exchange.FanoutExchange):
         return routing_key, topic_pattern(routing_key) if wild else None, queue
 
     def lookup(self, table: Iterable[Any], exchange: str, routing_key: str, default: Any) -> set[str]:
-        return {
-            queue
-            for _key, pattern, queue in table
-            if pattern is None or _compiled(pattern).match("." + (routing_key or ""))
-        }
+        return {queue for _key, pattern, queue in table if pattern is None or _matches(pattern, routing_key or "")}
 
 
 TYPES: dict[str, Any] = {"direct": Direct, "topic": Topic, "fanout": Fanout}
@@ -61,6 +57,14 @@ def topic_pattern(key: str) -> str:
     """A regular expression for a dot and the routing keys that a topic's binding key matches."""
     pieces = {"*": r"\.[^.]*", "#": r"(?:\.[^.]*)*"}
     return "^" + "".join(pieces.get(word, r"\." + re.escape(word)) for word in (key or "").split(".")) + "$"
+
+
+def _matches(pattern: str, routing_key: str) -> bool:
+    """Whether a routing key matches a pattern of `topic_pattern`. An empty one has no word, rather than an empty one;
+    what stores hold of the empty binding key, which it matches, says otherwise."""
+    if not routing_key:
+        return pattern == r"^\.$" or _compiled(pattern).match("") is not None
+    return _compiled(pattern).match("." + routing_key) is not None
 
 
 @lru_cache(maxsize=4096)
