@@ -381,6 +381,32 @@ def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
 # what is drained by calls
 
 
+def test_channels_of_one_connection_that_share_a_queue_get_what_each_has_claimed(here: kombu.Connection) -> None:
+    """Over kombu's other transports all goes to the one that consumed last, and to nobody once that has ended."""
+    name = queue(here)
+    first, second = (Inbox(here, kombu.Queue(name), prefetch=1) for _ in range(2))
+    for number in range(3):
+        send(here, number, key=name)
+    first.drain(lambda: len(first.bodies + second.bodies) == 2, 20.0)
+    assert (first.bodies, second.bodies) == ([0], [1])
+    second.channel.close()
+    assert here.default_channel.basic_get(name, no_ack=True).payload == 1, "what it held, and nothing else"
+    first.messages[0].ack()
+    assert first.wait(2) == [0, 2]
+    assert first.messages[1].delivery_info["redelivered"] is False
+
+
+@pytest.mark.parametrize("options", [{}, BOX], ids=["jobs", "mailbox"])
+def test_what_is_asked_for_is_to_be_acked_also_beside_a_consumer_that_acks_nothing(
+    here: kombu.Connection, options: dict[str, Any]
+) -> None:
+    name = queue(here, **options)
+    inbox = Inbox(here, kombu.Queue(name, **options), no_ack=True)
+    send(here, 1, key=name)
+    inbox.channel.basic_get(name).requeue()
+    assert inbox.wait(1) == [1]
+
+
 def test_a_call_of_drain_events_brings_one_message_and_a_cancel_what_is_on_its_way(here: kombu.Connection) -> None:
     """As over AMQP, where a consumer is sent what its prefetch count allows, until the cancel is confirmed."""
     name = queue(here)

@@ -39,6 +39,7 @@ class Channel(Mailing, Consuming, Publishing):
         self._unacked: set[str] = set()
         self._no_ack: set[str] = set()
         self._simple: set[str] = set()
+        self._receivers: dict[str, dict[str, Any]] = {}
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message; a text or bytes, as `celery amqp basic.publish` gives it, becomes one."""

@@ -29,6 +29,7 @@ class Consuming(Settling):
 
     _no_ack: set[str]
     _simple: set[str]
+    _receivers: dict[str, dict[str, Any]]
     order: Any
     boxes: dict[str, Any]
 
@@ -38,6 +39,7 @@ class Consuming(Settling):
         elif _is_simple(callback):
             self._simple.add(queue)
         super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        self._receivers.setdefault(queue, {})[consumer_tag] = self.connection._callbacks[queue]
         self.connection.consumers_changed(self)
 
     def basic_cancel(self, consumer_tag: str) -> None:
@@ -47,10 +49,20 @@ class Consuming(Settling):
                 self.connection.consumer_ends(self, queue)
         finally:
             super().basic_cancel(consumer_tag)
+        if queue is not None:
+            self._receivers[queue].pop(consumer_tag, None)
         self._no_ack.discard(queue)
         self._simple.discard(queue)
         if self.connection is not None:
             self.connection.consumers_changed(self)
+
+    def deliver(self, raw: Any, queue: str) -> None:
+        """Hand a message to a consumer of this channel, the latest of its queue. kombu's transports know the latest of
+        the whole connection, whose channel does not hold what this one has claimed."""
+        if receivers := [*self._receivers.get(queue, {}).values()]:
+            receivers[-1](raw)
+        else:  # two had one tag, and one of them ended
+            self.connection._deliver(raw, queue)
 
     @property
     def singly(self) -> bool:
@@ -143,14 +155,15 @@ class Consuming(Settling):
         for queue in self.consumed:
             self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
 
-    def _received(self, job: Job, tag: str | None = None) -> Any:
+    def _received(self, job: Job, tag: str | None = None, asked: bool = False) -> Any:
         """The message of a job; None where it ended here.
 
         :param tag: by which the leases hold it. Default: they do not yet
+        :param asked: for by `basic_get`, which says itself whether it will be acked; a consumer has said that before
         """
         held, tag = tag is not None, tag or new_tag(job)
         raw = self._message(job, tag)
-        if raw is not None and job.queue not in self._no_ack:
+        if raw is not None and (asked or job.queue not in self._no_ack):
             self._unacked.add(tag)
             if not held:
                 self.leases.add(tag, job)
@@ -187,7 +200,7 @@ class Consuming(Settling):
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
         while jobs := self.broker.claim(queue):
-            if (raw := self._received(jobs[0])) is not None:
+            if (raw := self._received(jobs[0], asked=True)) is not None:
                 return raw
             # that one had expired: the next one may not
         raise Empty

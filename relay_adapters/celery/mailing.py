@@ -69,7 +69,7 @@ class Mailing(Declaring):
                 return raw, queue
         return None
 
-    def _opened(self, queue: str, packed: bytes) -> Any:
+    def _opened(self, queue: str, packed: bytes, asked: bool = False) -> Any:
         try:
             raw = unpack(packed)
             tag = f"m{next(_tags)}"
@@ -77,7 +77,7 @@ class Mailing(Declaring):
         except (ValueError, KeyError, TypeError) as error:
             logger.error("a message of queue %r does not decode and is dropped: %s", queue, error)
             return None
-        if queue not in self._no_ack:
+        if asked or queue not in self._no_ack:
             self._held[tag] = (queue, packed)
         return raw
 
@@ -86,7 +86,7 @@ class Mailing(Declaring):
         if terms is None:
             return super()._get(queue, timeout)
         packed = self.broker.store.run(moves.take(self.topology.places, queue, terms.ttl or 0))
-        raw = self._opened(queue, packed) if packed is not None else None
+        raw = self._opened(queue, packed, asked=True) if packed is not None else None
         if raw is None:
             raise Empty
         return raw

@@ -72,7 +72,7 @@ class MailWatch:
             channel.mail.extend((queues[e.stream], e.id, e.fields[3]) for e in self.bell.read())
         delivered, most = 0, AT_ONCE if channel.connection.looping else 1
         while delivered < most and not channel.closed and (found := channel.next_mail()) is not None:
-            channel.connection._deliver(*found)
+            channel.deliver(*found)
             delivered += 1
         return delivered
 

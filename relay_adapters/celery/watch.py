@@ -224,7 +224,7 @@ class Watch:
     def _hand_over(self, raw: Any, queue: str) -> None:
         before, self._delivering = self._delivering, True
         try:
-            self.channel.connection._deliver(raw, queue)
+            self.channel.deliver(raw, queue)
         finally:
             self._delivering = before
 
