@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import kombu
@@ -171,6 +172,27 @@ def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.C
     message = here.default_channel.basic_get(name, no_ack=True)
     assert message.payload["expires"].startswith("1970")
     assert message.payload["id"] == "1"
+
+
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_an_expired_task_keeps_its_own_time_where_that_is_over_too(
+    here: kombu.Connection, engine: Broker, protocol: int
+) -> None:
+    """What is connected to `task_revoked` sees when it expired."""
+    name = queue(here, message_ttl=60)
+    over, ahead = (datetime.now(timezone.utc) + timedelta(hours=hours) for hours in (-1, 1))
+    for id, expires in (("1", over), ("2", ahead)):
+        head = {"task": "t", "id": id, "lang": "py", "eta": None, "expires": expires.isoformat()}
+        if protocol == 1:
+            send(here, {**head, "args": [], "kwargs": {}}, key=name)
+        else:
+            send(here, 1, key=name, headers=head)
+    age_by(engine, name, 100)
+    told = []
+    for _ in range(2):
+        message = here.default_channel.basic_get(name, no_ack=True)
+        told.append((message.payload if protocol == 1 else message.headers)["expires"])
+    assert told == [over.isoformat(), "1970-01-01T00:00:00+00:00"]
 
 
 def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection, engine: Broker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_without_a_result_backend_all_that_are_named_are_taken_out(site: Site) -
     assert "ok" in site.revoke("none", *ids)
     assert site.broker.stats("none").delayed == 0
     eventually(lambda: all(lines(site.folder, "revoked", id) for id in ids), "the signals")
+
+
+def test_the_signal_tells_of_its_delivery_what_it_does_where_celery_drops_a_task(site: Site) -> None:
+    id = site.app.send_task("tests.celery_app.run", ["x"], countdown=3600, queue="none", priority=3).id
+    assert "ok" in site.revoke("none", id)
+    eventually(lambda: lines(site.folder, "revoked-of", id), "the signal")
+    (line,) = lines(site.folder, "revoked-of", id)
+    told = json.loads(line.partition(" ")[2])
+    assert told == {"exchange": "", "routing_key": "none", "priority": 3, "redelivered": False}
 
 
 def test_who_asked_for_its_result_by_rpc_is_answered(site: Site) -> None:

@@ -68,7 +68,7 @@ def fail(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
         return  # it was done, and only the answer was lost
     if not is_ours():
         raise NotYet("its result backend was waited for too long")
-    context = context_of(app, message)
+    context = context_of(app, message, job.deliveries > 1)
     backend.mark_as_failure(id, error, request=context, store_result=stores_errors(task, told))
     logger.error("%s", error)
     if task is not None:

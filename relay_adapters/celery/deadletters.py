@@ -60,12 +60,14 @@ class DeadLetters(Routing):
             return False
         if self.dead_letter(job, "expired"):
             return True
-        # by any clock it is too late: the worker's may differ from the server's
+        # where its own time is not over by the clock here, by any it is too late: that may differ from the server's
         if "task" in (headers := raw.get("headers") or {}):
-            headers["expires"] = LONG_AGO
+            if not _is_over(headers.get("expires")):
+                headers["expires"] = LONG_AGO
             return False
         if (task := protocol_1(raw)) is not None:
-            raw["body"] = json.dumps({**task, "expires": LONG_AGO})
+            if not _is_over(task.get("expires")):
+                raw["body"] = json.dumps({**task, "expires": LONG_AGO})
             return False
         self.broker.ack(job)
         return True
@@ -174,6 +176,12 @@ def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any]) -> floa
     if not isinstance(since, (int, float)) or not 0 < since < _END_OF_TIME:
         since = 0.0
     return max(job.created_at or 0.0, due or 0.0, float(since))
+
+
+def _is_over(expires: Any) -> bool:
+    """Whether a worker here takes a task that has this for expired."""
+    ends = timestamp(expires)
+    return ends is not None and ends < time.time()
 
 
 def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info: dict[str, Any], now: float) -> None:

@@ -13,14 +13,24 @@ logger = logging.getLogger("relay.celery")
 _IN_BODY = ("args", "kwargs", "callbacks", "errbacks", "chord")
 
 
-def context_of(app: Any, message: Any) -> Any:
-    """The request of the task, as its callbacks and its chord need it."""
+def context_of(app: Any, message: Any, redelivered: bool = False) -> Any:
+    """The request of the task, as its callbacks, its chord and what is connected to signals need it."""
     from celery.app.task import Context
     from kombu.serialization import loads, prepare_accept_content
 
     told, properties = told_of(message), message["properties"]
     request: dict[str, Any] = {**told, "reply_to": properties.get("reply_to"), "errbacks": None}
-    request |= {"correlation_id": properties.get("correlation_id"), "delivery_info": properties.get("delivery_info")}
+    info = properties.get("delivery_info") or {}
+    request |= {
+        "correlation_id": properties.get("correlation_id"),
+        "properties": properties,
+        "delivery_info": {
+            "exchange": info.get("exchange"),
+            "routing_key": info.get("routing_key"),
+            "priority": properties.get("priority"),
+            "redelivered": redelivered,
+        },
+    }
     accept = prepare_accept_content(app.conf.accept_content)
     try:
         body = loads(message["body"], message["content-type"], message["content-encoding"], accept=accept)
