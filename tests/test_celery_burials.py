@@ -195,6 +195,29 @@ def test_a_message_that_no_client_has_written_is_told_of_once(monkeypatch: pytes
         app.close()
 
 
+@pytest.mark.parametrize("deliveries", [1, 2])
+def test_the_on_failure_of_a_buried_task_sees_how_it_was_delivered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deliveries: int
+) -> None:
+    with Server("redis", tcp=True) as server, Broker(server.url) as broker:
+        app = client_of(server.url, tmp_path, results_of(server))
+        monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
+        seen: list[Any] = []
+
+        @app.task(bind=True, name="pay", shared=False, on_failure=lambda *_: seen.append(pay.request.delivery_info))
+        def pay(self: Any) -> None:
+            """It is buried before it runs."""
+
+        pay.apply_async(queue=QUEUE, priority=3)
+        for last in range(deliveries, 0, -1):
+            (job,) = broker.claim(QUEUE)
+            if last > 1:
+                broker.nack(job, "again", delay=0)
+        burial.fail(job, "gone", lambda: True)
+        assert seen == [{"exchange": "", "routing_key": QUEUE, "priority": 3, "redelivered": deliveries > 1}]
+        app.close()
+
+
 class Desk:
     """A broker that hears of what a teller has done. What that does is given."""
 
