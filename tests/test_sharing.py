@@ -100,6 +100,26 @@ def test_who_finds_all_connections_in_use_for_too_long_is_told_the_limit(server:
     store.close()
 
 
+def test_who_waits_for_a_connection_gets_it_before_who_gives_it_back_and_takes_one_again(server: Server) -> None:
+    store = SyncStore(parse_url(server.url), StoreSettings(max_connections=1))
+    stop, commands = threading.Event(), [store.run(count())[0]]
+
+    def go_on() -> None:
+        while not stop.is_set():
+            commands.append(store.run(count())[0])
+
+    with ThreadPoolExecutor(1) as other:
+        greedy = other.submit(go_on)
+        try:
+            eventually(lambda: len(commands) > 10, "the other thread runs commands")
+            mine = [store.run(count())[0] for _ in range(50)]
+        finally:
+            stop.set()
+        greedy.result()
+    assert mine[-1] - mine[0] < 5 * len(mine)  # about one of the other's each time
+    store.close()
+
+
 def test_closing_a_store_closes_its_connections_and_refuses_later_commands(server: Server) -> None:
     store = SyncStore(parse_url(server.url), StoreSettings())
     store.run(count())
@@ -188,6 +208,27 @@ def test_many_tasks_never_get_each_others_replies(server: Server) -> None:
             await store.close()
 
     assert asyncio.run(work()) == [list(range(1, 51))] * 20
+
+
+def test_a_task_that_waits_for_a_connection_gets_it_before_one_that_takes_it_again(server: Server) -> None:
+    async def work() -> None:
+        store = AsyncStore(parse_url(server.url), StoreSettings(max_connections=1))
+        await store.run(count())
+        stop = asyncio.Event()
+
+        async def go_on() -> None:
+            while not stop.is_set():
+                await store.run(count())
+
+        greedy = asyncio.ensure_future(go_on())
+        await asyncio.sleep(0)
+        mine = [(await store.run(count()))[0] for _ in range(50)]
+        stop.set()
+        await greedy
+        assert mine[-1] - mine[0] < 5 * len(mine)  # about one of the other's each time
+        await store.close()
+
+    asyncio.run(work())
 
 
 def test_a_cancelled_command_leaves_no_reply_for_the_next(server: Server) -> None:

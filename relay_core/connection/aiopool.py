@@ -77,50 +77,50 @@ class AsyncPool:
         self._idle: list[AsyncLink] = []
         self._made = 0
         self._closed = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[AsyncLink | None]] = deque()
 
     async def take(self) -> AsyncLink | None:
         """A link, or None when all were in use for too long. Give it back with `give`."""
-        if not self._idle and self._made >= self._limit and not await self._wait():
-            return None
-        if self._closed:
-            raise Unavailable("the connection to the store was closed by this process")
-        if self._idle:
+        if self._idle and not self._closed:
             return self._idle.pop()
+        if self._made >= self._limit and not self._closed:
+            return await self._wait()
+        self._check()
         self._made += 1
         return self._make()
 
-    async def _wait(self) -> bool:
-        deadline = monotonic() + self._patience
-        while not self._idle and not self._closed:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await asyncio.wait_for(turn, deadline - monotonic())
-            except asyncio.TimeoutError:
-                return bool(self._idle)
-            except BaseException:
-                self._next()  # the turn may have come at the same moment
-                raise
-            finally:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-        return True
+    def _check(self) -> None:
+        if self._closed:
+            raise Unavailable("the connection to the store was closed by this process")
 
-    def _next(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+    async def _wait(self) -> AsyncLink | None:
+        """A link is handed over, so that nobody who comes later takes it first."""
+        turn: asyncio.Future[AsyncLink | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await asyncio.wait_for(turn, self._patience)
+            self._check()
+        except BaseException as error:
+            if turn.done() and not turn.cancelled() and (link := turn.result()) is not None:
+                await self.give(link)  # it came at the same moment
+            if isinstance(error, asyncio.TimeoutError):
+                return None
+            raise
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+        return turn.result()
 
     async def give(self, link: AsyncLink) -> None:
         if self._closed:
             await link.close()
             return
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(link)
+                return
         self._idle.append(link)
-        if self._waiting:
-            self._next()
 
     async def drop(self) -> None:
         """Close the idle links; they open again when needed."""

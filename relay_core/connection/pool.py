@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -111,6 +112,14 @@ class Link:
             self._connection.disconnect()
 
 
+class _Turn:
+    """Of a thread that waits: a link is handed to it, so that nobody who comes later takes it first."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.changed = threading.Condition(lock)
+        self.link: Link | None = None
+
+
 class Pool:
     """The links to one server, handed out last in, first out. Safe for threads.
 
@@ -125,43 +134,52 @@ class Pool:
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._closed = False
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._waiting = 0
+        self._waiting: deque[_Turn] = deque()
 
     def take(self) -> Link | None:
         """A link, or None when all were in use for too long. Give it back with `give`."""
         with self._lock:
-            if not self._idle and len(self._links) >= self._limit and not self._wait():
-                return None
-            if self._closed:
-                raise Unavailable("the connection to the store was closed by this process")
-            if self._idle:
+            if self._idle and not self._closed:
                 return self._idle.pop()
+            if len(self._links) >= self._limit and not self._closed:
+                return self._wait()
+            self._check()
             link = self._make()
             self._links.add(link)
             return link
 
-    def _wait(self) -> bool:
-        self._waiting += 1
+    def _check(self) -> None:
+        if self._closed:
+            raise Unavailable("the connection to the store was closed by this process")
+
+    def _wait(self) -> Link | None:
+        turn = _Turn(self._lock)
+        self._waiting.append(turn)
         try:
-            return self._changed.wait_for(self._free, self._patience)
+            turn.changed.wait_for(lambda: self._closed or turn.link is not None, self._patience)
+            self._check()
         except BaseException:
-            self._changed.notify()  # the turn may have come at the same moment
+            if turn.link is not None:  # it came at the same moment
+                self._give(turn.link)
             raise
         finally:
-            self._waiting -= 1
-
-    def _free(self) -> bool:
-        return self._closed or bool(self._idle) or len(self._links) < self._limit
+            if turn.link is None:
+                self._waiting.remove(turn)
+        return turn.link
 
     def give(self, link: Link) -> None:
         with self._lock:
-            if not self._closed:
-                self._idle.append(link)
-                if self._waiting:
-                    self._changed.notify()
-                return
-        link.close()
+            self._give(link)
+
+    def _give(self, link: Link) -> None:
+        if self._closed:
+            link.close()
+        elif self._waiting:
+            turn = self._waiting.popleft()
+            turn.link = link
+            turn.changed.notify()
+        else:
+            self._idle.append(link)
 
     def drop(self) -> None:
         """Close the idle links; they open again when needed."""
@@ -174,6 +192,7 @@ class Pool:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-            self._changed.notify_all()
+            for turn in self._waiting:
+                turn.changed.notify()
         for link in idle:
             link.close()
