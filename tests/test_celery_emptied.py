@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import kombu
@@ -304,3 +306,29 @@ def test_a_publish_through_an_exchange_asks_the_store_no_more_for_it(
     publish(here, 2, queue)
     # the exchange's version, which mailboxes are stored by, and the enqueue
     assert asked == (["run"] if options else ["raw", "run"])
+
+
+def test_a_process_forgets_the_queues_that_it_declared_and_that_have_ended(
+    here: kombu.Connection, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lives for long declares one per client, or per connection that it lost, as a worker's gossip does."""
+    clock = [time.monotonic()]
+    monkeypatch.setattr(topology, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    exchange, kept = kombu.Exchange(fresh("x"), "fanout"), queue_of(fresh("y"))
+    kept(here.default_channel).declare()
+    box = Inbox(here, kombu.Queue(fresh("box"), exchange, **BOX))
+    for _ in range(5):
+        for _ in range(topology.MANY):
+            with here.channel() as channel:
+                queue = kombu.Queue(fresh("left"), exchange, **BOX)
+                with kombu.Consumer(channel, [queue]):
+                    pass
+        clock[0] += BOX["expires"] + 1
+    known = here.default_channel.topology
+    assert len(known.declared) < 3 * topology.MANY
+    there = {box.consumer.queues[0].name, kept.name}
+    server.cli("FLUSHALL")
+    assert known.terms(kept.name) is not None
+    assert there == {name.decode() for name in server.cli("HKEYS", P.queues)}
+    assert there == set(known.declared) == set(known._bound)
+    assert len(here.default_channel.attendance._last) < 2 * topology.MANY

@@ -33,6 +33,10 @@ MANY = 500
 """Messages received from mailboxes after which they are acknowledged without waiting for the next touch."""
 
 
+REMEMBERED = 100
+"""Queues that were left of which is known what was received from them, should this process come back."""
+
+
 @dataclass
 class _Attended:
     terms: Terms
@@ -81,7 +85,8 @@ class Attendance:
             attended.terms = terms
             attended.channels.add(channel)
             self._left.pop(queue, None)
-            self._last.setdefault(queue, "")
+            self._remember(queue)
+            self.topology.consume(queue)
             if self.period < self._pause:
                 self._wake.set()  # the thread sleeps for longer than this queue may wait
             if self._thread is None:
@@ -101,7 +106,15 @@ class Attendance:
                 del self._attended[queue]
                 until = time.monotonic() + max(self._alive_ms, attended.terms.idle_ms) / 1000
                 self._left[queue] = _Left(attended.terms, until)
+                self.topology.leave(queue)
                 self._wake.set()
+
+    def _remember(self, queue: str) -> None:
+        """What it receives, with the lock held. A process that lives for long may consume from one queue after the
+        other: of those that it has left, the first are forgotten."""
+        self._last.setdefault(queue, "")
+        for old in [old for old in self._last if old not in self._attended][:-REMEMBERED]:
+            del self._last[old]
 
     def received(self, queue: str, id: str) -> None:
         """A message of a mailbox was handed over."""

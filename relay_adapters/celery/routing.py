@@ -130,6 +130,8 @@ class Routing(Declaring):
         if terms is not None and terms.idle_ms:
             now = time.monotonic()
             if now - self._used.get(queue, 0.0) > terms.idle_ms / 4000:
+                if len(self._used) >= 1000:
+                    self._used.clear()
                 self._used[queue] = now
                 self.topology.use(queue, terms)
 

@@ -34,6 +34,10 @@ logger = logging.getLogger("relay.celery")
 FRESH = 1.0
 """Seconds for which the terms of a queue are believed."""
 
+MANY = 100
+"""Declared queues that end by themselves from which on those that must have ended are looked for: a process that lives
+for long may declare one per client, or per connection."""
+
 SINCE, COUNT = "amq.", ""
 """Fields of the versions that are no exchanges: since when the store has declarations, and how often bindings have
 changed. Names that begin with `amq.` are the broker's own."""
@@ -74,6 +78,11 @@ class Topology:
         self._terms: dict[str, tuple[float, Terms]] = {}
         self.declared: dict[str, Terms] = {}
         """The queues that this process has declared, and below the bindings and exchanges: see `revive`."""
+        self._consumed: set[str] = set()
+        """The queues that this process consumes from."""
+        self._used_at: dict[str, float] = {}
+        """Of the declared queues that end by themselves: monotonic time at which this process used them last."""
+        self._many = MANY
         self._bound: dict[str, dict[tuple[str, Binding], None]] = {}
         self._exchanges: dict[str, dict[str, Any]] = {}
         self._owed: dict[str, None] = {}
@@ -89,6 +98,7 @@ class Topology:
 
     def after_fork(self) -> None:
         self._reviving = threading.RLock()
+        self._consumed.clear()
 
     @property
     def broker(self) -> Broker:
@@ -244,6 +254,7 @@ class Topology:
             answer = self._declare(name, wanted, known)
             if isinstance(answer, moves.Declared):
                 self.declared[name] = wanted
+                self._used(name)
                 self._terms[name] = (time.monotonic(), wanted)
                 self._learn(answer.since)
                 return answer.consumers
@@ -295,9 +306,40 @@ class Topology:
             return False
         self._terms.pop(name, None)
         if condition in ("", "unused"):
-            self.declared.pop(name, None)
-            self._bound.pop(name, None)
+            self._forget(name)
         return True
+
+    def consume(self, name: str) -> None:
+        """This process consumes from a queue, until `leave`."""
+        self._consumed.add(name)
+
+    def leave(self, name: str) -> None:
+        self._consumed.discard(name)
+        self._used(name)
+
+    def _used(self, name: str) -> None:
+        """This process has just used a queue."""
+        if name not in self.declared:
+            return
+        if not self.declared[name].idle_ms:
+            self._used_at.pop(name, None)
+            return
+        self._used_at[name] = time.monotonic()
+        if len(self._used_at) >= self._many:
+            self._forget_ended()
+            self._many = max(MANY, 2 * len(self._used_at))
+
+    def _forget(self, name: str) -> None:
+        for known in (self.declared, self._bound, self._used_at):
+            known.pop(name, None)
+
+    def _forget_ended(self) -> None:
+        """Declared queues that have ended, or live on only because others use them, who will have declared them."""
+        now = time.monotonic()
+        for name, used_at in list(self._used_at.items()):
+            terms = self.declared.get(name)
+            if name not in self._consumed and (terms is None or now - used_at > terms.idle_ms / 1000):
+                self._forget(name)
 
     # what this process declared, and the store has lost
 
@@ -362,6 +404,7 @@ class Topology:
             since, count = self.raw("HMGET", self.places.versions, SINCE, COUNT)
             if since == self._since and int(count or 0) >= self._count:
                 return
+            self._forget_ended()
             self._owed_exchanges |= dict.fromkeys(self._exchanges)
             self._owe([*self.declared, *self._bound])
             if self.owing:
@@ -396,6 +439,7 @@ class Topology:
 
     def use(self, name: str, terms: Terms) -> None:
         """A queue that expires was used: it lives on for its time. Not a plain ZADD, which a full server refuses."""
+        self._used(name)
         known = terms.to_json()
         while known:
             answer = self._declare(name, Terms.from_json(known), known, known)
