@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -117,6 +118,39 @@ def test_who_waits_for_a_connection_gets_it_before_who_gives_it_back_and_takes_o
             stop.set()
         greedy.result()
     assert mine[-1] - mine[0] < 5 * len(mine)  # about one of the other's each time
+    store.close()
+
+
+def test_a_handler_of_signals_runs_commands_also_while_its_thread_is_taking_a_connection(server: Server) -> None:
+    store, handled = SyncStore(parse_url(server.url), StoreSettings()), []
+    store.run(count())
+
+    class Ringing(list[Any]):
+        """The idle connections: a signal comes as one is taken."""
+
+        def pop(self, *args: Any) -> Any:
+            signal.raise_signal(signal.SIGUSR1)
+            return super().pop(*args)
+
+    def handle(*_: object) -> None:
+        (pool,) = store._pools.values()
+        pool._idle = list(pool._idle)
+        handled.append(store.run(count("handled")))
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("it waits for its own thread")
+
+    before = {s: signal.signal(s, handler) for s, handler in ((signal.SIGUSR1, handle), (signal.SIGALRM, give_up))}
+    signal.alarm(20)
+    try:
+        (pool,) = store._pools.values()
+        pool._idle = Ringing(pool._idle)
+        store.run(count())
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert handled == [(1, False)]
     store.close()
 
 

@@ -115,7 +115,7 @@ class Link:
 class _Turn:
     """Of a thread that waits: a link is handed to it, so that nobody who comes later takes it first."""
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, lock: threading.RLock) -> None:
         self.changed = threading.Condition(lock)
         self.link: Link | None = None
 
@@ -133,7 +133,7 @@ class Pool:
         # one whose user was interrupted before it could give it back is gone from here, too
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may run commands, too
         self._waiting: deque[_Turn] = deque()
 
     def take(self) -> Link | None:
