@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from relay_core.commands.command import Command
 from relay_core.connection import AsyncStore, SyncStore
+from relay_core.connection.pool import Link, Pool
 from relay_core.errors import InvalidArgument, Unavailable
 from relay_core.settings import StoreSettings, parse_url
 from tests.proxy import Proxy, to_socket
@@ -119,6 +121,17 @@ def test_who_waits_for_a_connection_gets_it_before_who_gives_it_back_and_takes_o
         greedy.result()
     assert mine[-1] - mine[0] < 5 * len(mine)  # about one of the other's each time
     store.close()
+
+
+def test_a_connection_that_its_user_lost_is_made_anew_for_who_waits() -> None:
+    """What interrupts a thread may come before it could give its connection back."""
+    pool = Pool(lambda: Link(Mock()), limit=1, patience=0.2)
+    held = [pool.take()]
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(pool.take)
+        eventually(lambda: pool._waiting, "the other thread to wait")
+        held.clear()
+        assert waiting.result() is not None
 
 
 def test_a_handler_of_signals_runs_commands_also_while_its_thread_is_taking_a_connection(server: Server) -> None:
@@ -332,6 +345,7 @@ def test_the_stores_work_without_hiredis(server: Server) -> None:
     sys.modules["hiredis"] = None
     import asyncio
     from relay_core.connection import AsyncStore, SyncStore
+from relay_core.connection.pool import Link, Pool
     from relay_core.settings import StoreSettings, parse_url
     from tests.shells import count
     url = parse_url(sys.argv[1])

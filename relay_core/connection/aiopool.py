@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_core.connection import clients, forks
 from relay_core.connection.aiostreams import AsyncStream, stream_of
-from relay_core.connection.pool import LOOK_AFTER
+from relay_core.connection.pool import CLOSED, LOOK_AFTER
 from relay_core.connection.replies import LOST, NOT_OPENED
 from relay_core.connection.steps import Outcome
 from relay_core.errors import Unavailable
@@ -81,17 +81,14 @@ class AsyncPool:
 
     async def take(self) -> AsyncLink | None:
         """A link, or None when all were in use for too long. Give it back with `give`."""
-        if self._idle and not self._closed:
+        if self._closed:
+            raise Unavailable(CLOSED)
+        if self._idle:
             return self._idle.pop()
-        if self._made >= self._limit and not self._closed:
+        if self._made >= self._limit:
             return await self._wait()
-        self._check()
         self._made += 1
         return self._make()
-
-    def _check(self) -> None:
-        if self._closed:
-            raise Unavailable("the connection to the store was closed by this process")
 
     async def _wait(self) -> AsyncLink | None:
         """A link is handed over, so that nobody who comes later takes it first."""
@@ -99,7 +96,8 @@ class AsyncPool:
         self._waiting.append(turn)
         try:
             await asyncio.wait_for(turn, self._patience)
-            self._check()
+            if self._closed:
+                raise Unavailable(CLOSED)
         except BaseException as error:
             if turn.done() and not turn.cancelled() and (link := turn.result()) is not None:
                 await self.give(link)  # it came at the same moment

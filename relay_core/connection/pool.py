@@ -21,6 +21,8 @@ from relay_core.errors import Unavailable
 LOOK_AFTER = 1.0
 """Seconds of rest after which a connection is looked at before it is used: the server may have closed it."""
 
+CLOSED = "the connection to the store was closed by this process"
+
 
 class Link:
     """One connection, opened when needed. Used by one thread at a time."""
@@ -139,31 +141,33 @@ class Pool:
     def take(self) -> Link | None:
         """A link, or None when all were in use for too long. Give it back with `give`."""
         with self._lock:
-            if self._idle and not self._closed:
+            if self._closed:
+                raise Unavailable(CLOSED)
+            if self._idle:
                 return self._idle.pop()
-            if len(self._links) >= self._limit and not self._closed:
-                return self._wait()
-            self._check()
-            link = self._make()
-            self._links.add(link)
-            return link
+            # one that was lost while this thread waited may be made anew
+            return self._new() or self._wait() or self._new()
 
-    def _check(self) -> None:
-        if self._closed:
-            raise Unavailable("the connection to the store was closed by this process")
+    def _new(self) -> Link | None:
+        if len(self._links) >= self._limit:
+            return None
+        link = self._make()
+        self._links.add(link)
+        return link
 
     def _wait(self) -> Link | None:
         turn = _Turn(self._lock)
         self._waiting.append(turn)
         try:
             turn.changed.wait_for(lambda: self._closed or turn.link is not None, self._patience)
-            self._check()
+            if self._closed:
+                raise Unavailable(CLOSED)
         except BaseException:
             if turn.link is not None:  # it came at the same moment
                 self._give(turn.link)
             raise
         finally:
-            if turn.link is None:
+            with suppress(ValueError):  # it came, or was lost on its way
                 self._waiting.remove(turn)
         return turn.link
 
