@@ -218,6 +218,20 @@ def test_the_on_failure_of_a_buried_task_sees_how_it_was_delivered(
         app.close()
 
 
+@pytest.mark.parametrize("how", [{"compression": "gzip"}, {"compression": "zlib", "serializer": "pickle"}, {}], ids=str)
+def test_the_chord_of_a_buried_task_hears_of_it_however_it_was_sent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    with Server("redis", tcp=True) as server, Broker(server.url) as broker:
+        app = client_of(server.url, tmp_path, results_of(server), accept_content=["json", "pickle"])
+        monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
+        whole = chord([app.signature("pay", queue=QUEUE, **how)])(app.signature("count", queue="later"))
+        (job,) = broker.claim(QUEUE)
+        burial.fail(job, "gone", lambda: True)
+        assert whole.state == "FAILURE"
+        app.close()
+
+
 class Desk:
     """A broker that hears of what a teller has done. What that does is given."""
 

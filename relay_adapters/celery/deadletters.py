@@ -4,7 +4,6 @@ them they go there, before they leave the queue: a crash in between leaves two c
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -15,7 +14,7 @@ from typing import Any
 from relay_adapters.celery.due import timestamp
 from relay_adapters.celery.envelope import SINCE, head_of, unpack
 from relay_adapters.celery.errors import NotFound
-from relay_adapters.celery.protocol import protocol_1, told_of
+from relay_adapters.celery.protocol import change_protocol_1, protocol_1, told_of
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms
 from relay_core import Job, commands
@@ -67,7 +66,7 @@ class DeadLetters(Routing):
             return False
         if (task := protocol_1(raw)) is not None:
             if not _is_over(task.get("expires")):
-                raw["body"] = json.dumps({**task, "expires": LONG_AGO})
+                change_protocol_1(raw, task, expires=LONG_AGO)
             return False
         self.broker.ack(job)
         return True

@@ -7,7 +7,7 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
-from relay_adapters.celery.protocol import told_of
+from relay_adapters.celery.protocol import arguments_of, told_of
 from relay_core.errors import InvalidArgument
 
 KEY, FOR = "relay_dedup_key", "relay_dedup_for"
@@ -31,16 +31,11 @@ def dedup_of(message: MutableMapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_arguments(message: MutableMapping[str, Any]) -> str:
-    told = told_of(message)
-    name = told.get("task")
-    if name is None or message.get("content-type") != "application/json":
+    name, arguments = told_of(message).get("task"), arguments_of(message)
+    if name is None or arguments is None:
         raise InvalidArgument(
             f"{KEY}=True makes the key of a task's name and arguments as JSON, but task {name!r} is sent as "
             f"{message.get('content-type')!r}; use task_serializer='json', or give a key of your own"
         )
-    if "task" in (message.get("headers") or {}):
-        args, kwargs, _embedded = json.loads(message["body"])
-    else:
-        args, kwargs = told.get("args"), told.get("kwargs")
-    text = json.dumps([args, kwargs], sort_keys=True, separators=(",", ":"))
+    text = json.dumps(arguments, sort_keys=True, separators=(",", ":"))
     return f"{name[:400]}:{hashlib.sha256(text.encode()).hexdigest()[:40]}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import MutableMapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from relay_adapters.celery.protocol import protocol_1, told_of
+from relay_adapters.celery.protocol import change_protocol_1, protocol_1, told_of
 from relay_core.errors import InvalidArgument
 from relay_core.retry import MAX_DELAY
 
@@ -46,7 +45,7 @@ def run_now(message: MutableMapping[str, Any]) -> None:
         if _is_ahead(headers["eta"]):
             headers["eta"] = _now()
     elif (task := protocol_1(message)) is not None and _is_ahead(task.get("eta")):
-        message["body"] = json.dumps({**task, "eta": _now()})
+        change_protocol_1(message, task, eta=_now())
 
 
 def _is_ahead(eta: Any) -> bool:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from relay_adapters.celery.protocol import told_of
+from relay_adapters.celery.protocol import body_of, told_of
 
 logger = logging.getLogger("relay.celery")
 
@@ -33,7 +33,7 @@ def context_of(app: Any, message: Any, redelivered: bool = False) -> Any:
     }
     accept = prepare_accept_content(app.conf.accept_content)
     try:
-        body = loads(message["body"], message["content-type"], message["content-encoding"], accept=accept)
+        body = loads(body_of(message), message["content-type"], message["content-encoding"], accept=accept)
         if isinstance(body, dict):  # protocol 1: its types are those that Celery reads, and its custom headers count
             request |= {name: body.get(name) for name in _IN_BODY}
         else:

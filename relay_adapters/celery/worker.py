@@ -6,7 +6,6 @@ it. `inspect scheduled` and `inspect query_task` tell of what waits in a worker'
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, MutableMapping
@@ -19,7 +18,7 @@ from relay_adapters.celery import children, given, revoking, spoiled
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.options import is_relay, safe_text
-from relay_adapters.celery.protocol import told_of
+from relay_adapters.celery.protocol import arguments_of, told_of
 from relay_core import Broker
 
 logger = logging.getLogger("relay.celery")
@@ -165,7 +164,7 @@ class _Scheduled(_Command):
                 for job in broker.jobs(queue, "delayed", limit=_LISTED):
                     try:
                         found.append(_as_listed(unpack(job.payload), state.hostname))
-                    except (ValueError, KeyError, TypeError):
+                    except Exception:  # whatever a client has written there
                         continue
         return found
 
@@ -180,7 +179,7 @@ class _QueryTask(_Command):
                     for id, payload in revoking.payloads(broker, queue, ids_of(task_id)).items():
                         job = broker.show(queue, id)
                         if job is not None and job.state == "delayed":
-                            with suppress(ValueError, KeyError, TypeError):
+                            with suppress(Exception):  # as above
                                 found[task_id] = ("scheduled", _as_listed(unpack(payload), state.hostname)["request"])
         return found
 
@@ -189,7 +188,8 @@ def _as_listed(message: MutableMapping[str, Any], hostname: str) -> dict[str, An
     """A waiting task as Celery lists those of its own timers."""
     told, properties = told_of(message), message["properties"]
     info = properties.get("delivery_info") or {}
-    args, kwargs = _arguments(message)
+    # of one that is no JSON, what the client wrote of them, so that nothing is unpickled
+    args, kwargs = arguments_of(message) or (told.get("argsrepr"), told.get("kwargsrepr"))
     return {
         "eta": told["eta"],
         "priority": 6,
@@ -211,18 +211,6 @@ def _as_listed(message: MutableMapping[str, Any], hostname: str) -> dict[str, An
             "worker_pid": None,
         },
     }
-
-
-def _arguments(message: MutableMapping[str, Any]) -> tuple[Any, Any]:
-    """The arguments where they are plain JSON; else what the client wrote of them, so that nothing is unpickled."""
-    headers = message.get("headers") or {}
-    if "task" not in headers:
-        told = told_of(message)
-        return told.get("args"), told.get("kwargs")
-    if message.get("content-type") == "application/json" and not headers.get("compression"):
-        args, kwargs, _embed = json.loads(message["body"])
-        return args, kwargs
-    return headers.get("argsrepr"), headers.get("kwargsrepr")
 
 
 def _revokers(state: Any) -> list[revoking.Revoker]:
