@@ -197,7 +197,7 @@ def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pyte
     assert time.monotonic() - began < 15
     slow.set()
     eventually(lambda: told, "the backend to be told")
-    assert told == [("id", "gone", "celery-burials")]
+    assert told == [("id", "gone", "relay-celery-results")]
 
 
 def test_a_child_of_a_fork_waits_for_no_lock_of_another_thread_of_its_parent() -> None:

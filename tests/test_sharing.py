@@ -345,7 +345,6 @@ def test_the_stores_work_without_hiredis(server: Server) -> None:
     sys.modules["hiredis"] = None
     import asyncio
     from relay_core.connection import AsyncStore, SyncStore
-from relay_core.connection.pool import Link, Pool
     from relay_core.settings import StoreSettings, parse_url
     from tests.shells import count
     url = parse_url(sys.argv[1])
