@@ -15,7 +15,8 @@ import pytest
 from celery import chord
 from celery.result import AsyncResult
 
-from relay_adapters.celery import burial, telling
+from relay_adapters import telling
+from relay_adapters.celery import burial
 from relay_core import Broker, Job, NotYet
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
@@ -237,7 +238,7 @@ class Desk:
 
     def __init__(self, tell: Callable[[Job, Callable[[], bool]], None]) -> None:
         self.heard: list[str] = []
-        self.tell, self.teller = tell, telling.Teller()
+        self.tell, self.teller = tell, telling.Teller("celery", "task")
 
     def told(self, job: Job) -> bool:
         self.heard.append(job.id)
@@ -320,7 +321,7 @@ def test_what_no_note_is_kept_of_is_told_again_until_it_is_done(monkeypatch: pyt
         if asked.count(name) < until:
             raise ConnectionError("no backend")
 
-    teller = telling.Teller()
+    teller = telling.Teller("celery", "task")
     for name, until in (("old", 4), ("older", 3), ("new", 1)):
         teller.tell(name, partial(tell, name, until), 20)
     assert asked.count("new") == 1

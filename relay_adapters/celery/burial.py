@@ -11,8 +11,9 @@ from typing import Any
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_adapters.celery.protocol import told_of
-from relay_adapters.celery.telling import PATIENCE, teller
+from relay_adapters.celery.telling import teller
 from relay_adapters.celery.unstarted import context_of, stores_errors
+from relay_adapters.telling import PATIENCE
 from relay_core import Broker, Job, NotYet, hookimpl
 
 logger = logging.getLogger("relay.celery")

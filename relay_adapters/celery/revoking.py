@@ -13,8 +13,9 @@ from typing import Any
 from relay_adapters.celery.envelope import head_of, unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.protocol import told_of
-from relay_adapters.celery.telling import PATIENCE, teller
+from relay_adapters.celery.telling import teller
 from relay_adapters.celery.unstarted import context_of, stores_errors
+from relay_adapters.telling import PATIENCE
 from relay_core import Broker
 from relay_core.errors import RelayError
 from relay_core.job import Record, State
