@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -13,7 +14,9 @@ from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq.encoder import Encoder, MessageData
 from dramatiq.errors import ConnectionClosed, QueueJoinTimeout, QueueNotFound
+from dramatiq.message import get_encoder, set_encoder
 from dramatiq.middleware import CurrentMessage, Middleware
 from dramatiq.results import ResultFailure, Results
 from dramatiq.results.backends import StubBackend
@@ -305,6 +308,34 @@ def test_a_body_that_does_not_decode_goes_to_dead_and_its_neighbours_run(broker:
         broker.join("default", timeout=5_000)
     assert ran == [1, 2]
     assert [job.reason for job in broker.core.dead("default")] == ["undecodable", "undecodable"]
+
+
+def test_an_encoder_may_make_text(broker: RelayBroker) -> None:
+    class Text(Encoder):
+        def encode(self, data: MessageData) -> bytes:
+            return json.dumps(data, ensure_ascii=False)  # type: ignore[return-value]
+
+        def decode(self, data: bytes) -> MessageData:
+            return json.loads(data)  # type: ignore[no-any-return]
+
+    ran: list[str] = []
+
+    @dramatiq.actor(max_retries=1, min_backoff=1, max_backoff=2)
+    def note(x: str) -> None:
+        ran.append(x)
+        raise ValueError
+
+    before = get_encoder()
+    set_encoder(Text())
+    try:
+        note.send("é")
+        dramatiq.group([note.message("ü")]).run()
+        with running(broker):
+            broker.join("default", timeout=10_000)
+    finally:
+        set_encoder(before)
+    assert sorted(ran) == ["é", "é", "ü", "ü"]
+    assert [json.loads(job.payload)["options"]["retries"] for job in broker.core.dead("default")] == [2, 2]
 
 
 def test_a_message_that_killed_its_workers_fails_through_the_middleware(broker: RelayBroker, server: Server) -> None:

@@ -43,7 +43,7 @@ def message(kind: type[Message[None]] = Message) -> Message[None]:
 def test_a_message_is_encoded_byte_for_byte_as_by_dramatiq(encoder: Encoder, kind: type[Message[None]]) -> None:
     given = message(kind)
     assert encoded(given) == given.encode()
-    assert encoded(MessageProxy(given)) == given.encode()  # type: ignore[arg-type]
+    assert encoded(MessageProxy(given)) == given.encode()
     changed = with_options(given, {"z": 1, "y": 2})
     assert encoded(changed) == given.copy(options={"z": 1, "y": 2}).encode()
 

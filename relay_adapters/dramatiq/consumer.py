@@ -17,7 +17,7 @@ from dramatiq.middleware import SkipMessage
 
 from relay_adapters.dramatiq.errors import WorkerErrors
 from relay_adapters.dramatiq.line import Line
-from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered
+from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delivered, encoded
 from relay_core import Broker, Job
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
@@ -269,7 +269,7 @@ class RelayConsumer(Consumer):
         ran = message.exception is not None and not isinstance(message.exception, SkipMessage)
         job, reason, nack_of = message.lease.job, "failed" if ran else "rejected", self._core.operations.nack_of
         try:
-            return nack_of(job, error, dead=True, reason=reason, payload=message.encode())
+            return nack_of(job, error, dead=True, reason=reason, payload=encoded(message))
         except Exception as refused:
             # options that the encoder cannot take, a traceback that makes it too large, a plugin that fails
             logger.warning(

@@ -111,11 +111,13 @@ class RelayMessage(MessageProxy):
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def encoded(message: Message[Any]) -> bytes:
-    """`message.encode()`. Dramatiq's own encoder would make a new one of the json module for each message."""
+def encoded(message: Message[Any] | MessageProxy) -> bytes:
+    """`message.encode()`. Dramatiq's own encoder would make a new one of the json module for each message; the text
+    that a user's encoder may make is UTF-8, as on Dramatiq's brokers."""
     if type(message) is Message and type(get_encoder()) is JSONEncoder:
         return _to_json(vars(message)).encode()
-    return message.encode()
+    body: bytes | str = message.encode()
+    return body.encode() if isinstance(body, str) else body
 
 
 def with_options(message: Message[Any], changes: dict[str, Any]) -> Message[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 from dramatiq.common import q_name
 from dramatiq.message import Message
 
-from relay_adapters.dramatiq.message import JOB_ID
+from relay_adapters.dramatiq.message import JOB_ID, encoded
 from relay_adapters.dramatiq.plugin import ADAPTER, HEADER
 from relay_core.errors import InvalidArgument
 from relay_core.job import Arrival, ArrivalState
@@ -180,7 +180,7 @@ def _arrival(id: str, name: str, body: bytes, died: float) -> Arrival | None:
         message: Message[Any] = Message.decode(body)
         message = message.copy(queue_name=queue, options={JOB_ID: id})
         message.options.pop("redis_message_id", None)
-        payload = message.encode()
+        payload = encoded(message)
         options = message.options
     except Exception:  # an encoder may fail in any way
         if name.endswith(".DQ"):
