@@ -49,9 +49,12 @@ class Broker(BrokerBase):
         if self._store is None or (self._lease is not None and self._opened_by != os.getpid()):
             with self._opening:
                 if self._store is None or self._opened_by != os.getpid():
-                    self._opened_by = os.getpid()
-                    self._bells: RestingBells[Bell] = RestingBells()
-                    self._store = SyncStore(self.address(), self._store_settings)
+                    store = SyncStore(self.address(), self._store_settings)
+                    # a signal's handler may have opened it meanwhile
+                    if self._store is None or self._opened_by != os.getpid():
+                        self._opened_by = os.getpid()
+                        self._bells: RestingBells[Bell] = RestingBells()
+                        self._store = store
         return self._store
 
     def close(self) -> None:

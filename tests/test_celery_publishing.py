@@ -19,13 +19,14 @@ from celery import Celery
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from relay_adapters.celery import envelope
+from relay_adapters.celery import envelope, leases, options, upkeep
 from relay_core import Broker
 from relay_core.errors import InvalidArgument, Unavailable
 from tests.aging import age_by
 from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
 from tests.celery_workers import client_of
 from tests.servers import Server
+from tests.signals import handled_by
 
 
 @pytest.fixture
@@ -361,6 +362,59 @@ def test_many_threads_publish_through_one_app(app: Celery, broker: Broker) -> No
     for thread in threads:
         thread.join()
     assert broker.stats("celery").ready == 400
+
+
+@pytest.mark.parametrize(("module", "made"), [(options, "Broker"), (upkeep, "Topology"), (leases, "Leases")])
+def test_a_handler_of_signals_publishes_while_its_thread_makes_the_first_connection(
+    server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch, module: Any, made: str
+) -> None:
+    """Of all that a process has once, both use the same."""
+    ours: list[Any] = []
+
+    def publish() -> None:
+        with Connection(server.url, transport_options={"client_name": name}) as connection:
+            connection.Producer().publish("x", routing_key="celery")
+            channel = connection.default_channel
+            ours.append((channel.broker, channel.attendance, channel.leases))
+
+    name, make = f"test-{uuid.uuid4().hex}", getattr(module, made)
+    with handled_by(publish) as ring:
+
+        def ringing(*args: Any, **given: Any) -> Any:
+            ring()
+            return make(*args, **given)
+
+        monkeypatch.setattr(module, made, ringing)
+        publish()
+    assert broker.stats("celery").ready == 2
+    assert ours[0] == ours[1]
+
+
+def test_a_handler_of_signals_connects_while_its_thread_takes_a_message(
+    server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program does that sends a task where Celery tells it that its worker stops."""
+
+    def publish() -> None:
+        with Connection(server.url) as connection:
+            connection.Producer().publish("x", routing_key="other")
+
+    with Connection(server.url) as connection, handled_by(publish) as ring:
+        channel = connection.default_channel
+        Queue("celery", channel=channel).declare()
+        for _ in range(2):
+            connection.Producer().publish("x", routing_key="celery")
+        assert channel.basic_get("celery") is not None
+        sure = channel.leases._be_sure
+
+        def ringing(until: float) -> None:
+            ring()
+            sure(until)
+
+        monkeypatch.setattr(channel.leases, "_be_sure", ringing)
+        channel.leases._sure += 60  # the next message is taken for one whose lease ends sooner
+        assert channel.basic_get("celery") is not None
+    assert broker.stats("other").ready == 1
 
 
 def test_children_of_a_fork_publish_on_connections_of_their_own(app: Celery, broker: Broker) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,14 +16,16 @@ from unittest.mock import Mock
 
 import pytest
 
+from relay_core import Broker
 from relay_core.commands.command import Command
 from relay_core.connection import AsyncStore, SyncStore
 from relay_core.connection.pool import Link, Pool
 from relay_core.errors import InvalidArgument, Unavailable
-from relay_core.settings import StoreSettings, parse_url
+from relay_core.settings import StoreSettings, StoreUrl, parse_url
 from tests.proxy import Proxy, to_socket
 from tests.servers import Flavour, Server, eventually
 from tests.shells import count, script
+from tests.signals import handled_by
 
 
 @pytest.fixture
@@ -142,29 +143,36 @@ def test_a_handler_of_signals_runs_commands_also_while_its_thread_is_taking_a_co
         """The idle connections: a signal comes as one is taken."""
 
         def pop(self, *args: Any) -> Any:
-            signal.raise_signal(signal.SIGUSR1)
+            ring()
             return super().pop(*args)
 
-    def handle(*_: object) -> None:
+    def handle() -> None:
         (pool,) = store._pools.values()
         pool._idle = list(pool._idle)
         handled.append(store.run(count("handled")))
 
-    def give_up(*_: object) -> None:
-        raise TimeoutError("it waits for its own thread")
-
-    before = {s: signal.signal(s, handler) for s, handler in ((signal.SIGUSR1, handle), (signal.SIGALRM, give_up))}
-    signal.alarm(20)
-    try:
+    with handled_by(handle) as ring:
         (pool,) = store._pools.values()
         pool._idle = Ringing(pool._idle)
         store.run(count())
-    finally:
-        signal.alarm(0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
     assert handled == [(1, False)]
     store.close()
+
+
+def test_a_handler_of_signals_opens_a_broker_also_while_its_thread_is_opening_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(server.url) as broker, handled_by(lambda: broker.enqueue("q", b"handled")) as ring:
+        address = broker.address
+
+        def ringing() -> StoreUrl:
+            ring()
+            return address()
+
+        monkeypatch.setattr(broker, "address", ringing)
+        broker.enqueue("q", b"")
+        assert broker.stats("q").ready == 2
+        assert clients(server) == 1, "both use the store that was opened first"
 
 
 def test_closing_a_store_closes_its_connections_and_refuses_later_commands(server: Server) -> None:

@@ -13,11 +13,12 @@ import pytest
 
 from relay_core import AsyncBroker
 from relay_core.broker import Broker
-from relay_core.connection.resting import MOST
+from relay_core.connection.resting import MOST, RestingBells
 from relay_core.job import Claimed
 from relay_core.operations import Wait
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
+from tests.signals import handled_by
 
 
 @pytest.fixture
@@ -286,3 +287,21 @@ def test_a_task_that_is_cancelled_in_a_claim_takes_no_lease_with_it(
     asyncio.run(cut_short())
     (job,) = broker.claim("q")
     assert job.deliveries == 1
+
+
+def test_a_bell_that_a_handler_of_signals_takes_is_handed_to_nobody_else() -> None:
+    class Ringing(bytes):
+        """A marker: a signal comes as it is looked for."""
+
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            ring()
+            return bytes.__eq__(self, other)
+
+    bells, taken = RestingBells[str](), list[Any]()
+    for bell in ("first", "second"):
+        bells.put([b"m"], bell)
+    with handled_by(lambda: taken.append(bells.take([b"m"]))) as ring:
+        taken.append(bells.take([Ringing(b"m")]))
+    assert taken == ["second", "first"]

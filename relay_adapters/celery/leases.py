@@ -53,7 +53,7 @@ class Leases:
 
     def after_fork(self) -> None:
         """A child of a fork holds nothing: its parent does."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may connect: Celery sends worker_shutting_down in one
         self._held: dict[str, Held] = {}
         self.owed = Owed()
         self._ahead: list[Ahead] = []

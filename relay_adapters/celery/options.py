@@ -238,7 +238,7 @@ def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
             burial = Burial()
             try:
                 burial.broker = Broker(url, **{**options, "plugins": (*options.get("plugins", ()), burial)})
-                _shared[key] = burial.broker
+                _shared.setdefault(key, burial.broker)  # a signal's handler may have been faster
             except InvalidUrl:
                 raise
             except InvalidArgument as error:

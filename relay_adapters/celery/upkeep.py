@@ -116,5 +116,6 @@ def attendance_of(broker: Broker) -> Attendance:
     with _all_lock:
         if id(broker) not in _all:
             topology = Topology(broker)
-            _all[id(broker)] = Attendance(topology, Upkeep(topology).turn)
+            # a signal's handler may have been faster
+            _all.setdefault(id(broker), Attendance(topology, Upkeep(topology).turn))
         return _all[id(broker)]

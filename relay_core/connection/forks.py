@@ -22,14 +22,17 @@ def watch(owner: Forked) -> None:
 
 
 class Lock:
-    """A lock of a module or a long-lived object that is free in the child of a fork, whichever thread held it."""
+    """A lock of a module or a long-lived object that is free in the child of a fork, whichever thread held it.
+
+    A signal's handler may run what takes it, too, as its own thread holds it.
+    """
 
     def __init__(self) -> None:
         self.after_fork()
         watch(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __enter__(self) -> None:
         self._lock.acquire()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from relay_core.connection import forks
@@ -28,11 +29,11 @@ class RestingBells(Generic[B]):
         """One for these markers, if there is one."""
         wanted = frozenset(markers)
         with self._lock:
-            for at in range(len(self._bells) - 1, -1, -1):
-                if self._bells[at][0] == wanted:
-                    _markers, bell = self._bells[at]
-                    del self._bells[at]
-                    return bell
+            for kept in reversed(list(self._bells)):
+                if kept[0] == wanted:
+                    with suppress(ValueError):  # a signal's handler took it just now
+                        self._bells.remove(kept)
+                        return kept[1]
         return None
 
     def put(self, markers: Iterable[bytes], bell: B) -> B | None:
