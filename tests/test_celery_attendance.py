@@ -43,6 +43,12 @@ def consume_for_a_moment(channel: Any) -> None:
         pass
 
 
+def test_a_channel_forgets_the_queue_of_a_consumer_that_ended(channel: Any) -> None:
+    """A monitor that asks workers again and again has a queue for each answer."""
+    consume_for_a_moment(channel)
+    assert channel._receivers == {}
+
+
 def test_a_queue_whose_consumer_is_just_being_signed_off_is_unused(
     channel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

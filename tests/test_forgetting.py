@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from relay_core import Broker, JobSpec, commands
 from relay_core.keys import QueueKeys
+from relay_core.operations import burials, enqueueing
 
 Q = QueueKeys("relay", "q")
 MANY = 1000
@@ -50,3 +53,19 @@ def test_a_reap_leaves_the_rest_to_the_next_claims(broker: Broker) -> None:
     assert broker.store.raw("HLEN", Q.dedup) == MANY - 200
     claim_until_all_is_done(broker)
     assert broker.store.raw("HLEN", Q.dedup) == 0
+
+
+def test_a_process_remembers_a_bounded_number_of_the_queues_that_it_used(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lives for long may use one per client; of a queue that it has forgotten, it learns anew."""
+    for module in (burials, enqueueing):
+        monkeypatch.setattr(module, "MOST", 5)
+    names = [f"q{n}" for n in range(23)]
+    for _ in range(2):
+        for name in names:
+            broker.enqueue(name, b"x")
+            broker.ack(broker.claim(name)[0])
+    assert 0 < len(broker.operations._seen) <= 5
+    assert 0 < len(broker.operations._registered) <= 5
+    assert sorted(broker.queues()) == sorted(names)

@@ -50,7 +50,10 @@ class Consuming(Settling):
         finally:
             super().basic_cancel(consumer_tag)
         if queue is not None:
-            self._receivers[queue].pop(consumer_tag, None)
+            receivers = self._receivers.get(queue, {})
+            receivers.pop(consumer_tag, None)
+            if not receivers:  # as of a client that asks many questions, each with a queue for the answers
+                self._receivers.pop(queue, None)
         self._no_ack.discard(queue)
         self._simple.discard(queue)
         if self.connection is not None:

@@ -18,6 +18,7 @@ from relay_core.commands import Grant
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError
 from relay_core.job import Job
+from relay_core.operations.base import MOST
 from relay_core.operations.grants import Grants
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow
@@ -29,24 +30,41 @@ LOOK_EVERY = 10.0
 process does so, whatever its plugins, for these are not to change what it sends."""
 
 
+class Seen:
+    """What the replies have told of a queue. It may be forgotten as a whole: the next claim then is as the first one.
+
+    :ivar levels: that had jobs
+    :ivar long: the last long way found more than the common case: the next claim takes it at once
+    :ivar look_at: monotonic time from which a claim looks after burials that nobody has told of. The first claim of a
+        queue does so anyway: it takes the long way since it does not know the queue's levels
+    """
+
+    __slots__ = ("levels", "long", "look_at")
+
+    def __init__(self) -> None:
+        self.levels = ""
+        self.long = False
+        self.look_at = math.inf
+
+
 class Burials(Grants):
     """Tells of burials."""
 
     def __init__(self, settings: Settings, plugins: Plugins) -> None:
         super().__init__(settings, plugins)
-        self._look_at: dict[str, float] = {}
+        self._seen: dict[str, Seen] = {}
 
-    def looks(self, queue: str, now: float) -> bool:
-        """Whether it is time to look after burials that nobody has told of. The first claim of a queue does so anyway:
-        it takes the long way since it does not know the queue's levels.
+    def seen(self, queue: str) -> Seen:
+        found = self._seen.get(queue)
+        if found is None:
+            if len(self._seen) >= MOST:
+                self._seen.clear()
+            found = self._seen[queue] = Seen()
+        return found
 
-        :param now: `time.monotonic()`
-        """
-        return now >= self._look_at.get(queue, math.inf)
-
-    def looked(self, queue: str) -> None:
+    def looked(self, seen: Seen) -> None:
         """A script has looked, just now."""
-        self._look_at[queue] = time.monotonic() + LOOK_EVERY
+        seen.look_at = time.monotonic() + LOOK_EVERY
 
     def tell_buried(self, queue: str, buried: Sequence[Grant], untold: int, now_ms: int, sent: float) -> Flow[None]:
         """Tell of what was buried here and, where the reply speaks of burials that nobody told of in time, of those.
@@ -59,9 +77,10 @@ class Burials(Grants):
         with suppress(RelayError):  # then they are told of again, by whoever looks next
             yield from self._tell(queue, buried, now_ms, sent)
             if untold:
-                self._look_at[queue] = 0.0  # there may be more
+                seen = self.seen(queue)
+                seen.look_at = 0.0  # there may be more
                 if not (yield from self._tell(queue, (yield commands.retell(q)), now_ms, sent)):
-                    self.looked(queue)  # the rest is in no hurry: a plugin cannot do its part now
+                    self.looked(seen)  # the rest is in no hurry: a plugin cannot do its part now
 
     def _tell(self, queue: str, burials: Sequence[Grant], now_ms: int, sent: float) -> Flow[bool]:
         """False: some of them have to be told of again."""

@@ -13,20 +13,12 @@ from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import Claimed, Job
 from relay_core.operations.burials import Burials
 from relay_core.operations.ending import Ending, ack_of, are_plain
-from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow, Wait
-from relay_core.plugins import Plugins
 from relay_core.validation import seconds, whole
 
 
 class Claiming(Ending, Burials):
     """claim, finish, promote and reap."""
-
-    def __init__(self, settings: Settings, plugins: Plugins) -> None:
-        super().__init__(settings, plugins)
-        self._levels: dict[str, str] = {}
-        self._long: set[str] = set()
-        """Queues where the last long way found more than the common case: the next claim takes it at once."""
 
     def claim(self, queues: Sequence[str], count: int = 1, wait: float = 0.0, woken: bool = False) -> Flow[Claimed]:
         """Ask the queues in their order until `count` jobs are leased; wait up to `wait` seconds for the first."""
@@ -74,15 +66,15 @@ class Claiming(Ending, Burials):
         """
         s = self.settings
         q, nonce, resent = s.keys(queue), new_nonce(), False
-        acks = [ack_of(job) for job in done]
-        if count and not nacks and queue not in self._long and are_plain(done) and not self.looks(queue, sent):
-            levels = self._levels.get(queue, "")
+        acks, seen = [ack_of(job) for job in done], self.seen(queue)
+        if count and not nacks and not seen.long and are_plain(done) and sent < seen.look_at:
+            levels = seen.levels
             answer: ClaimReply | LongWay = yield (
                 commands.claim_one(q, s.lease_ms, nonce, levels=levels)
                 if count == 1 and not acks and not woken
                 else commands.claim(q, count, s.lease_ms, nonce, levels=levels, woken=woken, acks=acks)
             )
-            self._levels[queue] = answer.levels
+            seen.levels = answer.levels
             if not isinstance(answer, LongWay):
                 return Finish([Verdict.DONE] * len(acks), (), answer)
             resent = answer.resent
@@ -90,10 +82,10 @@ class Claiming(Ending, Burials):
             q, acks, nacks, count, s.lease_ms, nonce,
             max_deliveries=s.max_deliveries, keep_ms=s.keep_ms, woken=woken, resent=resent,
         )  # fmt: skip
-        self._levels[queue] = finished.claim.levels
-        self.looked(queue)
+        seen.levels = finished.claim.levels
+        self.looked(seen)
         if count:
-            (self._long.add if _is_special(finished.claim) else self._long.discard)(queue)
+            seen.long = _is_special(finished.claim)
         return finished
 
     def _received(self, queue: str, done: Finish, sent: float) -> Flow[Claimed]:

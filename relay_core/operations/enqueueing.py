@@ -13,7 +13,7 @@ from relay_core.commands import Command, LongWay, NewJob, Stored
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Enqueued
-from relay_core.operations.base import Base
+from relay_core.operations.base import MOST, Base
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow, Raw
 from relay_core.plugins import Plugins
@@ -145,6 +145,8 @@ class Enqueueing(Base):
         """
         if anew or queue not in self._registered:
             yield Raw(("SADD", keys.registry(self.settings.prefix), keys.encode_queue(queue)))
+            if len(self._registered) >= MOST:
+                self._registered.clear()
             self._registered.add(queue)
 
     def _register_anew(self, queue: str) -> Flow[None]:
