@@ -326,6 +326,7 @@ def test_a_process_forgets_the_queues_that_it_declared_and_that_have_ended(
         clock[0] += BOX["expires"] + 1
     known = here.default_channel.topology
     assert len(known.declared) < 3 * topology.MANY
+    assert len(known._terms) < 3 * topology.MANY
     there = {box.consumer.queues[0].name, kept.name}
     server.cli("FLUSHALL")
     assert known.terms(kept.name) is not None

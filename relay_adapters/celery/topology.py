@@ -330,7 +330,7 @@ class Topology:
             self._many = max(MANY, 2 * len(self._used_at))
 
     def _forget(self, name: str) -> None:
-        for known in (self.declared, self._bound, self._used_at):
+        for known in (self.declared, self._bound, self._used_at, self._terms):
             known.pop(name, None)
 
     def _forget_ended(self) -> None:
