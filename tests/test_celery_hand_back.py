@@ -3,6 +3,7 @@ another broker to turn to, and must not wait for one that is away."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from threading import Event, Thread, get_ident
@@ -13,10 +14,11 @@ import kombu
 import pytest
 from celery import Celery
 
+from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.request import Request
 from relay_core import Broker
-from tests.celery_links import Inbox, Loop, link, send
+from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.servers import Server, eventually
 
 
@@ -131,3 +133,22 @@ def test_the_message_of_a_task(loop: Loop, broker: Broker, tellers: list[int], c
     assert tellers
     assert get_ident() not in tellers
     app.close()
+
+
+@pytest.mark.parametrize("prefetch", [5, 1])
+def test_what_came_for_a_consumer_that_is_cancelled_comes_back_in_its_order(
+    loop: Loop, broker: Broker, prefetch: int
+) -> None:
+    """Also where a smaller prefetch count leaves no credit to look at it."""
+
+    def cancel(message: Any) -> None:
+        loop.channel.basic_qos(0, prefetch, False)
+        loop.channel.basic_cancel(*[tag for tag, queue in loop.channel._tag_to_queue.items() if queue == loop.queue])
+
+    loop.received = cancel
+    kombu.Queue(other := fresh("other"))(loop.channel).declare()
+    loop.channel.basic_consume(other, False, lambda message: None, fresh("tag"))
+    for n in range(4):
+        send(loop.channel.connection.client, n, key=loop.queue)
+    loop.until(lambda: broker.stats(loop.queue).ready == 3, "the others to be handed back")
+    assert [json.loads(unpack(job.payload)["body"]) for job in broker.claim(loop.queue, 3)] == [1, 2, 3]

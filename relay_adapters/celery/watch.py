@@ -189,9 +189,13 @@ class Watch:
         else:
             # who drains by calls counts the messages by them, as kombu's helpers do; Celery's workers do not
             ends = math.inf if channel.leases.tasks and not channel.singly else 0.0
+        self._return_unwanted()
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
                 break
+            if self.waiting[0][1] not in channel.consumed:
+                self._return_unwanted()
+                continue
             if not channel.qos.can_consume() or self._held_back():
                 break
             if len(self.waiting) == 1 and self.hungry and self.ahead is None:
@@ -200,12 +204,17 @@ class Watch:
                 if room and self._enough(room):
                     self._claim_ahead(room)
             raw, queue = self.waiting.popleft()
-            if queue not in channel.consumed:
-                channel.take_back([(raw, queue)])
-                continue
             delivered += 1
             self._hand_over(raw, queue)
         return delivered
+
+    def _return_unwanted(self) -> None:
+        """What came for a consumer that was cancelled goes back, with credit and without. In one move: one by one, each
+        would come before the one that it followed."""
+        consumed = self.channel.consumed
+        if rest := [one for one in self.waiting if one[1] not in consumed]:
+            self.waiting = deque(one for one in self.waiting if one[1] in consumed)
+            self.channel.take_back(rest)
 
     def deliver_rest(self, queue: str) -> None:
         """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP and as its credit allows. If
