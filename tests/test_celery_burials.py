@@ -205,7 +205,7 @@ def test_the_on_failure_of_a_buried_task_sees_how_it_was_delivered(
         monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
         seen: list[Any] = []
 
-        @app.task(bind=True, name="pay", shared=False, on_failure=lambda *_: seen.append(pay.request.delivery_info))
+        @app.task(bind=True, name="buried", shared=False, on_failure=lambda *_: seen.append(pay.request.delivery_info))
         def pay(self: Any) -> None:
             """It is buried before it runs."""
 
@@ -226,7 +226,7 @@ def test_the_chord_of_a_buried_task_hears_of_it_however_it_was_sent(
     with Server("redis", tcp=True) as server, Broker(server.url) as broker:
         app = client_of(server.url, tmp_path, results_of(server), accept_content=["json", "pickle"])
         monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
-        whole = chord([app.signature("pay", queue=QUEUE, **how)])(app.signature("count", queue="later"))
+        whole = chord([app.signature("tests.nobody", queue=QUEUE, **how)])(app.signature("tests.nobody", queue="later"))
         (job,) = broker.claim(QUEUE)
         burial.fail(job, "gone", lambda: True)
         assert whole.state == "FAILURE"
