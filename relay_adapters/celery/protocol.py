@@ -9,8 +9,6 @@ import json
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from kombu.compression import decompress
-
 from relay_adapters.celery import marks
 
 
@@ -57,6 +55,9 @@ def body_of(message: Mapping[str, Any]) -> Any:
     if not compression:
         return message.get("body")
     try:
+        # every relay Broker loads the plugin, and so this module, also where kombu is not installed
+        from kombu.compression import decompress
+
         return decompress(message["body"], compression)
     except Exception as error:
         raise ValueError(f"its body is not compressed as {compression!r}: {error!r}") from error
