@@ -20,6 +20,7 @@ from benchmarks.idle import commands_within
 from relay_adapters.celery import moves
 from relay_adapters.celery.places import Places
 from relay_core import Broker
+from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.proxy import Proxy, to_port
 from tests.servers import Server, eventually
@@ -240,6 +241,73 @@ def test_what_mailboxes_hold_and_who_reads_them_is_told(here: kombu.Connection, 
     send(there, 4, key=mine.name)
     assert inbox.wait(1) == [4]
     assert tuple(channel.queue_declare(mine.name, passive=True)) == (mine.name, 0, 1)
+
+
+def test_what_a_purge_and_a_length_count_are_the_messages_that_wait(
+    here: kombu.Connection, there: kombu.Connection
+) -> None:
+    """Those that were received stay in the store until its owner's next touch, which is of no concern to others."""
+    mine = box(here, max_length=2)
+    inbox = Inbox(here, mine, no_ack=True)
+    for number in range(2):
+        send(there, number, key=mine.name)
+    inbox.wait(2)
+    assert there.default_channel.queue_purge(mine.name) == 0
+    for number in range(2, 4):
+        send(there, number, key=mine.name)
+    inbox.wait(4)
+    inbox.consumer.cancel()
+    for number in range(4, 7):
+        send(there, number, key=mine.name)
+    assert there.default_channel.queue_declare(mine.name, passive=True).message_count == 2
+    assert there.default_channel.queue_purge(mine.name) == 2
+
+
+def test_a_recover_brings_back_what_a_mailbox_gave_in_its_order(here: kombu.Connection) -> None:
+    mine = box(here)
+    inbox = Inbox(here, mine)
+    for number in range(3):
+        send(here, number, key=mine.name)
+    inbox.wait(3)
+    inbox.channel.basic_recover(requeue=True)
+    assert inbox.wait(6) == [0, 1, 2] * 2
+    assert inbox.quiet() == [0, 1, 2] * 2
+
+
+def test_what_could_not_be_requeued_goes_back_when_the_channel_closes(
+    here: kombu.Connection, there: kombu.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = box(here)
+    inbox = Inbox(here, mine)
+    send(there, 1, key=mine.name)
+    inbox.wait(1)
+    store = inbox.channel.broker.store
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "run", lambda *_: (_ for _ in ()).throw(Unavailable("away")))
+        with pytest.raises(Unavailable):
+            inbox.messages[0].requeue()
+    inbox.channel.close()
+    assert got(there, mine.name) == [1]
+
+
+def test_what_a_cancelled_consumer_was_not_handed_comes_once_to_the_next_ones(here: kombu.Connection) -> None:
+    """Of the same process. It has come to the first channel, and is not to wait there for its next consumer, too."""
+    mine = box(here)
+    first, second = Inbox(here, prefetch=1), Inbox(here)
+    one = kombu.Consumer(first.channel, [mine], callbacks=[first._take])
+    one.consume()
+    for number in range(4):
+        send(here, number, key=mine.name)
+    first.wait(1)
+    one.cancel()
+    two = kombu.Consumer(second.channel, [mine], callbacks=[second._take], no_ack=True)
+    two.consume()
+    assert second.wait(3) == [1, 2, 3]
+    two.cancel()
+    send(here, 4, key=mine.name)
+    first.messages[0].ack()
+    one.consume()
+    assert first.wait(2) == [0, 4]
 
 
 # many of them, by Celery's own nodes

@@ -134,7 +134,9 @@ class Declaring(virtual.Channel):
 
     def _purge(self, queue: str) -> int:
         if self._mailbox(queue) is not None:
-            return int(self.topology.raw("XTRIM", self.topology.places.box(queue), "MAXLEN", 0))
+            waiting = self.topology.waiting(queue)  # not those that a consumer has, of which XTRIM tells, too
+            self.topology.raw("XTRIM", self.topology.places.box(queue), "MAXLEN", 0)
+            return waiting
         return self.broker.purge(queue)
 
     def _mailbox(self, queue: str) -> Terms | None:

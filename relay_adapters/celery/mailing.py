@@ -62,7 +62,7 @@ class Mailing(Declaring):
                 return None
             self.mail.popleft()
             if queue not in self.boxes:
-                continue  # cancelled: what has come goes with the consumer, as in AMQP without acks
+                continue  # cancelled in this very moment
             self.attendance.received(queue, id)
             raw = self._opened(queue, packed)
             if raw is not None:
@@ -97,17 +97,26 @@ class Mailing(Declaring):
 
     def refuse(self, tag: str, requeue: bool) -> None:
         """Reject: a mailbox's message that is requeued goes to its end."""
-        held = self._held.pop(tag, None)
+        held = self._held.get(tag)
         if held is None:
             super().refuse(tag, requeue)  # type: ignore[misc]
-        elif requeue:
-            self._put_back(tag, *held)
+            return
+        if requeue:
+            self._put_back(tag, *held)  # where the server is not there, it is kept until the channel closes
+        self._held.pop(tag, None)
 
     def _put_back(self, tag: str, queue: str, packed: bytes) -> None:
         terms = self.topology.terms(queue)
         if terms is not None and terms.mailbox:
             box = (queue, terms.ttl or 0, terms.most)
             self.broker.store.run(moves.publish(self.topology.places, "", "", tag, packed, [box]))
+
+    def basic_recover(self, requeue: bool = False) -> Any:
+        """What was not acked goes back to its mailbox, in its order; kombu asks for the last one first."""
+        if requeue:
+            for tag in list(self._held):
+                self.refuse(tag, True)
+        return super().basic_recover(requeue)
 
     def close(self) -> None:
         """What was not acked goes back to its mailbox."""

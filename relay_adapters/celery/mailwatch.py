@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
-from relay_adapters.celery.topology import process_name
 from relay_core.connection import Reader, SyncStore
 
 BLOCK = 20.0
@@ -52,7 +52,7 @@ class MailWatch:
         last = {places.box(queue): id for queue in boxes if (id := waiting.get(queue) or attendance.last(queue))}
         self._boxes = boxes
         store: SyncStore = self.channel.broker.store
-        return store.reader([places.box(queue) for queue in boxes], "q", process_name(), last)
+        return store.reader([places.box(queue) for queue in boxes], "q", attendance.consumer, last)
 
     def quiet(self, now: float) -> bool:
         """True when a turn of a loop in which no descriptor spoke has nothing for this watch."""
@@ -88,6 +88,15 @@ class MailWatch:
         """End the wait of another thread. May be called from any thread."""
         if (bell := self.bell) is not None:
             bell.wake()
+
+    def reads(self, queue: str) -> bool:
+        return queue in self._boxes
+
+    def leave(self, queue: str) -> None:
+        """Its consumer is cancelled. What has come and was not handed over is the store's to tell again: to the next
+        consumer in this process, which may be another channel's, and to that one alone."""
+        self.close()
+        self.channel.mail = deque(row for row in self.channel.mail if row[0] != queue)
 
     def close(self) -> None:
         if self.bell is not None:

@@ -431,10 +431,12 @@ class Topology:
     def waiting(self, name: str) -> int:
         """How many messages wait in a mailbox."""
         box = self.places.box(name)
-        if not self.raw("XLEN", box):
+        first = self.raw("XRANGE", box, "-", "+", "COUNT", 1)
+        if not first:
             return 0
-        # given and not yet acknowledged ones leave with their consumer: asked first, so none of them is counted
-        given = int(self.raw("XPENDING", box, "q")[0])
+        # given and not yet acknowledged ones leave with their consumer: asked first, so none of them is counted. Nor
+        # are those that have left already, as too many or too old, of which the group knows until the next touch
+        given = len(self.raw("XPENDING", box, "q", first[0][0], "+", 1_000_000))
         return max(0, int(self.raw("XLEN", box)) - given)
 
     def use(self, name: str, terms: Terms) -> None:

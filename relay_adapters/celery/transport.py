@@ -163,6 +163,10 @@ class Transport(virtual.Transport):
         watch = self._watches.get((channel, "jobs"))
         if isinstance(watch, Watch) and not (self.looping or channel.leases.tasks):
             watch.deliver_rest(queue)
+        mail = self._watches.get((channel, "mail"))
+        if isinstance(mail, MailWatch) and mail.reads(queue):
+            self._forget_readers(mail)
+            mail.leave(queue)
 
     def _unwatch(self, channel: channels.Channel, kind: str) -> None:
         if watch := self._watches.pop((channel, kind), None):
