@@ -161,7 +161,7 @@ class Loops(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prefix = f"{next(_histories)}-"
+        self.prefix = f"loop-{next(_histories)}-"
         self.copies: dict[int, Copy] = {}
         self.places, self.sender = count(1), kombu.Connection(self.server.url)
         self.ready, self.held, self.leased = set[Copy](), set[Copy](), set[Copy]()

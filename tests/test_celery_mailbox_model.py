@@ -92,7 +92,7 @@ class Mailboxes(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prefix = f"{next(_histories)}-"
+        self.prefix = f"mailbox-{next(_histories)}-"
         self.links = [self.link(n) for n in range(2)]
         self.lines = [Line(link.channel()) for link in self.links for _ in range(2)]
         self.ready: dict[str, list[Copy]] = {queue: [] for queue in MOST}
