@@ -73,6 +73,19 @@ def test_an_error_is_a_json_document_too_and_a_line_on_stderr(cli: Cli) -> None:
     assert result.stderr == f"Error: {told['message']}\n"
 
 
+def test_a_job_of_a_queue_that_is_not_there_is_asked_for_by_the_nearest_name(cli: Cli, broker: Broker) -> None:
+    broker.enqueue("mail", b"hello", id="one")
+    told = cli.run("job", "show", "one", "-q", "mial", code=1).stderr
+    assert "job one in queue 'mial': nothing was ever enqueued to it; did you mean 'mail'?" in told
+
+
+def test_where_no_queue_is_the_store_and_the_prefix_are_named(cli: Cli, broker: Broker) -> None:
+    for command in ("stats", "queue ls"):
+        told = cli.run("--prefix", "shop:relay", *command.split()).stdout
+        where = f"{broker.url.safe()} with the prefix 'shop:relay'"
+        assert told == f"No queues yet: nothing was ever enqueued to {where}.\n"
+
+
 def test_a_misused_option_is_a_json_document_too(cli: Cli) -> None:
     assert "--limit" in cli.json("job", "ls", "-q", "mail", "--limit", "0", code=2)["error"]["message"]
 
@@ -264,10 +277,10 @@ def test_a_migration_of_a_plugin_is_a_command_under_migrate(
     assert "elsewhere" not in cli.run("--help").stdout
     origin = server.url.replace("relay+unix", "unix")
     told = cli.run("migrate", "elsewhere", "--from", origin, "--dry-run", code=1)
-    assert "1 job would be migrated" in told.stdout
+    assert f"1 job would be migrated to {broker.url.safe()}." in told.stdout
     assert broker.stats("mail").ready == 0
     told = cli.run("migrate", "elsewhere", "--from", origin, code=1)
-    assert "1 job migrated" in told.stdout
+    assert f"1 job migrated to {broker.url.safe()}." in told.stdout
     assert "1 job of queue 'mail' left: it is nailed down" in told.stderr
     assert [job.id for job in broker.claim("mail")] == ["one"]
     assert server.cli("GET", "moved") == b"yes"

@@ -8,8 +8,9 @@ import pytest
 
 from relay_core import Broker
 from relay_core.cli.migrate import source_url
+from relay_core.settings import parse_url
 from tests.command_line import Cli
-from tests.servers import Server, free_port
+from tests.servers import AclServer, Server, free_port
 
 MIGRATIONS = ["celery-redis", "dramatiq-redis"]
 
@@ -35,7 +36,7 @@ def flavour(request: pytest.FixtureRequest) -> str:
 )
 def test_where_no_job_is_it_says_where_it_looked(server: Server, name: str, given: list[str], told: str) -> None:
     result = Cli(server.url).run("migrate", name, "--from", f"unix://{server.socket}?db=3", *given)
-    assert result.stdout == "0 jobs migrated.\n"
+    assert result.stdout == f"0 jobs migrated to {parse_url(server.url).safe()}.\n"
     where = f"redis+unix://{server.socket}?db=3"
     assert f"No jobs were found with --from {where} {told}. If there are some" in result.stderr
 
@@ -64,6 +65,21 @@ def test_a_source_that_cannot_be_reached_is_not_taken_for_the_store(server: Serv
     assert "check --from" in told
     assert "--url" not in told
     assert Cli(server.url).json(*args, code=3)["error"]["type"] == "SourceUnavailable"
+
+
+@pytest.mark.parametrize("name", MIGRATIONS)
+def test_a_login_that_the_source_refuses_is_told_as_the_sources(
+    acl_server: AclServer, server: Server, name: str
+) -> None:
+    origin = f"redis://nobody:wrong@127.0.0.1:{acl_server.port}/0"
+    told = Cli(server.url).run("migrate", name, "--from", origin, code=1).stderr
+    assert "check the URL's user:password@, that of --from" in told
+
+
+@pytest.mark.parametrize("name", MIGRATIONS)
+def test_a_dry_run_refuses_a_store_that_it_could_not_move_to(server: Server, name: str) -> None:
+    told = Cli("rely://here").run("migrate", name, "--from", f"unix://{server.socket}", "--dry-run", code=2).stderr
+    assert "unknown scheme 'rely'" in told
 
 
 def test_a_store_that_cannot_be_reached_is_not_taken_for_the_source(server: Server) -> None:

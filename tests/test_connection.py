@@ -346,6 +346,11 @@ def test_what_repeating_cannot_help_is_raised_at_once(
     assert server.cli("GET", "tries") == b"2"
 
 
+def test_a_database_that_the_server_does_not_have_is_said_to_be_the_urls(server: Server, store_at: Open) -> None:
+    with pytest.raises(StoreError, match="no database of this number, the one at the URL's end"):
+        store_at(server.url.replace("db=0", "db=999")).run(count())
+
+
 def test_a_wrong_password_is_an_auth_error_that_does_not_show_it(
     acl_server: AclServer, store_at: Open, clock: Clock
 ) -> None:

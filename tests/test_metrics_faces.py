@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping
@@ -249,6 +250,19 @@ def test_a_wrong_setting_is_an_error_in_the_log_of_a_celery_worker_which_works(
     assert said in caplog.text
     monitoring._shutdown(controller)
     assert core.workers() == []
+
+
+def test_what_metrics_lack_is_said_once_in_the_log_of_a_celery_worker_which_works(
+    store: Server, core: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [one for one in sys.modules if one.startswith("relay_core.metrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    controller, _consumer = started(store, metrics_addr=":0")
+    eventually(lambda: faces(core) == ["celery"], "the worker in the roster")
+    (record,) = [record for record in caplog.records if "no metrics" in record.getMessage()]
+    assert record.getMessage().count("pip install 'relay-queue[metrics]'") == 1
+    monitoring._shutdown(controller)
 
 
 def test_the_endpoint_of_a_celery_worker_ends_with_the_worker_and_not_only_with_its_process(

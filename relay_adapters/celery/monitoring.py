@@ -44,7 +44,7 @@ class Monitoring:
 
             return MetricsServer(address, self._broker, self._queues, tasks=options.get("metrics_tasks", 0))
         except ImportError as error:
-            logger.error("no metrics: prometheus-client is missing (%s): pip install 'relay-queue[metrics]'", error)
+            logger.error("no metrics: %s", error)
         except InvalidArgument as error:
             logger.error("no metrics: broker_transport_options: %s", error)
         return None

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from relay_core.cli.output import emit, plural, printable, progress, table
 from relay_core.cli.session import TIMEOUT, Group, Session, shared_options
 from relay_core.connection import SyncStore
-from relay_core.errors import InvalidArgument, Unavailable
+from relay_core.errors import AuthError, InvalidArgument, PermissionDenied, Unavailable
 from relay_core.migration import Found, Migration, Source
 from relay_core.settings import StoreSettings, StoreUrl, parse_url
 
@@ -47,6 +47,8 @@ class _From(SyncStore):
                 f"{error}; that is where the jobs are: check --from and that its server runs. What was migrated is "
                 "safe, migrate again for the rest"
             ) from error
+        except (AuthError, PermissionDenied) as error:
+            raise type(error)(f"{error}, that of --from") from error
 
 
 def source_url(text: str) -> StoreUrl:
@@ -143,10 +145,10 @@ def _choices(migration: Migration, options: dict[str, Any]) -> Iterator[str]:
 
 def _run(session: Session, source: Source, dry_run: bool, looked_for: str) -> int:
     """Move all there is, and answer; the number of jobs that stay where they are."""
+    broker = session.open(max_payload=_LARGEST)  # a URL that cannot be read is told of in a dry run, too
     found = list(source.found())
     done = 0
     if not dry_run:
-        broker = session.open(max_payload=_LARGEST)
         with progress("migrated", sum(one.count for one in found)) as note:
             for batch in source.batches():
                 broker.adopt(batch)
@@ -171,7 +173,8 @@ def _run(session: Session, source: Source, dry_run: bool, looked_for: str) -> in
         return remaining
     _show(found)
     total = sum(one.count for one in found)
-    click.echo(f"{plural(total, 'job')} would be migrated." if dry_run else f"{plural(done, 'job')} migrated.")
+    outcome = f"{plural(total, 'job')} would be migrated" if dry_run else f"{plural(done, 'job')} migrated"
+    click.echo(f"{outcome} to {broker.url.safe()}.")
     for one in left:
         click.echo(
             f"{plural(one.count, 'job')} of queue {printable(one.queue)!r} left: {printable(one.note)}", err=True

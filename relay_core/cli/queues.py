@@ -45,7 +45,7 @@ def ls(session: Session) -> None:
         ]
         emit(session, {"queues": rows, "left_out": left_out})
     elif not found:
-        click.echo(none_of(left_out))
+        click.echo(none_of(session, left_out))
     else:
         columns = ("queue", "ready", "delayed", "inflight", "dead", "held back by")
         table(

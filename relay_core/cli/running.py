@@ -18,7 +18,7 @@ import click
 from relay_core.broker import Broker
 from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
-from relay_core.cli.output import emit
+from relay_core.cli.output import emit, plural
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.retry import RetryPolicy
@@ -187,7 +187,7 @@ def worker(
     )
     with _schedules(broker) if schedule else nullcontext():
         processed = made.run()
-    logger.info("stopped; %d jobs done", processed)
+    logger.info("stopped; %s done", plural(processed, "job"))
     if session.json:
         emit(session, {"queues": list(queues), "processed": processed})
 

@@ -16,7 +16,7 @@ from relay_core.cli import history
 from relay_core.cli.jobview import document, summary_document, text_of, what
 from relay_core.cli.output import age, emit, plural, printable, shortened, table
 from relay_core.cli.session import Session
-from relay_core.cli.stats import known
+from relay_core.cli.stats import QueueNotFound, known
 from relay_core.commands import WorkerInfo
 from relay_core.errors import JobNotFound
 from relay_core.job import JobSummary, State, StoredJob
@@ -101,6 +101,11 @@ def show_job(session: Session, queue: str, id: str, *, raw: bool, dead: bool = F
     """
     broker = session.broker
     (stored,) = broker.store.run(commands.show(broker.settings.keys(queue), [id]))
+    if stored is None:
+        try:
+            known(broker, queue)
+        except QueueNotFound as error:
+            raise JobNotFound(f"job {id} in {error}") from None
     if stored is None or (dead and stored.state != "dead"):
         where = f"is {stored.state}, not dead" if stored else "is not there: it was never stored, or it is done"
         raise JobNotFound(f"job {id} in queue {queue!r} {where}; look with `relay job ls --queue {queue}`")

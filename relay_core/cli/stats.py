@@ -69,9 +69,10 @@ def tell_left_out(left_out: Mapping[str, str]) -> None:
         click.echo(f"Warning: queue {name!r} is left out: {why}", err=True)
 
 
-def none_of(left_out: Mapping[str, str]) -> str:
+def none_of(session: Session, left_out: Mapping[str, str]) -> str:
     """What stands in place of a table without rows."""
-    return "No queue can be read." if left_out else "No queues yet: nothing was ever enqueued here."
+    where = f"{session.broker.url.safe()} with the prefix {session.prefix!r}"
+    return "No queue can be read." if left_out else f"No queues yet: nothing was ever enqueued to {where}."
 
 
 def document(stats: QueueStats) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def stats(session: Session, queues: tuple[str, ...]) -> None:
         emit(session, {"queues": [document(one) for one in found], "left_out": left_out})
         return
     if not found:
-        click.echo(none_of(left_out))
+        click.echo(none_of(session, left_out))
         return
     columns = ("queue", "ready", "delayed", "inflight", "dead", "oldest", "next", "held back by")
     rows = (

@@ -140,8 +140,10 @@ def judge_reply(error: Exception, at: str) -> Judgement:
 
 def judge_connect(error: BaseException, at: str) -> Judgement:
     """Judge why a connection to `at` could not be opened: the command was not sent."""
-    if is_reply(error):
-        judged = judge_reply(error, at)
+    # redis-py's asyncio makes a ConnectionError of what the server said to SELECT and the like
+    said = error if error.__cause__ is None or is_reply(error) else error.__cause__
+    if is_reply(said):
+        judged = judge_reply(said, at)
         return judged if judged.verdict is Verdict.PERMANENT else judged._replace(verdict=Verdict.NOT_EXECUTED)
     cause = error.__context__
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -190,4 +192,6 @@ def _permanent(code: str, text: str, at: str) -> RelayError:
         return StoreError(f"{at}: {text}; this server belongs to a cluster, use relay+cluster://")
     if "cluster support disabled" in text:
         return StoreError(f"{at}: {text}; this is a single server, use relay://")
+    if "DB index is out of range" in text:
+        return StoreError(f"{at}: it has no database of this number, the one at the URL's end ({text})")
     return StoreError(f"{at}: {text}")
