@@ -120,6 +120,13 @@ def test_the_timeout_holds_for_replies_too() -> None:
 # --- exit codes
 
 
+@pytest.mark.parametrize("group", ["", "job", "queue", "dlq", "schedule", "server", "migrate"])
+def test_a_list_of_commands_cuts_no_line_short(cli: Cli, group: str) -> None:
+    told = cli.run(*group.split(), "--help").stdout.partition("Commands:")[2]
+    assert told
+    assert [line for line in told.splitlines() if line.endswith("...")] == []
+
+
 def test_without_a_command_the_help_lists_all(cli: Cli) -> None:
     shown = cli.run("--help").stdout
     assert all(f"\n  {name} " in shown for name in COMMANDS)

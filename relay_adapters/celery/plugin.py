@@ -92,7 +92,7 @@ def relay_register_commands(group: Any) -> None:
             help="Which priority its messages mean to be first: 0 (redis) or 9 (amqp).",
         ),
     ]
-    help = "Move the messages of a Celery app on Redis: queued ones with their priorities, unacked ones, and ETA tasks."
+    help = "Move the messages of a Celery app on Redis.\n\nQueued ones with their priorities, unacked and ETA ones."
     group.add_command(Migration("celery-redis", _open_redis, help, params, prefix_of))
 
 

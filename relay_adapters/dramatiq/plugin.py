@@ -74,7 +74,7 @@ def relay_register_commands(group: Any) -> None:
             help="Imported first: where you set the encoder, if your messages are not JSON.",
         ),
     ]
-    help = "Move the messages of Dramatiq's RedisBroker: queued, delayed and dead ones, and what dead workers held."
+    help = "Move the messages of Dramatiq's RedisBroker.\n\nQueued, delayed and dead ones, and what dead workers held."
     group.add_command(Migration("dramatiq-redis", _open_redis, help, params))
 
 

@@ -97,10 +97,10 @@ def requeue(
     yes: bool,
     dry_run: bool,
 ) -> None:
-    """Make dead jobs ready again: those with these IDs, those that a filter picks, or --all.
+    """Make dead jobs ready again.
 
-    Their retries and deliveries count anew. It never asks; --yes is for scripts that give it to every command. Exit
-    code 1 when a job that was named is not dead.
+    Those with these IDs, those that a filter picks, or --all. Their retries and deliveries count anew. It never asks;
+    --yes is for scripts that give it to every command. Exit code 1 when a job that was named is not dead.
     """
     _check(ids, pick, every, limit, resume)
     if ids:
@@ -131,9 +131,9 @@ def purge(
     yes: bool,
     dry_run: bool,
 ) -> None:
-    """Drop dead jobs for good: those with these IDs, those that a filter picks, or --all.
+    """Drop dead jobs for good.
 
-    Exit code 1 when a job that was named is not dead.
+    Those with these IDs, those that a filter picks, or --all. Exit code 1 when a job that was named is not dead.
     """
     _check(ids, pick, every, limit, resume)
     queue = pick.queue

@@ -104,7 +104,10 @@ def purge(session: Session, name: str, state: tuple[str, ...], yes: bool, dry_ru
 @click.argument("name", metavar="QUEUE", shell_complete=queue_names)
 @pass_session
 def rm(session: Session, name: str) -> None:
-    """Forget a queue that holds no job: its name, settings, counters and dedup keys."""
+    """Forget a queue that holds no job.
+
+    Its name, settings, counters and dedup keys go.
+    """
     known(session.broker, name)
     if not session.broker.delete_queue(name):
         stats = session.broker.stats(name)

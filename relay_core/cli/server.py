@@ -60,7 +60,10 @@ def server() -> None:
 @_DIR
 @pass_session
 def start(session: Session, folder: Path | None) -> None:
-    """Start the server, or join it, and keep it up without users until `stop`."""
+    """Start the server, or join it.
+
+    It is kept up without users until `stop`.
+    """
     status = embedded.start(_folder_of(session, folder))
     if session.json:
         emit(session, _document(status))
