@@ -17,6 +17,7 @@ from relay_adapters.celery.settling import Settling
 from relay_adapters.celery.tags import new_tag
 from relay_core import Job
 from relay_core.connection import Sender
+from relay_core.errors import RelayError
 
 logger = logging.getLogger("relay.celery")
 
@@ -93,15 +94,21 @@ class Consuming(Settling):
             queues = [ahead.queue, *(queue for queue in queues if queue != ahead.queue)]
         for queue in queues:
             tags: list[str] = []
-            if ahead is None:
-                jobs = self._claim_one(queue, room - len(found), woken)
-            else:
-                jobs, tags, ahead = ahead.take(), ahead.tags, None
-            if jobs.retry_after is not None:
-                again = min(jobs.retry_after, jobs.retry_after if again is None else again)
-            if jobs:
-                self.order.rotate(queue)
-            if self._receive(jobs, tags, found) or len(found) >= room:
+            try:
+                if ahead is None:
+                    jobs = self._claim_one(queue, room - len(found), woken)
+                else:
+                    jobs, tags, ahead = ahead.take(), ahead.tags, None
+                if jobs.retry_after is not None:
+                    again = min(jobs.retry_after, jobs.retry_after if again is None else again)
+                if jobs:
+                    self.order.rotate(queue)
+                enough = self._receive(jobs, tags, found)
+            except RelayError:
+                if not found:
+                    raise
+                return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
+            if enough or len(found) >= room:
                 break
         return found, again
 
@@ -117,10 +124,17 @@ class Consuming(Settling):
         :param tags: by which the leases hold them, those that were not handed back meanwhile; none: they do not yet
         """
         suspects: list[Delivery] = []
-        for job, tag in zip_longest(jobs, tags):
+        pairs = list(zip_longest(jobs, tags))
+        for at, (job, tag) in enumerate(pairs, 1):
             if tag is not None and self.leases.get(tag) is None:
                 continue
-            if (raw := self._received(job, tag)) is not None:
+            try:
+                raw = self._received(job, tag)
+            except BaseException as error:
+                logger.warning("message %s of queue %r could not be taken in: %r", job.id, job.queue, error)
+                self._give_up(tag, pairs[at:])
+                raise
+            if raw is not None:
                 found.append((raw, job.queue))
                 if self.leases.apart.concerns(job):
                     suspects.append(found[-1])
@@ -128,6 +142,19 @@ class Consuming(Settling):
             return False
         found[:] = self._set_apart(found, suspects)
         return True
+
+    def _give_up(self, failed: str | None, rest: Sequence[tuple[Job, str | None]]) -> None:
+        """A message could not be taken in. Its lease ends by itself, and that counts as a delivery, lest it comes again
+        for ever; those that were claimed with it are handed back."""
+        if failed is not None:
+            self.leases.pop(failed)
+        tags = []
+        for job, tag in rest:
+            if tag is None:
+                tag = new_tag(job)
+                self.leases.add(tag, job)
+            tags.append(tag)
+        self.leases.hand_back(tags, wait=False)
 
     def _set_apart(self, found: list[Delivery], suspects: list[Delivery]) -> list[Delivery]:
         """Keep one suspect, or none where this process has one, and what was acked at once; hand back the others."""

@@ -18,6 +18,7 @@ from relay_adapters.celery.protocol import change_protocol_1, protocol_1, told_o
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms
 from relay_core import Job, commands
+from relay_core.errors import InvalidArgument
 from relay_core.job import StoredJob
 
 logger = logging.getLogger("relay.celery")
@@ -73,7 +74,7 @@ class DeadLetters(Routing):
 
     def dead_letter(self, job: Job, reason: str) -> bool:
         """Publish a claimed message to its queue's x-dead-letter-exchange, then end it. False when there is none, or
-        no queue is bound there: then nothing was done.
+        no queue there takes it: then nothing was done.
 
         :param reason: rejected, expired or maxlen, as RabbitMQ calls them
         """
@@ -91,7 +92,7 @@ class DeadLetters(Routing):
             if not self.route(message, terms.dead_exchange, key, level=job.priority, dedup=False):
                 logger.warning("message %s of queue %r: %r has no queue for it", job.id, job.queue, terms.dead_exchange)
                 return False
-        except NotFound as error:
+        except (NotFound, InvalidArgument) as error:  # the latter: with its x-death it is too large
             logger.warning("message %s of queue %r cannot be dead-lettered: %s", job.id, job.queue, error)
             return False
         self.broker.ack(job)

@@ -15,12 +15,20 @@ class QoS(virtual.QoS):
     restore_at_shutdown = False
 
     def ack(self, delivery_tag: str) -> None:
-        self.channel.settle(delivery_tag)
-        self._quick_ack(delivery_tag)
-        self.channel.credit_freed()
+        try:
+            self.channel.settle(delivery_tag)
+        finally:
+            self._freed(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        self.channel.refuse(delivery_tag, requeue)
+        try:
+            self.channel.refuse(delivery_tag, requeue)
+        finally:
+            self._freed(delivery_tag)
+
+    def _freed(self, delivery_tag: str) -> None:
+        """Also where the server could not be told: the channel holds it no more, and would wait for that credit for
+        ever."""
         self._quick_ack(delivery_tag)
         self.channel.credit_freed()
 

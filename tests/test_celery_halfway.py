@@ -1,0 +1,116 @@
+"""What fails halfway leaves nothing behind: no message that nobody delivers, no credit that never comes back, no
+channel that was closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import kombu
+import pytest
+
+from relay_adapters.celery.consuming import Consuming
+from relay_adapters.celery.settling import Settling
+from relay_core import Broker
+from relay_core.errors import InvalidArgument, StoreError, Unavailable
+from tests.celery_links import Inbox, fresh, link, send
+from tests.servers import Server, eventually
+
+
+@pytest.fixture
+def connection(server: Server) -> Iterator[kombu.Connection]:
+    with link(server.url, lease=0.6, max_payload=600) as connection:
+        yield connection
+
+
+def away(*_: Any, **__: Any) -> NoReturn:
+    raise Unavailable("away")
+
+
+def refused(*_: Any) -> NoReturn:
+    raise StoreError("no")
+
+
+def test_what_was_claimed_of_one_queue_is_delivered_though_the_next_one_fails(
+    connection: kombu.Connection, broker: Broker
+) -> None:
+    good, bad = fresh("good"), fresh("bad")
+    inbox = Inbox(connection, kombu.Queue(good), kombu.Queue(bad))
+    send(connection, 1, key=good)
+    broker.store.raw("SET", broker.settings.keys(bad).config, "no hash")
+    with pytest.raises(StoreError):
+        inbox.wait(2)
+    assert inbox.bodies == [1]
+
+
+@pytest.mark.parametrize("way", ["ahead", "at_once"])
+def test_of_a_claim_of_which_one_message_fails_the_others_are_delivered_or_handed_back(
+    connection: kombu.Connection,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+) -> None:
+    channel: Any = connection.channel()
+    queue = fresh("claim")
+    kombu.Queue(queue)(channel).declare()
+    for n in range(3):
+        send(connection, n, key=queue)
+    channel.basic_consume(queue, False, lambda message: None, fresh("tag"))
+    stock = Consuming._message
+
+    def failing(self: Any, job: Any, tag: str) -> Any:
+        return away() if job.payload.endswith(b"\n1") else stock(self, job, tag)
+
+    monkeypatch.setattr(Consuming, "_message", failing)
+    ahead = channel.claim_ahead(3, channel.broker.store.sender()) if way == "ahead" else None
+    found, again = channel.claim(3, True, ahead)
+    assert [raw["body"] for raw, _queue in found] == [b"0"]
+    assert again == 0.0, "the error is met again at once"
+    assert "could not be taken in" in caplog.text
+    assert channel.leases.holding == 1
+    eventually(lambda: broker.stats(queue).ready == 1, "the last to be handed back")
+    eventually(lambda: broker.reap(queue) or broker.stats(queue).ready == 2, "the lease of the one that failed to end")
+    assert sorted((job.payload[-1:], job.deliveries) for job in broker.claim(queue, 3)) == [(b"1", 2), (b"2", 1)]
+
+
+@pytest.mark.parametrize("end", ["ack", "reject"])
+def test_a_message_whose_end_the_server_could_not_be_told_gives_its_credit_back(
+    connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    queue = fresh("credit")
+    inbox = Inbox(connection, kombu.Queue(queue), prefetch=1)
+    for n in range(2):
+        send(connection, n, key=queue)
+    inbox.wait(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Broker, "ack_many", away)
+        patched.setattr(Settling, "_refuse", refused)
+        with pytest.raises((Unavailable, StoreError)):
+            getattr(inbox.messages[0], end)()
+    assert inbox.wait(2)[:2] == [0, 1]
+
+
+@pytest.mark.parametrize("end", ["rejected", "expired"])
+def test_a_message_that_is_too_large_with_its_x_death_ends_as_one_that_nobody_takes(
+    connection: kombu.Connection, broker: Broker, end: str
+) -> None:
+    queue, dead = fresh("large"), fresh("dead")
+    kombu.Queue(dead)(connection.default_channel).declare()
+    ends: dict[str, Any] = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead}
+    if end == "expired":
+        ends["x-message-ttl"] = 1
+    declared = kombu.Queue(queue, queue_arguments=ends)
+    declared(connection.default_channel).declare()
+    with pytest.raises(InvalidArgument):
+        send(connection, "x" * 600, key=queue)
+    send(connection, "x" * 300, key=queue)
+    sent = broker.stats(queue).now
+    eventually(lambda: broker.stats(queue).now > sent + 0.005, "its time to be over")
+    inbox = Inbox(connection, declared)
+    if end == "rejected":
+        inbox.wait(1)
+        inbox.messages[0].reject()
+    eventually(lambda: bool(inbox.quiet(0.1)) == (end == "rejected") and not broker.stats(queue).pending, "it to end")
+    assert broker.stats(queue).dead == (end == "rejected")
+    assert not broker.stats(dead).pending
