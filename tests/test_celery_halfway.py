@@ -3,14 +3,23 @@ channel that was closed."""
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any, NoReturn
 
+import celery.worker.state
 import kombu
 import pytest
 
+from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.consuming import Consuming
 from relay_adapters.celery.settling import Settling
+from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker
 from relay_core.errors import InvalidArgument, StoreError, Unavailable
 from tests.celery_links import Inbox, fresh, link, send
@@ -114,3 +123,90 @@ def test_a_message_that_is_too_large_with_its_x_death_ends_as_one_that_nobody_ta
     eventually(lambda: bool(inbox.quiet(0.1)) == (end == "rejected") and not broker.stats(queue).pending, "it to end")
     assert broker.stats(queue).dead == (end == "rejected")
     assert not broker.stats(dead).pending
+
+
+def test_a_channel_that_was_closed_is_not_kept(connection: kombu.Connection) -> None:
+    channel: Any = connection.channel()
+    for name in (fresh("kept"), fresh("kept")):
+        kombu.Queue(name)(channel).declare()
+        channel.basic_consume(name, False, lambda message: None, fresh("tag"))
+    channel.close()
+    gone = weakref.ref(channel)
+    del channel
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_tasks_that_run_are_told_while_others_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Request:
+        def __init__(self, tag: str) -> None:
+            self.message = type("Message", (), {"delivery_tag": tag})
+
+    requests = [Request("1.a"), Request("2.b"), Request("3.c")]
+
+    class Changing(weakref.WeakSet[Request]):
+        def __iter__(self) -> Iterator[Request]:
+            for request in super().__iter__():
+                self.update(requests)  # as another thread may between two steps
+                yield request
+
+    monkeypatch.setattr(celery.worker.state, "active_requests", Changing(requests[:2]))
+    assert running_tags() == {"1.a", "2.b", "3.c"}
+
+
+def test_a_suspect_that_is_taken_while_another_thread_lets_go_of_the_last_one_is_kept() -> None:
+    class Leases:
+        """Of which the first suspect is just gone."""
+
+        class broker:
+            class settings:
+                lease = 60.0
+
+        thread: Thread | None = None
+        taken: list[bool] = []  # noqa: RUF012
+
+        def get(self, tag: str) -> Any:
+            if tag == "new":
+                return type("Held", (), {"acked": False, "started": True, "task": False})
+            if self.thread is None and apart._tag == "old" and taking:
+                self.thread = Thread(target=lambda: self.taken.append(apart.take("new", lambda: None)))
+                self.thread.start()
+                self.thread.join(0.2)  # for as long as it needs, or until the other thread keeps it waiting
+            return None
+
+    leases: Any = Leases()
+    apart, taking = Apart(leases), False
+    assert apart.take("old", lambda: None)
+    taking = True
+    assert not apart.shut
+    leases.thread.join()
+    assert leases.taken == [True]
+    assert apart.shut
+
+
+FORKED = """
+import os, sys
+import kombu, relay_adapters.celery
+with kombu.Connection(sys.argv[1]) as before:
+    before.connect()
+if child := os.fork():
+    os.waitpid(child, 0)
+    os._exit(0)
+connection, got = kombu.Connection(sys.argv[1]), []
+channel = connection.channel()
+channel.basic_consume(sys.argv[2], False, got.append, "tag")
+while not got:
+    connection.drain_events(timeout=20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_forked_child_holds_at_its_end_is_handed_back(
+    connection: kombu.Connection, server: Server, broker: Broker
+) -> None:
+    queue = fresh("forked")
+    kombu.Queue(queue)(connection.default_channel).declare()
+    send(connection, 1, key=queue)
+    subprocess.run([sys.executable, "-c", FORKED, server.url, queue], check=True, timeout=60)
+    stats = broker.stats(queue)
+    assert (stats.ready, stats.inflight, stats.counters["claimed"]) == (1, 0, 1)

@@ -22,7 +22,7 @@ class Apart:
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._tag: str | None = None
         self._wake: Callable[[], None] | None = None
         self._deadline = 0.0
@@ -49,16 +49,16 @@ class Apart:
 
         One that Celery does not start, for a rate limit, holds up the others for two leases and no longer.
         """
-        tag = self._tag
-        if tag is None:
+        if self._tag is None:
             return False
-        held = self._leases.get(tag)
-        if held is not None and not held.acked:
-            overdue = time.monotonic() > self._deadline + self._leases.broker.settings.lease
-            if held.started or not (held.task and overdue):
-                return True
-        self._tag = self._wake = None
-        return False
+        with self._lock:  # lest it forgets the next suspect, which another thread takes
+            held = None if self._tag is None else self._leases.get(self._tag)
+            if held is not None and not held.acked:
+                overdue = time.monotonic() > self._deadline + self._leases.broker.settings.lease
+                if held.started or not (held.task and overdue):
+                    return True
+            self._tag = self._wake = None
+            return False
 
     def seconds(self, tag: str) -> float:
         """For how long a message must still not be delivered. 0 for any but the suspect."""

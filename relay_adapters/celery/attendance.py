@@ -113,7 +113,7 @@ class Attendance:
         """What it receives, with the lock held. A process that lives for long may consume from one queue after the
         other: of those that it has left, the first are forgotten."""
         self._last.setdefault(queue, "")
-        for old in [old for old in self._last if old not in self._attended][:-REMEMBERED]:
+        for old in [old for old in list(self._last) if old not in self._attended][:-REMEMBERED]:
             del self._last[old]
 
     def received(self, queue: str, id: str) -> None:

@@ -109,7 +109,7 @@ class Leases:
         """A task is about to end its delivery by itself, or could not. Said before it does: a heartbeat that crosses
         its move finds no lease any more, and that is no loss."""
         with self._lock:
-            for held in self._held.values():
+            for held in list(self._held.values()):  # a signal's handler that connects may add to it
                 if held.job.id == job.id and held.job.token == job.token:
                     held.moved = begun
 
@@ -233,7 +233,7 @@ class Leases:
         for ahead in list(self._ahead):
             ahead.hand_back()
         with self._lock:
-            for held in self._held.values():
+            for held in list(self._held.values()):
                 held.untold = False  # its pool has ended
         self.hand_back(set(self._held) - running_tags())
         self.flush()
@@ -407,24 +407,30 @@ def _beat(reference: weakref.ref[Leases]) -> None:
 
 _all: dict[int, Leases] = {}
 _all_lock = forks.Lock()
+_registered_in = 0
+"""The process whose end is awaited: a child of a fork has its own."""
 
 
 def leases_of(broker: Broker) -> Leases:
     """The leases over a broker, which lives as long as its process."""
+    global _registered_in
     with _all_lock:
-        if not _all:
+        if _registered_in != os.getpid():
+            _registered_in = os.getpid()
             atexit.register(_at_exit, os.getpid())
-        return _all.setdefault(id(broker), Leases(broker))
+        if id(broker) not in _all:
+            _all.setdefault(id(broker), Leases(broker))  # a signal's handler may have been faster
+        return _all[id(broker)]
 
 
 def any_untold() -> bool:
     """True once this process took tasks over relay of which nobody tells when they start."""
-    return any(leases.untold for leases in _all.values())
+    return any(leases.untold for leases in list(_all.values()))
 
 
 def _at_exit(pid: int) -> None:
     """The acks of the last milliseconds, and what was claimed in them."""
-    for leases in _all.values() if pid == os.getpid() else ():
+    for leases in list(_all.values()) if pid == os.getpid() else ():
         with suppress(RelayError):
             leases.end()
     greenbeat.end()

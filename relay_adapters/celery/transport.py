@@ -171,6 +171,7 @@ class Transport(virtual.Transport):
     def _unwatch(self, channel: channels.Channel, kind: str) -> None:
         if watch := self._watches.pop((channel, kind), None):
             self._forget_readers(watch)
+            self._spoke.discard(watch)  # it holds its channel, and where there is no loop no turn empties this
             watch.close()
 
     def credit_freed(self, channel: channels.Channel) -> None:
@@ -331,7 +332,7 @@ class Transport(virtual.Transport):
             if any(watch.starving for watch in list(self._watches.values())):
                 continue
             now = time.monotonic()
-            ends = [watch.look_at for watch in self._watches.values()]
+            ends = [watch.look_at for watch in list(self._watches.values())]
             until = min([*ends, *([deadline] if deadline is not None else []), now + 1.0])
             filenos = [fd for bell in bells for fd in bell.filenos()]
             if filenos:

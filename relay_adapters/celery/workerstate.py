@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 def running_tags() -> set[str]:
     """Delivery tags of the tasks that have started."""
     state = sys.modules.get("celery.worker.state")
-    return {request.message.delivery_tag for request in list(state.active_requests)} if state else set()
+    while state is not None:
+        with suppress(RuntimeError):  # another thread started or ended one meanwhile, which a WeakSet does not bear
+            return {request.message.delivery_tag for request in list(state.active_requests)}
+    return set()
 
 
 def is_worker() -> bool:
