@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 import weakref
@@ -22,7 +23,7 @@ from relay_adapters.celery.settling import Settling
 from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker
 from relay_core.errors import InvalidArgument, StoreError, Unavailable
-from tests.celery_links import Inbox, fresh, link, send
+from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.servers import Server, eventually
 
 
@@ -135,6 +136,26 @@ def test_a_channel_that_was_closed_is_not_kept(connection: kombu.Connection) -> 
     del channel
     gc.collect()
     assert gone() is None
+
+
+def test_a_connection_that_is_closed_by_what_it_delivers_leaves_its_loop(connection: kombu.Connection) -> None:
+    Inbox(connection, kombu.Queue(fresh("first")))
+    loop, transport = Loop(connection, 4), connection.transport
+    loop.received = lambda message: transport.close_connection(connection.connection)
+    send(connection, 1, key=loop.queue)
+    loop.until(lambda: loop.got, "the message")
+    assert not loop.hub.readers
+    assert transport._busy is None
+    assert transport._timer is None
+
+
+def test_a_socket_that_another_thread_has_just_closed_does_not_end_the_loop(connection: kombu.Connection) -> None:
+    loop, closed = Loop(connection, 4), socket.socket()
+    closed.close()
+    sockets = loop.watch.sockets
+    loop.watch.sockets = lambda: [*sockets(), closed]
+    send(connection, 1, key=loop.queue)
+    loop.until(lambda: loop.got, "the message")
 
 
 def test_the_tasks_that_run_are_told_while_others_start(monkeypatch: pytest.MonkeyPatch) -> None:

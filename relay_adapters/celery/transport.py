@@ -250,8 +250,8 @@ class Transport(virtual.Transport):
                 busy = busy or delivered > 0 or watch.busy
             if first is None or watch.look_at < first:
                 first = watch.look_at
-        if self._loop is None:
-            return
+        if self._waker is None:
+            return  # what was delivered has closed the connection
         self._hurry() if busy else self._rest()
         if first is not None and not busy:
             # once a second at least: an embedded worker is told to stop by a flag that its loop has to look at
@@ -297,7 +297,8 @@ class Transport(virtual.Transport):
             self._loop.remove_reader(self._busy[0].fileno())
 
     def _read(self, watch: Watch | MailWatch) -> None:
-        wanted = {socket.fileno(): (socket, watch) for socket in watch.sockets()}
+        # the thread that keeps the leases may just have closed one whose reply did not come
+        wanted = {fd: (socket, watch) for socket in watch.sockets() if (fd := socket.fileno()) >= 0}
         have = {fd: reader for fd, reader in self._readers.items() if reader[1] is watch}
         if wanted == have:
             return
