@@ -11,7 +11,8 @@ import sys
 import weakref
 from collections.abc import Iterator
 from threading import Thread
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import celery.worker.state
 import kombu
@@ -19,9 +20,10 @@ import pytest
 
 from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.consuming import Consuming
+from relay_adapters.celery.owed import Owed
 from relay_adapters.celery.settling import Settling
 from relay_adapters.celery.workerstate import running_tags
-from relay_core import Broker
+from relay_core import Broker, Verdict
 from relay_core.errors import InvalidArgument, StoreError, Unavailable
 from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.servers import Server, eventually
@@ -99,6 +101,31 @@ def test_a_message_whose_end_the_server_could_not_be_told_gives_its_credit_back(
         with pytest.raises((Unavailable, StoreError)):
             getattr(inbox.messages[0], end)()
     assert inbox.wait(2)[:2] == [0, 1]
+
+
+def test_what_the_server_does_not_take_of_one_queue_holds_up_no_other() -> None:
+    owed, done = Owed(), list[str]()
+
+    class There:
+        def ack_many(self, jobs: list[Any]) -> list[Verdict]:
+            done.extend(job.id for job in jobs if job.queue != "bad" or refused())
+            return [Verdict.DONE] * len(jobs)
+
+        def release(self, jobs: list[Any]) -> None:
+            done.extend(job.id for job in jobs)
+
+    def held(id: str, queue: str) -> Any:
+        return SimpleNamespace(tag=id, job=SimpleNamespace(id=id, queue=queue))
+
+    owed.ack(held("ack", "bad"))
+    owed.ack(held("another ack", "good"))
+    owed.release(held("release", "good").job)
+    owed.refuse(held("refusal", "bad"), refused)
+    owed.refuse(held("another refusal", "good"), lambda: done.append("another refusal"))
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            owed.pay(cast(Any, There()), lambda taken, verdicts: None, lambda tag: None)
+    assert sorted(done) == ["another ack", "another refusal", "release"]
 
 
 @pytest.mark.parametrize("end", ["rejected", "expired"])

@@ -375,7 +375,7 @@ class Leases:
             try:
                 self.flush()
             except RelayError as error:
-                logger.debug("acks are pending, the server is not there: %s", error)
+                logger.debug("the server could not be told of all that is owed: %s", error)
                 return _AGAIN
         if self.owed.acks or abandoned:
             return LINGER

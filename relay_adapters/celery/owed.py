@@ -6,10 +6,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from relay_adapters.celery.held import Held
 from relay_core import Broker, Job, Verdict
-from relay_core.errors import Unavailable
+from relay_core.errors import RelayError, Unavailable
 
 LINGER = 0.01
 """Seconds for which an ack may be pending, so that many go in one round trip."""
@@ -127,14 +128,29 @@ class Owed:
         acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
         refused: Callable[[str], object],
     ) -> None:
+        failed: RelayError | None = None
+        parts = partial(self._pay_acks, broker, acked), partial(self._pay_releases, broker)
+        for part in (*parts, partial(self._pay_refusals, refused)):
+            try:
+                part()
+            except Unavailable:
+                raise
+            except RelayError as error:  # what a server that is there does not take of one queue holds up no other
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _pay_acks(self, broker: Broker, acked: Callable[[Sequence[Held], Iterable[Verdict]], None]) -> None:
         for queue in list(self._acks):
             while taken := self.take_acks(queue):
                 try:
                     verdicts = broker.ack_many([held.job for held in taken])
                 except BaseException:
-                    self.unsent(taken)
+                    self.unsent(taken)  # behind those of other queues
                     raise
                 acked(taken, verdicts)
+
+    def _pay_releases(self, broker: Broker) -> None:
         if self._releases:
             with self._lock:
                 jobs, self._releases = self._releases, []
@@ -144,6 +160,8 @@ class Owed:
                 with self._lock:
                     self._releases += jobs
                 raise
+
+    def _pay_refusals(self, refused: Callable[[str], object]) -> None:
         while True:
             with self._lock:
                 if not self._refusals:
@@ -151,8 +169,9 @@ class Owed:
                 held, refuse = self._refusals.pop(0)
             try:
                 refuse()
-            except BaseException:
+            except BaseException as error:
                 with self._lock:
-                    self._refusals.insert(0, (held, refuse))
+                    at = 0 if isinstance(error, Unavailable) else len(self._refusals)
+                    self._refusals.insert(at, (held, refuse))
                 raise
             refused(held.tag)
