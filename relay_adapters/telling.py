@@ -77,10 +77,11 @@ class Teller:
         """A burial that is noted in the store. Raises NotYet, always: the broker hears of it when it is done."""
         key = (id(broker), job.queue, job.id, job.token)
         with self._lock:
-            if key not in self._until:
+            known = key in self._until
+            self._until[key] = time.monotonic() + _OURS  # what waits here, and is handed out again, is ours anew
+            if not known:
                 what = f"{self._unit} {job.id} went to dead"
                 self._queue.put(_News(what, tell, key, partial(self._done, broker, job, what)))
-            self._until[key] = time.monotonic() + _OURS  # what waits here, and is handed out again, is ours anew
             self._begin()
         raise NotYet("a thread of the worker tells the result backend")
 

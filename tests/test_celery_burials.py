@@ -3,6 +3,7 @@ then."""
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -287,6 +288,23 @@ def test_a_burial_that_is_in_hand_is_not_taken_twice() -> None:
     desk.take("three")
     eventually(lambda: len(desk.heard) == 3, "the thread to be free")
     assert asked == ["one", "two", "three"]
+
+
+def test_a_burial_that_the_thread_takes_up_at_once_is_told_of() -> None:
+    asked = threading.Event()
+
+    class Quick(queue.SimpleQueue[Any]):
+        def put(self, *args: Any) -> None:
+            super().put(*args)
+            asked.wait(0.5)
+
+    desk = Desk(lambda job, _is_ours: asked.set() if job.id == "second" else None)
+    desk.teller._queue = Quick()
+    desk.take("first")  # which begins the thread
+    eventually(lambda: desk.heard and not desk.teller._until, "the first to be told of")
+    desk.take("second")
+    eventually(lambda: desk.heard == ["first", "second"], "the second to be told of")
+    assert asked.is_set()
 
 
 def test_what_waited_too_long_is_left_to_others_unless_it_was_handed_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
