@@ -9,7 +9,6 @@ as it can be.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from typing import Any
 import kombu
 import pytest
 from celery.worker import state
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from kombu.asynchronous import Hub
@@ -35,9 +33,9 @@ from relay_core import Broker
 from relay_core.operations.settings import Settings
 from relay_core.testing import advance
 from tests.celery_links import send
+from tests.histories import histories
 from tests.servers import Server, eventually
 
-EXAMPLES = int(os.environ.get("RELAY_CELERY_LOOP_EXAMPLES", "20"))
 QUEUES = ("q1", "q2")
 LEASE = 60.0
 
@@ -476,15 +474,5 @@ def test_event_loops_do_what_they_promise(server: Server, monkeypatch: pytest.Mo
     with Broker(server.url, lease=LEASE, max_deliveries=10**6) as engine:
         run_state_machine_as_test(
             type("LoopsOnServer", (Loops,), {"server": server, "engine": engine}),
-            settings=settings(
-                max_examples=EXAMPLES,
-                stateful_step_count=50,
-                deadline=None,
-                derandomize="RELAY_CELERY_LOOP_EXAMPLES" not in os.environ,
-                database=None,
-                print_blob=False,
-                report_multiple_bugs=False,
-                phases=[Phase.generate, Phase.shrink] if "RELAY_MODEL_SHRINK" in os.environ else [Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            ),
+            settings=histories("RELAY_CELERY_LOOP_EXAMPLES", 20, 50),
         )

@@ -9,7 +9,6 @@ short as it can be.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -17,16 +16,15 @@ from typing import Any
 import kombu
 import pytest
 from amqp.exceptions import NotFound
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not load kombu's plugins
 from relay_core import Broker
+from tests.histories import histories
 from tests.servers import Server
 from tests.test_celery_model import kinds, lines, patterns, picks, prefetches, rarely, reaches, refused
 
-EXAMPLES = int(os.environ.get("RELAY_CELERY_MAILBOX_EXAMPLES", "100"))
 MOST = {"q1": None, "q2": None, "q3": 3}
 """Mailboxes and their x-max-length. The first and the last are consumed by the first process."""
 EXCHANGES = ("x1", "x2", "x3")
@@ -336,15 +334,5 @@ def test_mailboxes_do_what_the_model_does(server: Server) -> None:
     with Broker(server.url) as engine:
         run_state_machine_as_test(
             type("MailboxesOnServer", (Mailboxes,), {"server": server, "engine": engine}),
-            settings=settings(
-                max_examples=EXAMPLES,
-                stateful_step_count=50,
-                deadline=None,
-                derandomize="RELAY_CELERY_MAILBOX_EXAMPLES" not in os.environ,
-                database=None,
-                print_blob=False,
-                report_multiple_bugs=False,
-                phases=[Phase.generate, Phase.shrink] if "RELAY_MODEL_SHRINK" in os.environ else [Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            ),
+            settings=histories("RELAY_CELERY_MAILBOX_EXAMPLES", 100, 50),
         )

@@ -9,7 +9,6 @@ as it can be.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,7 +17,6 @@ from typing import Any
 import kombu
 import pytest
 from amqp.exceptions import NotFound, PreconditionFailed
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -26,9 +24,9 @@ import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not lo
 from relay_adapters.celery.qos import BATCH
 from relay_core import Broker
 from relay_core.operations.settings import Settings
+from tests.histories import histories
 from tests.servers import Server, eventually
 
-EXAMPLES = int(os.environ.get("RELAY_CELERY_MODEL_EXAMPLES", "80"))
 QUEUES = ("q1", "q2", "q3")
 
 _histories = count()
@@ -406,15 +404,5 @@ def test_channels_do_what_the_model_does(server: Server, monkeypatch: pytest.Mon
     with Broker(server.url) as engine:
         run_state_machine_as_test(
             type("ChannelsOnServer", (Channels,), {"server": server, "engine": engine}),
-            settings=settings(
-                max_examples=EXAMPLES,
-                stateful_step_count=50,
-                deadline=None,
-                derandomize="RELAY_CELERY_MODEL_EXAMPLES" not in os.environ,
-                database=None,
-                print_blob=False,
-                report_multiple_bugs=False,
-                phases=[Phase.generate, Phase.shrink] if "RELAY_MODEL_SHRINK" in os.environ else [Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            ),
+            settings=histories("RELAY_CELERY_MODEL_EXAMPLES", 80, 50),
         )

@@ -9,14 +9,12 @@ as short as it can be.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import redis
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -27,6 +25,7 @@ from relay_core.commands import Ack, ClaimReply, Command, Finish, Grant, LongWay
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
 from relay_core.maintenance import limits
+from tests.histories import histories
 from tests.model import Model, ModelClaim, ModelJob
 from tests.servers import Server
 
@@ -38,7 +37,6 @@ UNIT = 3_600_000
 
 FOREVER = 100_000
 LONG_AGO = sent_now() - 1e6
-EXAMPLES = int(os.environ.get("RELAY_MODEL_EXAMPLES", "150"))
 
 # Everything in the store that is a time, moved into the past by ARGV[1] ms.
 PASS_TIME = """
@@ -511,17 +509,6 @@ def test_the_scripts_do_what_the_model_does(server: Server) -> None:
     machine = type("QueueOnServer", (Queue,), {"server": server, "client": client})
     run_state_machine_as_test(
         machine,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize="RELAY_MODEL_EXAMPLES" not in os.environ,
-            database=None,
-            print_blob=False,
-            report_multiple_bugs=False,
-            # making a failure small takes minutes: asked for by hand
-            phases=[Phase.generate, Phase.shrink] if "RELAY_MODEL_SHRINK" in os.environ else [Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
+        settings=histories("RELAY_MODEL_EXAMPLES", 150, 40),
     )
     client.close()
