@@ -198,12 +198,12 @@ class Delays:
         """Messages, which expire at once."""
         for number in numbers:
             send(self.connection, number, key=name)
-        before = self.channel.topology.now_ms()
-        eventually(lambda: self.channel.topology.now_ms() > before + 1, "they expire")
+        before = self.channel.topology.stored.now_ms()
+        eventually(lambda: self.channel.topology.stored.now_ms() > before + 1, "they expire")
 
     def turn(self) -> float:
         topology = self.channel.topology
-        return self.upkeep.turn(len(topology.ended()), topology.raw("SCARD", topology.places.limited))
+        return self.upkeep.turn(len(topology.stored.ended()), topology.stored.raw("SCARD", topology.places.limited))
 
     @property
     def moved(self) -> int:
@@ -254,9 +254,9 @@ def test_a_turn_whose_time_is_over_leaves_the_other_queues_to_the_next(
     delays.channel.queue_delete("out")
     for name in ("d", "e"):
         kombu.Queue(name, expires=0.001)(delays.channel).declare()
-    eventually(lambda: len(delays.channel.topology.ended()) == 2, "their time is over")
+    eventually(lambda: len(delays.channel.topology.stored.ended()) == 2, "their time is over")
     assert delays.turn() == pytest.approx(upkeep.AGAIN)
-    assert len(delays.channel.topology.ended()) == 1
+    assert len(delays.channel.topology.stored.ended()) == 1
 
 
 def test_what_is_no_message_does_not_keep_the_others_from_being_moved(delays: Delays) -> None:
@@ -283,10 +283,10 @@ def test_queues_whose_time_is_over_end_one_page_after_the_other(delays: Delays) 
     topology, many = delays.channel.topology, 2 * upkeep.PAGE + 10
     for number in range(many):
         kombu.Queue(f"q{number}", expires=0.001)(delays.channel).declare()
-    eventually(lambda: len(topology.ended(many)) == many, "their time is over")
-    while left := len(topology.ended(many)):
+    eventually(lambda: len(topology.stored.ended(many)) == many, "their time is over")
+    while left := len(topology.stored.ended(many)):
         pause = delays.turn()
-        ended = left - len(topology.ended(many))
+        ended = left - len(topology.stored.ended(many))
         assert 0 < ended <= upkeep.PAGE
         if left > ended:
             assert pause == pytest.approx(upkeep.AGAIN)

@@ -592,11 +592,11 @@ def test_a_program_that_ends_without_closing_its_connection_hands_back_what_it_d
 def pass_time(topo: topology.Topology, *names: str, seconds: int) -> None:
     """So much of these queues' time passes at once."""
     for name in names:
-        topo.raw("ZINCRBY", topo.places.ends, -1000 * seconds, name)
+        topo.stored.raw("ZINCRBY", topo.places.ends, -1000 * seconds, name)
 
 
 def seconds_left(topo: topology.Topology, name: str) -> float:
-    return (float(topo.raw("ZSCORE", topo.places.ends, name)) - topo.now_ms()) / 1000
+    return (float(topo.stored.raw("ZSCORE", topo.places.ends, name)) - topo.stored.now_ms()) / 1000
 
 
 def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, engine: Broker) -> None:
@@ -617,7 +617,7 @@ def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, e
     inbox.consumer.cancel()
     attendance.say_goodbye()
     pass_time(topo, used, seconds=600)
-    assert used in topo.ended(), "its consumer is gone"
+    assert used in topo.stored.ended(), "its consumer is gone"
 
 
 def test_an_auto_delete_queue_of_jobs_that_names_its_time_has_it_after_its_consumer_left(
@@ -641,7 +641,7 @@ def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) ->
         send(here, 1, key=name)
         assert seconds_left(topo, name) > 400
     pass_time(topo, name, seconds=600)
-    assert topo.has_ended(name)
+    assert topo.stored.has_ended(name)
 
 
 def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
@@ -654,17 +654,17 @@ def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
     here.default_channel.queue_bind(copies, exchange)
     for name in (copies, work):
         send(here, 1, key=name)
-    assert topo.ended() == []
+    assert topo.stored.ended() == []
     pass_time(topo, copies, work, seconds=60)
-    assert set(topo.ended()) == {copies, work}
+    assert set(topo.stored.ended()) == {copies, work}
     for name in (copies, work):
         upkeep.end(topo, name, topo.terms(name))
     assert topo.terms(copies, fresh=True) is None
     assert topo.terms(work, fresh=True) is not None
     assert got(here, work) == [1]
-    assert topo.ended() == []
+    assert topo.stored.ended() == []
     pass_time(topo, work, seconds=60)
-    assert topo.ended() == [work]
+    assert topo.stored.ended() == [work]
     upkeep.end(topo, work, topo.terms(work))
     assert topo.terms(work, fresh=True) is None
 

@@ -12,7 +12,7 @@ import kombu
 import pytest
 from amqp.exceptions import NotFound
 
-from relay_adapters.celery import moves, topology
+from relay_adapters.celery import moves, remembered, topology
 from relay_adapters.celery.places import Places
 from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
@@ -265,7 +265,7 @@ def test_no_thread_publishes_before_another_one_has_declared_all(
     for queue in queues:
         publish(here, 1, queue)
     server.cli("FLUSHALL")
-    place, name = (moves, "bind") if held_up == "when it declares" else (here.default_channel.topology, "_owe")
+    place, name = (moves, "bind") if held_up == "when it declares" else (here.default_channel.topology.own, "_owe")
     stock, begun, go_on = getattr(place, name), threading.Event(), threading.Event()
 
     def hooked(*args: Any) -> Any:
@@ -313,23 +313,24 @@ def test_a_process_forgets_the_queues_that_it_declared_and_that_have_ended(
 ) -> None:
     """One that lives for long declares one per client, or per connection that it lost, as a worker's gossip does."""
     clock = [time.monotonic()]
-    monkeypatch.setattr(topology, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (topology, remembered):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     exchange, kept = kombu.Exchange(fresh("x"), "fanout"), queue_of(fresh("y"))
     kept(here.default_channel).declare()
     box = Inbox(here, kombu.Queue(fresh("box"), exchange, **BOX))
     for _ in range(5):
-        for _ in range(topology.MANY):
+        for _ in range(remembered.MANY):
             with here.channel() as channel:
                 queue = kombu.Queue(fresh("left"), exchange, **BOX)
                 with kombu.Consumer(channel, [queue]):
                     pass
         clock[0] += BOX["expires"] + 1
     known = here.default_channel.topology
-    assert len(known.declared) < 3 * topology.MANY
-    assert len(known._terms) < 3 * topology.MANY
+    assert len(known.own.queues) < 3 * remembered.MANY
+    assert len(known._terms) < 3 * remembered.MANY
     there = {box.consumer.queues[0].name, kept.name}
     server.cli("FLUSHALL")
     assert known.terms(kept.name) is not None
     assert there == {name.decode() for name in server.cli("HKEYS", P.queues)}
-    assert there == set(known.declared) == set(known._bound)
-    assert len(here.default_channel.attendance._last) < 2 * topology.MANY
+    assert there == set(known.own.queues) == set(known.own.bindings)
+    assert len(here.default_channel.attendance._last) < 2 * remembered.MANY

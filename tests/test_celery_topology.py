@@ -164,6 +164,13 @@ def test_the_exchanges_that_amqp_has_are_always_there(here: kombu.Connection) ->
     assert got(here, queue) == [*TYPES, "k"]
 
 
+def test_an_exchange_that_amqp_has_cannot_be_made_of_another_type(here: kombu.Connection) -> None:
+    topology = here.default_channel.topology
+    here.default_channel.broker.store.raw("HDEL", topology.places.exchanges, "amq.direct")
+    with pytest.raises(NotEquivalentError, match=r"inequivalent arg 'type' for exchange 'amq\.direct'"):
+        here.default_channel.exchange_declare("amq.direct", "topic")
+
+
 def test_if_empty_and_if_unused_keep_what_they_say(here: kombu.Connection, there: kombu.Connection) -> None:
     channel = there.default_channel
     for options in ({}, BOX):

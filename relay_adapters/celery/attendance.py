@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from relay_adapters.celery import moves
+from relay_adapters.celery.declarations import process_name
 from relay_adapters.celery.moves import Touched
 from relay_adapters.celery.terms import Terms
-from relay_adapters.celery.topology import GRACE_MS, Topology, process_name
+from relay_adapters.celery.topology import GRACE_MS, Topology
 from relay_core.commands import Command
 from relay_core.connection import forks
 from relay_core.errors import RelayError
@@ -86,7 +87,7 @@ class Attendance:
             attended.channels.add(channel)
             self._left.pop(queue, None)
             self._remember(queue)
-            self.topology.consume(queue)
+            self.topology.own.consume(queue)
             if self.period < self._pause:
                 self._wake.set()  # the thread sleeps for longer than this queue may wait
             if self._thread is None:
@@ -106,7 +107,7 @@ class Attendance:
                 del self._attended[queue]
                 until = time.monotonic() + max(self._alive_ms, attended.terms.idle_ms) / 1000
                 self._left[queue] = _Left(attended.terms, until)
-                self.topology.leave(queue)
+                self.topology.own.leave(queue)
                 self._wake.set()
 
     def _remember(self, queue: str) -> None:
@@ -170,11 +171,11 @@ class Attendance:
                 self._wake.set()
             self._ended, self._limited = ended, limited
             found = zip(batch, answers, strict=True)
-            gone = [queue for queue, there in found if not there and queue in self.topology.declared]
+            gone = [queue for queue, there in found if not there and queue in self.topology.own.queues]
             for queue in gone:
                 logger.info("queue %r is gone from the store and is declared again", queue)
-            if gone or self.topology.owing:
-                self.topology.revive(gone)
+            if gone or self.topology.own.owing:
+                self.topology.own.revive(gone)
 
     def say_goodbye(self) -> None:
         """Tell the store at once of the queues that were left; where the thread is about to, wait for it.

@@ -135,7 +135,7 @@ class DeadLetters(Routing):
     def _over(self, queue: str, terms: Terms) -> tuple[int, float | None]:
         """How many messages at a queue's head have expired, one page at most, and seconds until the next one does."""
         head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
-        now = self.topology.now_ms() / 1000 if head else 0.0
+        now = self.topology.stored.now_ms() / 1000 if head else 0.0
         for job in head:
             if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(_read(job))):
                 break

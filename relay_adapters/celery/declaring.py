@@ -54,7 +54,7 @@ class Declaring(virtual.Channel):
         self.topology.delete_exchange(exchange, if_unused)
 
     def get_exchanges(self) -> list[str]:
-        return self.topology.exchanges()
+        return self.topology.stored.exchanges()
 
     def typeof(self, exchange: str, default: str = "direct") -> Any:
         found = self.topology.exchange(exchange)
@@ -77,7 +77,7 @@ class Declaring(virtual.Channel):
         return Binding(*self.typeof(exchange).prepare_bind(queue, exchange, routing_key or "", arguments))
 
     def list_bindings(self) -> Any:
-        for exchange, binding in self.topology.bindings():
+        for exchange, binding in self.topology.stored.bindings():
             yield binding.queue, exchange, binding.routing_key
 
     def get_table(self, exchange: str) -> list[Binding]:
@@ -94,7 +94,7 @@ class Declaring(virtual.Channel):
         if passive:
             if not self._has_queue(queue):
                 raise not_found("queue", queue, "Queue.declare")
-            return queue_declare_ok_t(queue, self._size(queue), self.topology.consumers(queue))
+            return queue_declare_ok_t(queue, self._size(queue), self.topology.stored.consumers(queue))
         consumers = self._new_queue(queue, **options)
         return queue_declare_ok_t(queue, self._size(queue), consumers)
 
@@ -128,14 +128,14 @@ class Declaring(virtual.Channel):
 
     def _size(self, queue: str) -> int:
         if self._mailbox(queue) is not None:
-            return self.topology.waiting(queue)
+            return self.topology.stored.waiting(queue)
         stats = self.broker.stats(queue)
         return stats.ready + stats.delayed
 
     def _purge(self, queue: str) -> int:
         if self._mailbox(queue) is not None:
-            waiting = self.topology.waiting(queue)  # not those that a consumer has, of which XTRIM tells, too
-            self.topology.raw("XTRIM", self.topology.places.box(queue), "MAXLEN", 0)
+            waiting = self.topology.stored.waiting(queue)  # not those that a consumer has, of which XTRIM tells, too
+            self.topology.stored.raw("XTRIM", self.topology.places.box(queue), "MAXLEN", 0)
             return waiting
         return self.broker.purge(queue)
 

@@ -115,7 +115,7 @@ class Routing(Declaring):
         terms = self.topology.terms(queue) or table.terms.get(queue)
         if table.type != "fanout":
             self._use(queue, terms)
-        elif terms is not None and terms.idle_ms and self.topology.has_ended(queue):
+        elif terms is not None and terms.idle_ms and self.topology.stored.has_ended(queue):
             # a copy for a consumer that is gone: nobody misses it
             end(self.topology, queue, terms)
             return

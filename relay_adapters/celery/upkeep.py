@@ -63,7 +63,7 @@ class Upkeep:
 
     def _end_some(self, until: float) -> bool:
         """End queues whose time is over. True when there may be more."""
-        page = self.topology.ended(PAGE)
+        page = self.topology.stored.ended(PAGE)
         for n, queue in enumerate(page):
             if n and time.monotonic() >= until:
                 return True
@@ -75,7 +75,7 @@ class Upkeep:
         known, self._read_at = self._looks, now
         self._looks = {
             name: known[name] if name in known and known[name][1] == terms else (now, terms)
-            for name, terms in self.topology.limited().items()
+            for name, terms in self.topology.stored.limited().items()
         }
 
     def _sweeper(self) -> Any:
@@ -90,7 +90,7 @@ def end(topology: Topology, queue: str, terms: Terms | None) -> None:
     """End a queue whose time is over. One that is only auto_delete is kept while it holds what nobody else has."""
     broker = topology.broker
     if terms is None:
-        topology.raw("ZREM", topology.places.ends, queue)
+        topology.stored.raw("ZREM", topology.places.ends, queue)
     elif terms.mailbox:
         topology.delete_queue(queue, "ended")
     elif terms.expires is not None or _copies_only(topology, queue) or not broker.stats(queue).pending:
@@ -103,7 +103,7 @@ def end(topology: Topology, queue: str, terms: Terms | None) -> None:
 
 def _copies_only(topology: Topology, queue: str) -> bool:
     """True for a queue that only fanout exchanges fill: what it holds was meant for its consumer alone."""
-    exchanges = {exchange for exchange, _binding in topology.bound(queue)}
+    exchanges = {exchange for exchange, _binding in topology.stored.bound(queue)}
     return bool(exchanges) and all((topology.exchange(name) or {}).get("type") == "fanout" for name in exchanges)
 
 
