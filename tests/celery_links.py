@@ -95,7 +95,7 @@ class Loop:
         self.channel.basic_consume(self.queue, False, self._receive, fresh("tag"))
         connection.transport.register_with_event_loop(connection.connection, self.hub)
         self.watch: Any = connection.transport._watches[self.channel, "jobs"]
-        self._turns = self.hub.create_loop()
+        self.turns = self.hub.create_loop()
 
     def _receive(self, message: Any) -> None:
         self.received(message)
@@ -121,7 +121,7 @@ class Loop:
     def until(self, condition: Callable[[], object], what: str) -> None:
         def turned() -> object:
             self.hub.call_later(0.01, lambda: None)
-            next(self._turns)
+            next(self.turns)
             return condition()
 
         eventually(turned, what)

@@ -15,6 +15,7 @@ from typing import Any
 import kombu
 import pytest
 from celery import Celery
+from celery.signals import worker_shutting_down
 from celery.worker.request import Request as Stock
 
 from relay_adapters.celery import burial, inhand, worker
@@ -25,7 +26,7 @@ from relay_core import Broker, Job, NotYet, Verdict, hookimpl
 from relay_core.connection import forks
 from relay_core.errors import Unavailable
 from relay_core.job import Options
-from tests.celery_links import Inbox, fresh, link, send
+from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.celery_workers import CeleryWorker, client_of, lines
 from tests.proxy import Proxy, to_port
 from tests.servers import AclServer, Server, eventually
@@ -338,3 +339,42 @@ def test_the_thread_that_keeps_the_leases_outlives_what_a_hook_raises(
     leases.add(tag := new_tag(job), job)
     assert goes_on.wait(30)
     leases.hand_back([tag])
+
+
+def test_a_sleeping_loop_hears_at_once_that_a_signal_tells_its_worker_to_stop(
+    tcp_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python goes on with an interrupted sleep, once the signal's handler has run."""
+    asleep, turned, late = threading.Event(), threading.Event(), list[bool]()
+    with link(tcp_server.url) as connection:
+        loop = Loop(connection, 1)
+
+        def interrupt() -> None:
+            assert asleep.wait(30)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            if not turned.wait(10):
+                late.append(True)
+                connection.transport._wake_loop()
+
+        def told(*_: Any) -> None:
+            worker_shutting_down.send(sender="w@here", sig="SIGTERM", how="Warm", exitcode=0)
+
+        def poll(timeout: float) -> Any:
+            found = stock(timeout)
+            if found or timeout < 0.5:
+                return found
+            asleep.set()  # nothing else wakes it any more
+            return stock(600.0)
+
+        stock = loop.hub.poller.poll
+        monkeypatch.setattr(loop.hub.poller, "poll", poll)
+        before, thread = signal.signal(signal.SIGUSR1, told), threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            while not asleep.is_set():
+                next(loop.turns)
+        finally:
+            turned.set()
+            thread.join(30)
+            signal.signal(signal.SIGUSR1, before)
+    assert not late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -210,6 +211,8 @@ class Transport(virtual.Transport):
         self._waker[0].setblocking(False)
         loop.add_reader(self._waker[0].fileno(), self._woken)
         loop.on_tick.add(self._tick)
+        if signals := sys.modules.get("celery.signals"):
+            signals.worker_shutting_down.connect(self._told_to_stop)
         if _forgotten:
             loop.call_later(_SETTLE, _hand_back_forgotten)
 
@@ -276,6 +279,10 @@ class Transport(virtual.Transport):
             self._awake = True
             with suppress(OSError):  # it is being closed
                 waker[1].send(b"w")
+
+    def _told_to_stop(self, **_: Any) -> None:
+        """By a signal: once its handler has run, Python goes on with the loop's sleep."""
+        self._wake_loop()
 
     def _woken(self) -> None:
         if self._waker is not None:
