@@ -429,6 +429,24 @@ def test_what_is_asked_for_is_to_be_acked_also_beside_a_consumer_that_acks_nothi
     assert inbox.wait(1) == [1]
 
 
+def test_a_consumer_that_acks_nothing_goes_on_so_when_another_one_of_its_queue_is_cancelled(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    name, channel, bodies = queue(here), here.default_channel, list[Any]()
+    for tag in ("one", "other"):
+        channel.basic_consume(name, True, lambda message: bodies.append(message.payload), tag)
+    channel.basic_cancel("one")
+    send(here, 1, key=name)
+    here.drain_events(timeout=20)
+    assert bodies == [1]
+    assert not engine.stats(name).pending
+    channel.basic_cancel("other")
+    inbox = Inbox(here, kombu.Queue(name))
+    send(here, 2, key=name)
+    assert inbox.wait(1) == [2]
+    assert engine.stats(name).inflight == 1
+
+
 def test_a_call_of_drain_events_brings_one_message_and_a_cancel_what_is_on_its_way(here: kombu.Connection) -> None:
     """As over AMQP, where a consumer is sent what its prefetch count allows, until the cancel is confirmed."""
     name = queue(here)

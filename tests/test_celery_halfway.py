@@ -86,6 +86,28 @@ def test_of_a_claim_of_which_one_message_fails_the_others_are_delivered_or_hande
     assert sorted((job.payload[-1:], job.deliveries) for job in broker.claim(queue, 3)) == [(b"1", 2), (b"2", 1)]
 
 
+def test_what_was_claimed_before_a_claim_is_interrupted_is_handed_back(
+    connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what a signal's handler raises, or gevent's Timeout, between two queues."""
+    first, second = fresh("first"), fresh("second")
+    inbox = Inbox(connection, kombu.Queue(first), kombu.Queue(second))
+    send(connection, 1, key=first)
+    stock = Consuming._claim_one
+
+    def interrupted(self: Any, queue: str, *args: Any) -> Any:
+        if self.leases.holding:
+            raise KeyboardInterrupt
+        return stock(self, queue, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Consuming, "_claim_one", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            inbox.wait(1)
+    assert inbox.wait(1) == [1]
+    assert inbox.messages[0].delivery_info["redelivered"] is False
+
+
 @pytest.mark.parametrize("end", ["ack", "reject"])
 def test_a_message_whose_end_the_server_could_not_be_told_gives_its_credit_back(
     connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch, end: str

@@ -37,8 +37,7 @@ class Channel(Mailing, Consuming, Publishing):
         self._held = {}
         self._used = {}
         self._unacked: set[str] = set()
-        self._no_ack: set[str] = set()
-        self._simple: set[str] = set()
+        self._no_ack, self._simple = {}, {}
         self._receivers: dict[str, dict[str, Any]] = {}
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:

@@ -28,18 +28,21 @@ Delivery = tuple[Any, str]
 class Consuming(Settling):
     """The part of a channel that claims."""
 
-    _no_ack: set[str]
-    _simple: set[str]
+    _no_ack: dict[str, set[str]]
+    """Queue -> tags of its consumers that do not acknowledge, and below those that fill a SimpleQueue."""
+    _simple: dict[str, set[str]]
     _receivers: dict[str, dict[str, Any]]
     order: Any
     boxes: dict[str, Any]
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
-        if no_ack:
-            self._no_ack.add(queue)
-        elif _is_simple(callback):
-            self._simple.add(queue)
-        super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        if no_ack or _is_simple(callback):
+            (self._no_ack if no_ack else self._simple).setdefault(queue, set()).add(consumer_tag)
+        try:
+            super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        except BaseException:
+            self._forget_kind(queue, consumer_tag)
+            raise
         self._receivers.setdefault(queue, {})[consumer_tag] = self.connection._callbacks[queue]
         self.connection.consumers_changed(self)
 
@@ -55,10 +58,16 @@ class Consuming(Settling):
             receivers.pop(consumer_tag, None)
             if not receivers:  # as of a client that asks many questions, each with a queue for the answers
                 self._receivers.pop(queue, None)
-        self._no_ack.discard(queue)
-        self._simple.discard(queue)
+            self._forget_kind(queue, consumer_tag)
         if self.connection is not None:
             self.connection.consumers_changed(self)
+
+    def _forget_kind(self, queue: str, consumer_tag: str) -> None:
+        for kind in (self._no_ack, self._simple):
+            tags = kind.get(queue, set())
+            tags.discard(consumer_tag)
+            if not tags:
+                kind.pop(queue, None)
 
     def deliver(self, raw: Any, queue: str) -> None:
         """Hand a message to a consumer of this channel, the latest of its queue. kombu's transports know the latest of
@@ -108,6 +117,9 @@ class Consuming(Settling):
                 if not found:
                     raise
                 return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
+            except BaseException:  # what a signal's handler raises, or gevent's Timeout: nobody will deliver it
+                self.take_back(found, wait=False)
+                raise
             if enough or len(found) >= room:
                 break
         return found, again
