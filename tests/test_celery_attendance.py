@@ -242,6 +242,21 @@ def test_a_sweep_whose_time_is_over_leaves_the_rest_as_it_is(delays: Delays, mon
     assert got(delays.connection, "out") == [1, 2, 3, 4]
 
 
+def test_however_long_a_server_is_full_no_message_of_a_delay_goes_to_dead_for_it(
+    delays: Delays, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "REREAD", 0.0)
+    delays.fill(delays.make("delay"), range(3))
+    server.cli("CONFIG", "SET", "maxmemory", "1")
+    for _ in range(6):  # deliveries, and a message has five
+        with pytest.raises(Unavailable, match="maxmemory"), delays.broker.store.hurried(0.0):
+            delays.turn()
+    assert [(job.state, job.deliveries) for job in delays.broker.jobs("delay", "ready")] == [("ready", 0)] * 3
+    server.cli("CONFIG", "SET", "maxmemory", "0")
+    delays.turn()
+    assert got(delays.connection, "out") == [0, 1, 2]
+
+
 def test_a_turn_whose_time_is_over_leaves_the_other_queues_to_the_next(
     delays: Delays, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -384,6 +384,25 @@ def test_beyond_its_length_a_queue_drops_or_dead_letters_the_oldest(here: kombu.
     assert got(here, dead) == [0, 1, 2, 3]
 
 
+def test_what_is_beyond_a_queue_s_length_and_cannot_be_dead_lettered_now_stays_where_it_is(
+    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, dead = dead_letter_queue(here)
+    name = queue(here, x_max_length=1, x_dead_letter_exchange=exchange)
+    send(here, 0, key=name)
+
+    def full(*_args: Any) -> None:
+        raise Unavailable("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(here.default_channel, "dead_letter", full)
+        with pytest.raises(Unavailable, match="full"):
+            send(here, 1, key=name)
+    assert [job.deliveries for job in engine.jobs(name, "ready")] == [0, 0]
+    send(here, 2, key=name)
+    assert (got(here, dead), got(here, name)) == ([0, 1], [2])
+
+
 def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
     here: kombu.Connection, engine: Broker
 ) -> None:

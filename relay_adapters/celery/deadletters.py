@@ -7,7 +7,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -18,8 +19,8 @@ from relay_adapters.celery.protocol import change_protocol_1, protocol_1, told_o
 from relay_adapters.celery.routing import Routing
 from relay_adapters.celery.terms import Terms
 from relay_core import Job, commands
-from relay_core.errors import InvalidArgument
-from relay_core.job import StoredJob
+from relay_core.errors import InvalidArgument, RelayError, Unavailable
+from relay_core.job import Claimed, StoredJob
 
 logger = logging.getLogger("relay.celery")
 
@@ -106,9 +107,11 @@ class DeadLetters(Routing):
             self.broker.store.run(commands.purge(self.broker.settings.keys(queue), "ready", 200, keep=terms.length))
             return
         over = self.broker.stats(queue).ready - terms.length
-        for job in self.broker.claim(queue, min(over, 200)) if over > 0 else ():
-            if not self.dead_letter(job, "maxlen"):
-                self.broker.ack(job)
+        claimed = self.broker.claim(queue, min(over, 200)) if over > 0 else Claimed()
+        for at, job in enumerate(claimed):
+            with self._back_unless_done(claimed[at:]):
+                if not self.dead_letter(job, "maxlen"):
+                    self.broker.ack(job)
 
     def sweep(self, queue: str, terms: Terms) -> float:
         """End the expired messages at the head of a queue with x-message-ttl, some at a time: seconds until the next
@@ -129,8 +132,20 @@ class DeadLetters(Routing):
                 if (at and time.monotonic() >= ends) or _left(job, terms, job.claimed_at) > 0:
                     self.broker.release(claimed[at:])
                     return AGAIN
-                self._end_expired(job)
+                with self._back_unless_done(claimed[at:]):
+                    self._end_expired(job)
         return AGAIN
+
+    @contextmanager
+    def _back_unless_done(self, claimed: Sequence[Job]) -> Iterator[None]:
+        """The first of these is ended here. Where the server is full or away all go back, uncounted: however long that
+        lasts, no message is to go to dead for it."""
+        try:
+            yield
+        except Unavailable:
+            with suppress(RelayError):
+                self.broker.release(claimed)
+            raise
 
     def _over(self, queue: str, terms: Terms) -> tuple[int, float | None]:
         """How many messages at a queue's head have expired, one page at most, and seconds until the next one does."""
