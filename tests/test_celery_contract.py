@@ -21,6 +21,7 @@ from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.upkeep import attendance_of
 from relay_core import Broker
 from relay_core.errors import Unavailable
+from relay_core.testing.times import advance
 from tests.aging import age_by
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually
@@ -206,6 +207,33 @@ def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection, eng
     assert "expires" not in inbox.messages[0].headers
 
 
+def waited(engine: Broker, name: str, seconds: int) -> None:
+    """So long ago everything was sent that is in a queue, which holds delayed messages alone, and so much is over."""
+    age_by(engine, name, seconds)
+    advance(engine, seconds, name)
+    engine.promote(name)
+
+
+def send_due(here: kombu.Connection, key: str, seconds: float, skew: float) -> None:
+    """A task that waits, from a client whose clock is wrong by `skew` seconds."""
+    right = time.time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: right() + skew)
+        eta = datetime.fromtimestamp(time.time() + seconds, timezone.utc).isoformat()
+        send(here, 1, key=key, headers={"task": "t", "id": "1", "lang": "py", "eta": eta})
+
+
+@pytest.mark.parametrize("skew", [-86_400.0, 86_400.0])
+def test_a_time_limit_counts_by_the_server_s_clock_whatever_that_of_the_client_says(
+    here: kombu.Connection, engine: Broker, skew: float
+) -> None:
+    name = queue(here, message_ttl=60)
+    for seconds, over in ((3600, False), (3700, True)):
+        send_due(here, name, 3600, skew)
+        waited(engine, name, seconds)
+        assert ("expires" in headers_of(here, name)) == over
+
+
 # dead letters
 
 
@@ -256,6 +284,15 @@ def test_a_dead_letter_is_no_duplicate_of_itself(here: kombu.Connection) -> None
     for _ in range(2):
         here.default_channel.basic_get(name).reject()
     assert got(here, name) == [1]
+
+
+def test_a_dead_letter_does_not_wait_again_for_the_clock_of_its_client(here: kombu.Connection, engine: Broker) -> None:
+    exchange, dead = dead_letter_queue(here)
+    name = queue(here, x_dead_letter_exchange=exchange)
+    send_due(here, name, 3600, skew=86_400.0)
+    waited(engine, name, 3600)
+    here.default_channel.basic_get(name).reject()
+    assert got(here, dead) == [1]
 
 
 def test_a_failed_task_of_a_queue_with_a_dead_letter_exchange_goes_there_at_once(

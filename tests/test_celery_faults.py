@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from celery.utils.nodenames import gethostname
 from relay_adapters.celery import inhand
 from relay_adapters.celery.envelope import head_of
 from relay_core import Broker, Job, Verdict
+from relay_core.testing.times import advance
 from tests.aging import age_by
 from tests.celery_workers import POOLS, STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
@@ -412,6 +414,29 @@ def test_the_time_limit_of_a_retry_counts_from_the_retry(
         assert [job.id for job in broker.jobs("limited", "ready")] == ["t"]
         message = channel.basic_get("limited")
         assert message.headers["retries"] == 1
+        assert not str(message.headers.get("expires")).startswith("1970")
+        message.ack()
+    client.close()
+
+
+def test_the_time_limit_of_a_retry_counts_from_when_it_is_due_whatever_its_worker_s_clock_says(
+    kept: Server, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "limit-late"})
+    with client.connection_for_write() as connection:
+        channel = connection.default_channel
+        kombu.Queue("late", message_ttl=60)(channel).declare()
+        client.send_task("pay", [1], task_id="t", queue="late")
+        (first,) = broker.claim("late")
+        right = time.time
+        with monkeypatch.context() as patched, runs(client, first):
+            patched.setattr(time, "time", lambda: right() - 86_400)
+            eta = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
+            client.send_task("pay", [1], task_id="t", queue="late", retries=1, eta=eta)
+        assert [job.id for job in broker.jobs("late", "delayed")] == ["t"]
+        age_by(broker, "late", 3600)
+        advance(broker, 3600, "late")
+        message = channel.basic_get("late")
         assert not str(message.headers.get("expires")).startswith("1970")
         message.ack()
     client.close()

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from relay_adapters.celery.due import timestamp
+from relay_adapters.celery.due import run_now, timestamp
 from relay_adapters.celery.envelope import SINCE, head_of, unpack
 from relay_adapters.celery.errors import NotFound
 from relay_adapters.celery.protocol import change_protocol_1, protocol_1, told_of
@@ -57,7 +57,7 @@ class DeadLetters(Routing):
         with_own = (raw.get("properties") or {}).get("expiration")
         if with_own is not None and _MILLISECONDS.fullmatch(str(with_own)):
             limits.append(int(with_own))
-        if not limits or (job.claimed_at - _waits_from(job, raw)) * 1000 <= min(limits):
+        if not limits or (job.claimed_at - _waits_from(job, raw, job.claimed_at)) * 1000 <= min(limits):
             return False
         if self.dead_letter(job, "expired"):
             return True
@@ -83,6 +83,7 @@ class DeadLetters(Routing):
         if terms is None or terms.dead_exchange is None:
             return False
         message = unpack(job.payload)
+        run_now(message)  # it has waited for its time, and does not do so again where a client's clock is ahead
         properties = message["properties"]
         info = properties["delivery_info"] = properties.get("delivery_info") or {}
         key = info.get("routing_key") or "" if terms.dead_key is None else terms.dead_key
@@ -172,7 +173,7 @@ class DeadLetters(Routing):
 
 def _left(job: Job | StoredJob, terms: Terms, now: float) -> float:
     """Seconds until a message expires by its queue's terms, at the server's time `now`."""
-    return _waits_from(job, _read(job)) + (terms.ttl or 0) / 1000 - now
+    return _waits_from(job, _read(job), now) + (terms.ttl or 0) / 1000 - now
 
 
 def _read(job: Job | StoredJob) -> MutableMapping[str, Any]:
@@ -182,15 +183,18 @@ def _read(job: Job | StoredJob) -> MutableMapping[str, Any]:
         return {}
 
 
-def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any]) -> float:
-    """Since when a message waits for a worker, by the server's clock: its publish, a retry that put it back, or the
-    time for which it was set."""
+def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any], now: float) -> float:
+    """Since when a message that is due waits for a worker, by the server's clock: its publish, a retry that put it
+    back, or the time for which it was set."""
     due = timestamp(told_of(message).get("eta"))
+    if due is None or due > now:  # a time to come is by the clock of a client that is ahead
+        due = 0.0
     since = (message.get("properties") or {}).get(SINCE)
     # compared before it is converted, which an int of hundreds of digits cannot be
     if not isinstance(since, (int, float)) or not 0 < since < _END_OF_TIME:
         since = 0.0
-    return max(job.created_at or 0.0, due or 0.0, float(since))
+    stored = (job.created_at or 0.0) + (job.options.delay_ms or 0) / 1000
+    return max(stored, due, float(since))
 
 
 def _is_over(expires: Any) -> bool:

@@ -138,8 +138,8 @@ class Publishing(Routing):
             return False
         wait, properties = wait_of(message), dict(message["properties"])
         properties[DELIVERED] = job.deliveries
-        if not wait and ("expiration" in properties or (terms is not None and terms.ttl is not None)):
-            properties[SINCE] = self.topology.stored.now_ms() / 1000
+        if "expiration" in properties or (terms is not None and terms.ttl is not None):
+            properties[SINCE] = self.topology.stored.now_ms() / 1000 + wait
         return inhand.put_back(self.broker, self.leases, job, pack({**message, "properties": properties}), wait)
 
     def _inplace_augment_message(self, message: Any, exchange: str, routing_key: str) -> None:
