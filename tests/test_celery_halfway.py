@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from threading import Thread
@@ -148,6 +149,26 @@ def test_what_the_server_does_not_take_of_one_queue_holds_up_no_other() -> None:
         with pytest.raises(StoreError):
             owed.pay(cast(Any, There()), lambda taken, verdicts: None, lambda tag: None)
     assert sorted(done) == ["another ack", "another refusal", "release"]
+
+
+def test_leases_are_extended_beside_a_refusal_that_a_full_server_does_not_take(server: Server, broker: Broker) -> None:
+    """Also where they may be over: else a worker could not connect again, and the server would never be emptied."""
+    held, refused, dead = fresh("held"), fresh("refused"), fresh("dead")
+    ends = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead}
+    with link(server.url, lease=60.0, retry_for=0.0) as connection:
+        kombu.Queue(dead)(connection.default_channel).declare()
+        inbox = Inbox(connection, kombu.Queue(held), kombu.Queue(refused, queue_arguments=ends))
+        send(connection, 1, key=held)
+        send(connection, 2, key=refused)
+        assert sorted(inbox.wait(2)) == [1, 2]
+        server.cli("CONFIG", "SET", "maxmemory", "1")
+        inbox.messages[inbox.bodies.index(2)].reject()
+        leases = inbox.channel.leases
+        leases._be_sure(0.0)  # as after a time without the server
+        leases.extend()
+        assert leases._sure > time.monotonic()
+        server.cli("CONFIG", "SET", "maxmemory", "0")
+        eventually(lambda: broker.stats(dead).ready == 1, "the refusal")
 
 
 @pytest.mark.parametrize("end", ["rejected", "expired"])

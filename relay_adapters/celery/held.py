@@ -21,6 +21,8 @@ class Held:
     untold: bool = False
     """True where nobody tells when this task starts, for it has a strategy of its own, as celery-batches has."""
     acked: bool = False
+    refused: bool = False
+    """True where the server is still owed a refusal of it, and no ack: it counts as acked meanwhile."""
     lost: bool = False
     moved: bool = False
     """True when the task that ran ended the delivery by itself, as its retry does: there is nothing left to ack."""

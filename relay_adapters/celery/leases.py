@@ -190,7 +190,7 @@ class Leases:
         :param refuse: raises RelayError where that did not work either
         """
         with self._lock:
-            held.acked = True  # whatever becomes of it, its delivery is over
+            held.acked = held.refused = True  # whatever becomes of it, its delivery is over
             self._held[held.tag] = held
             self.owed.refuse(held, refuse)
         self._event.set()
@@ -315,8 +315,11 @@ class Leases:
     def extend(self) -> None:
         """Extend all leases. A lease that was lost is not extended again; the ack of its task says so."""
         self._settle_claims()
-        if time.monotonic() > self._sure:  # a child may wait for word of a task that was acked as it was accepted
-            self.flush()
+        if self.owed.acks and time.monotonic() > self._sure:
+            # a child may wait for word of a task that was acked as it was accepted. Of acks alone: a full server does
+            # not take all else, and is to extend the leases all the same
+            with suppress(RelayError):
+                self.owed.pay(self.broker, self.sent)
         with self._lock:
             batch = [held for held in self._held.values() if not (held.lost or self.moved(held))]
         until = time.monotonic() + self.broker.settings.lease
@@ -331,7 +334,7 @@ class Leases:
                 self._row.lost(held.tag)
                 _warn_lost(held, "its lease was lost while it was held")
         with self._lock:
-            if time.monotonic() > self._sure and any(held.acked for held in self._held.values()):
+            if time.monotonic() > self._sure and any(held.acked and not held.refused for held in self._held.values()):
                 self._next_beat = time.monotonic() + LINGER  # what became of these acks is not known yet
                 return
             sure = (held.until for held in self._held.values() if not (held.lost or held.acked or self.moved(held)))

@@ -97,12 +97,12 @@ class Owed:
         self,
         broker: Broker,
         acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
-        refused: Callable[[str], object],
+        refused: Callable[[str], object] | None = None,
     ) -> None:
         """Tell the server. What cannot be told stays. Raises Unavailable and the like.
 
         :param acked: called with what became of acks
-        :param refused: called with the delivery tag of what was refused
+        :param refused: called with the delivery tag of what was refused. Default: only acks are told
         """
         with self._lock:
             self._paying += 1
@@ -126,11 +126,13 @@ class Owed:
         self,
         broker: Broker,
         acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
-        refused: Callable[[str], object],
+        refused: Callable[[str], object] | None,
     ) -> None:
         failed: RelayError | None = None
-        parts = partial(self._pay_acks, broker, acked), partial(self._pay_releases, broker)
-        for part in (*parts, partial(self._pay_refusals, refused)):
+        parts = [partial(self._pay_acks, broker, acked)]
+        if refused is not None:
+            parts += [partial(self._pay_releases, broker), partial(self._pay_refusals, refused)]
+        for part in parts:
             try:
                 part()
             except Unavailable:
