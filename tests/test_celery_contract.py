@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
 
 import kombu
@@ -16,7 +17,7 @@ import pytest
 from amqp.exceptions import PreconditionFailed
 from kombu.common import itermessages
 
-from relay_adapters.celery import topology, upkeep
+from relay_adapters.celery import routing, topology, upkeep
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.upkeep import attendance_of
 from relay_core import Broker
@@ -716,6 +717,17 @@ def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) ->
         assert seconds_left(topo, name) > 400
     pass_time(topo, name, seconds=600)
     assert topo.stored.has_ended(name)
+
+
+def test_a_publish_keeps_a_queue_also_on_a_machine_that_has_just_started(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topo = attendance_of(here.default_channel.broker).topology
+    name = queue(here, expires=600)
+    pass_time(topo, name, seconds=500)
+    monkeypatch.setattr(routing, "time", SimpleNamespace(monotonic=lambda: 1.0))
+    send(here, 1, key=name)
+    assert seconds_left(topo, name) > 400
 
 
 def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(

@@ -290,6 +290,25 @@ def test_what_could_not_be_requeued_goes_back_when_the_channel_closes(
     assert got(there, mine.name) == [1]
 
 
+def test_a_channel_that_closes_without_its_server_tries_once_to_put_back_what_it_has_and_says_what_is_lost(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = box(here)
+    inbox, tries = Inbox(here, mine), list[Any]()
+    for number in range(3):
+        send(here, number, key=mine.name)
+    inbox.wait(3)
+
+    def away(_self: Any, *told: Any) -> None:
+        tries.append(told)
+        raise Unavailable("away")
+
+    monkeypatch.setattr(type(inbox.channel), "_put_back", away)
+    inbox.channel.close()
+    assert len(tries) == 1
+    assert "3 messages of mailboxes that were not acked are lost with their channel: away" in caplog.text
+
+
 def test_what_a_cancelled_consumer_was_not_handed_comes_once_to_the_next_ones(here: kombu.Connection) -> None:
     """Of the same process. It has come to the first channel, and is not to wait there for its next consumer, too."""
     mine = box(here)

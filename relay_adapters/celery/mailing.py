@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from contextlib import suppress
 from itertools import count
 from queue import Empty
 from typing import Any
@@ -13,7 +12,7 @@ from relay_adapters.celery import moves
 from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.terms import Terms
-from relay_core.errors import RelayError
+from relay_core.errors import RelayError, Unavailable
 
 logger = logging.getLogger("relay.celery")
 
@@ -119,9 +118,17 @@ class Mailing(Declaring):
         return super().basic_recover(requeue)
 
     def close(self) -> None:
-        """What was not acked goes back to its mailbox."""
+        """What was not acked goes back to its mailbox, where the server is there."""
         held, self._held = self._held, {}
-        for tag, (queue, packed) in held.items():
-            with suppress(RelayError):
+        for done, (tag, (queue, packed)) in enumerate(held.items()):
+            try:
                 self._put_back(tag, queue, packed)
+            except RelayError as error:
+                away = isinstance(error, Unavailable)  # the next one would wait for it just as long
+                lost = len(held) - done if away else 1
+                logger.warning(
+                    "%d messages of mailboxes that were not acked are lost with their channel: %s", lost, error
+                )
+                if away:
+                    break
         super().close()

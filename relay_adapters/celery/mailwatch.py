@@ -16,7 +16,7 @@ AT_ONCE = 1000
 
 
 class MailWatch:
-    """Like transport.Watch, for mailboxes: never held up by the credit for tasks."""
+    """Like watch.Watch, for mailboxes: never held up by the credit for tasks."""
 
     def __init__(self, channel: Any) -> None:
         self.channel = channel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from typing import Any
@@ -129,7 +130,7 @@ class Routing(Declaring):
         """A queue that expires and is published to is in use: it lives on for its time."""
         if terms is not None and terms.idle_ms:
             now = time.monotonic()
-            if now - self._used.get(queue, 0.0) > terms.idle_ms / 4000:
+            if now - self._used.get(queue, -math.inf) > terms.idle_ms / 4000:
                 if len(self._used) >= 1000:
                     self._used.clear()
                 self._used[queue] = now
