@@ -290,6 +290,41 @@ def test_what_could_not_be_requeued_goes_back_when_the_channel_closes(
     assert got(there, mine.name) == [1]
 
 
+def test_what_is_on_its_way_to_one_process_is_not_taken_for_received_by_another(
+    here: kombu.Connection, there: kombu.Connection, server: Server
+) -> None:
+    """Of two that share a mailbox."""
+    mine = box(here, message_ttl=600)
+    there.default_channel.attendance.consumer = "another process"
+    other = Inbox(there, mine, no_ack=True)
+    other.quiet()
+    send(here, 1, key=mine.name)
+    key = P.box(mine.name)
+    eventually(lambda: server.cli("XPENDING", key, "q")[0] == 1, "it to be on its way")
+    inbox = Inbox(here, mine, no_ack=True)
+    send(here, 2, key=mine.name)
+    assert inbox.wait(1) == [2]
+    inbox.channel.attendance.touch()
+    reader = there.transport._watches[other.channel, "mail"].bell
+    (lost,) = reader._channels
+    lost.close()  # before it was read
+    reader._unsure = True
+    assert other.wait(1) == [1]
+
+
+def test_what_a_process_that_died_was_given_is_forgotten_once_it_is_too_old(
+    here: kombu.Connection, there: kombu.Connection, server: Server
+) -> None:
+    mine = box(here, message_ttl=0.05)
+    there.default_channel.attendance.consumer = "another process"
+    other = Inbox(there, mine, no_ack=True)
+    other.quiet()
+    send(here, 1, key=mine.name)
+    key, attendance = P.box(mine.name), Inbox(here, mine, no_ack=True).channel.attendance
+    eventually(lambda: server.cli("XPENDING", key, "q")[0] == 1, "it to be given")
+    eventually(lambda: attendance.touch() or server.cli("XPENDING", key, "q")[0] == 0, "its time to be over")
+
+
 def test_a_channel_that_closes_without_its_server_tries_once_to_put_back_what_it_has_and_says_what_is_lost(
     here: kombu.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,16 +22,20 @@ for at = 3, #args, 4 do
   local there = redis.call('HEXISTS', queues, queue) == 1
   if there and keep_ms >= 0 then
     there = redis.call('PEXPIRE', box, idle_ms) == 1
+    local ids = {}
     if there and last ~= '' then
-      local taken = redis.call('XPENDING', box, 'q', '-', last, 1000)
-      if #taken > 0 then
-        local ids = {}
-        for i, row in ipairs(taken) do ids[i] = row[1] end
-        redis.call('XACK', box, 'q', unpack(ids))
-        redis.call('XDEL', box, unpack(ids))
-      end
+      -- its own: what another consumer was given may still be on its way there
+      for i, row in ipairs(redis.call('XPENDING', box, 'q', '-', last, 1000, consumer)) do ids[i] = row[1] end
     end
-    if there and keep_ms > 0 then redis.call('XTRIM', box, 'MINID', string.format('%.0f', now - keep_ms)) end
+    if there and keep_ms > 0 then
+      redis.call('XTRIM', box, 'MINID', string.format('%.0f', now - keep_ms))
+      local old = redis.call('XPENDING', box, 'q', '-', string.format('%.0f', now - keep_ms - 1), 1000)
+      for _, row in ipairs(old) do ids[#ids + 1] = row[1] end
+    end
+    if #ids > 0 then
+      redis.call('XACK', box, 'q', unpack(ids))
+      redis.call('XDEL', box, unpack(ids))
+    end
   end
   if there then
     redis.call('ZADD', consumers, now + alive_ms, consumer)
