@@ -6,7 +6,6 @@ import difflib
 import logging
 import ssl
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -210,10 +209,20 @@ def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-@lru_cache(maxsize=64)
+_providers: dict[Any, tuple[Any, Any]] = {}
+
+
 def _provider(given: Any) -> Any:
-    """What is called at each connect. redis-py's providers, which kombu takes, have a method instead; both may be named
-    by their dotted path, as kombu allows."""
+    """What is called at each connect, the same each time for the same provider, which may be one that has no hash."""
+    key = given if isinstance(given, str) else id(given)
+    if key not in _providers:
+        _providers[key] = given, _called(given)  # kept, so that no other one has its id
+    return _providers[key][1]
+
+
+def _called(given: Any) -> Any:
+    """redis-py's providers, which kombu takes, have a method; both kinds may be named by their dotted path, as kombu
+    allows."""
     if isinstance(given, str):
         given = symbol_by_name(given)()
     method = getattr(given, "get_credentials", None)
