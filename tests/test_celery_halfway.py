@@ -28,6 +28,7 @@ from relay_core import Broker, Verdict
 from relay_core.errors import InvalidArgument, StoreError, Unavailable
 from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.servers import Server, eventually
+from tests.signals import handled_by
 
 
 @pytest.fixture
@@ -169,6 +170,29 @@ def test_leases_are_extended_beside_a_refusal_that_a_full_server_does_not_take(s
         assert leases._sure > time.monotonic()
         server.cli("CONFIG", "SET", "maxmemory", "0")
         eventually(lambda: broker.stats(dead).ready == 1, "the refusal")
+
+
+def test_a_handler_of_signals_tells_what_is_owed_while_its_thread_adds_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that connects while its process holds leases that may be over."""
+    owed, told = Owed(), list[str]()
+
+    class There:
+        def ack_many(self, jobs: list[Any]) -> list[Verdict]:
+            told.extend(job.id for job in jobs)
+            return [Verdict.DONE] * len(jobs)
+
+    def pay() -> None:
+        owed.pay(cast(Any, There()), lambda taken, verdicts: None)
+
+    def now() -> float:
+        ring()
+        return 0.0
+
+    monkeypatch.setattr("relay_adapters.celery.owed.time", SimpleNamespace(monotonic=now))
+    with handled_by(pay) as ring:
+        owed.ack(cast(Any, SimpleNamespace(tag="1.a", job=SimpleNamespace(id="a", queue="q"))))
+    pay()
+    assert told == ["a"]
 
 
 @pytest.mark.parametrize("end", ["rejected", "expired"])

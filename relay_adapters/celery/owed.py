@@ -25,7 +25,7 @@ class Owed:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may connect, which tells what is owed
         self._changed = threading.Condition(self._lock)
         self._paying = 0
         self.away = False
@@ -57,15 +57,10 @@ class Owed:
     def take_acks(self, queue: str, most: int = _MOST) -> list[Held]:
         """Acks to send now, of one queue. Those that could not be sent come back by `unsent`."""
         with self._lock:
-            waiting = self._acks.get(queue)
-            if not waiting:
-                return []
-            taken, left = waiting[:most], waiting[most:]
-            if left:
-                self._acks[queue] = left
-            else:
-                del self._acks[queue]
-            return taken
+            waiting = self._acks.pop(queue, [])  # in one step: a signal's handler may add to them in between
+            if left := waiting[most:]:
+                self._acks[queue] = [*left, *self._acks.get(queue, ())]
+            return waiting[:most]
 
     def unsent(self, taken: Sequence[Held]) -> None:
         """They could not be sent, and stay pending. Their leases are kept."""
