@@ -14,6 +14,8 @@ from typing import Any
 
 import dramatiq
 import pytest
+import redis
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.encoder import Encoder, MessageData
 from dramatiq.errors import ConnectionClosed, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import get_encoder, set_encoder
@@ -144,6 +146,33 @@ def test_an_eta_that_the_user_set_waits_in_the_store_too(broker: RelayBroker) ->
     with running(broker):
         assert not ran.is_set()
         assert ran.wait(5)
+
+
+def test_a_delayed_message_that_a_redis_broker_returned_is_sent_to_the_queue_that_workers_read(
+    broker: RelayBroker, server: Server
+) -> None:
+    ran = threading.Event()
+
+    @dramatiq.actor
+    def note() -> None:
+        ran.set()
+
+    client = redis.Redis(unix_socket_path=str(server.socket))
+    kept = RedisBroker(client=client, namespace="old").enqueue(note.message(), delay=1).encode()
+    client.close()
+    message = dramatiq.Message.decode(kept)
+    assert message.queue_name == "default.DQ"
+    assert broker.enqueue(message).queue_name == "default"
+    with running(broker):
+        assert ran.wait(5)
+
+
+def test_a_queue_that_is_declared_keeps_its_name_whatever_that_ends_with(broker: RelayBroker) -> None:
+    @dramatiq.actor(queue_name="mail.DQ")
+    def note() -> None: ...
+
+    assert note.send().queue_name == "mail.DQ"
+    assert broker.get_queue_message_counts("mail.DQ") == (1, 0, 0)
 
 
 @pytest.mark.parametrize("eta", [None, "tomorrow", 0, -5.5])

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dramatiq.broker import Broker
-from dramatiq.common import current_millis, iter_queue
+from dramatiq.common import current_millis, iter_queue, q_name
 from dramatiq.errors import QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, SkipMessage
@@ -197,6 +197,9 @@ class RelayBroker(Broker):
         if delay is not None:
             changes["eta"] = current_millis() + delay
         message = with_options(message, changes)
+        if message.queue_name not in self.queues and (canonical := q_name(message.queue_name)) != message.queue_name:
+            # kept from a RedisBroker, which names its delay queue in what it returns; nobody reads that one here
+            message = message.copy(queue_name=canonical)
         self.logger.debug("Enqueueing message %r on queue %r.", message.message_id, message.queue_name)
         self.emit_before("enqueue", message, delay)
         if retried:
