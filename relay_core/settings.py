@@ -358,7 +358,14 @@ class StoreSettings:
         if provider is not None and not callable(provider):
             kind = type(provider).__name__
             raise InvalidArgument(f"credential_provider must be callable and return (user, password), got a {kind}")
-        for name in self.ssl:
+        tls: object = self.ssl
+        if not isinstance(tls, Mapping):
+            kind = type(tls).__name__
+            raise InvalidArgument(
+                f"ssl must be a dict of arguments that start with 'ssl_', got a {kind}; "
+                "a URL that begins with relays:// turns TLS on"
+            )
+        for name in tls:
             if not str(name).startswith("ssl_"):
                 raise InvalidArgument(f"ssl must hold only arguments that start with 'ssl_', got {name!r}")
         shown = self.client_name

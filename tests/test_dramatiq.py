@@ -565,10 +565,26 @@ def test_an_option_of_the_redis_broker_is_told_its_counterpart(option: str, said
         RelayBroker(**{option: 1})
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("max_priority", "leave it out: broker_priority goes from 0 to 9"),
+        ("confirm_delivery", "leave it out: a send returns when the store has the message"),
+        ("connection_attempts", "commands are repeated for retry_for seconds"),
+        ("ssl_options", "write relays:// in url"),
+    ],
+)
+def test_an_option_of_the_rabbitmq_broker_is_told_its_counterpart(option: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"^RelayBroker has no option '{option}' of RabbitmqBroker; {said}"):
+        RelayBroker(**{option: 1})
+
+
 def test_an_unknown_option_is_told_the_nearest_one() -> None:
     for given, near in (("leese", "lease"), ("metrics_adr", "metrics_addr"), ("max_deliverys", "max_deliveries")):
         with pytest.raises(TypeError, match=rf"^RelayBroker has no option '{given}'; did you mean '{near}'\?$"):
             RelayBroker(**{given: 1})
+    with pytest.raises(TypeError, match=r"no option 'encoding'; it has .* middleware, plugins, prefix,"):
+        RelayBroker(encoding="utf-8")
     with pytest.raises(TypeError, match=r"no option 'ssl_ca_certs'; write it as ssl=\{'ssl_ca_certs': ...\}"):
         RelayBroker(ssl_ca_certs="x")
     with pytest.raises(TypeError, match="plugins must be a list"):

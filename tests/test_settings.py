@@ -258,6 +258,9 @@ def test_only_tls_arguments_pass_as_tls_arguments() -> None:
     assert StoreSettings(ssl={"ssl_min_version": 3}).ssl["ssl_min_version"] == 3
     with pytest.raises(InvalidArgument, match="'host'"):
         StoreSettings(ssl={"host": "x"})
+    for kind in (True, "required", None):
+        with pytest.raises(InvalidArgument, match=r"got a (bool|str|NoneType); a URL that begins with relays://"):
+            StoreSettings(ssl=kind)  # type: ignore[arg-type]
 
 
 def test_the_password_of_a_key_file_is_not_shown() -> None:

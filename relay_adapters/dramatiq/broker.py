@@ -84,7 +84,7 @@ class RelayBroker(Broker):
         worker run again, default 15), `max_deliveries` (default 5), `keep_dead`, `durability`, ...
 
     Raises InvalidArgument for a value that cannot be, and TypeError for an option that is none, which names the
-    counterpart of one of RedisBroker's.
+    counterpart of one of RedisBroker's or RabbitmqBroker's.
 
     `core` is the relay_core.Broker underneath: its stats, dead letters, limits and pauses are at hand.
     """

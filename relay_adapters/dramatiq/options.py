@@ -1,4 +1,4 @@
-"""Options of Dramatiq's RedisBroker, and what stands for them here."""
+"""Options of Dramatiq's RedisBroker and RabbitmqBroker, and what stands for them here."""
 
 from __future__ import annotations
 
@@ -27,14 +27,27 @@ _INSTEAD = {
     "health_check_interval": "leave it out: a connection is looked at before it is used after a rest",
 }
 
+_OF_RABBITMQ = {
+    "max_priority": "leave it out: broker_priority goes from 0 to 9, and what is over 9 counts as 9",
+    "confirm_delivery": "leave it out: a send returns when the store has the message, and durability asks for more",
+    "parameters": "give url; several servers are relay+sentinel:// or relay+cluster://",
+    "virtual_host": "prefix keeps brokers apart here",
+    "credentials": _URL,
+    "heartbeat": "leave it out: leases are extended by themselves, see lease",
+    **dict.fromkeys(("connection_attempts", "retry_delay", "blocked_connection_timeout"), _RETRY),
+    "ssl_options": "write relays:// in url, and what else it takes as ssl={'ssl_ca_certs': ...}",
+}
+
 
 def check_options(given: Iterable[str]) -> None:
-    """Raises TypeError for an option that is none, with relay's counterpart of one of RedisBroker's."""
+    """Raises TypeError for an option that is none, with relay's counterpart of one of Dramatiq's brokers."""
     for name in given:
         if name in OPTIONS:
             continue
+        if name in _OF_RABBITMQ:
+            raise TypeError(f"RelayBroker has no option {name!r} of RabbitmqBroker; {_OF_RABBITMQ[name]}")
         if name.startswith("ssl_"):
             raise TypeError(f"RelayBroker has no option {name!r}; write it as ssl={{{name!r}: ...}}")
         if name in _INSTEAD:
             raise TypeError(f"RelayBroker has no option {name!r} of RedisBroker; {_INSTEAD[name]}")
-        refuse_unknown("RelayBroker", [name], [*OPTIONS, *_OWN])
+        refuse_unknown("RelayBroker", [name], OPTIONS.union(_OWN))
