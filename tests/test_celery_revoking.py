@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import kombu
 import pytest
 from celery import Celery, chord
+from celery.events.state import State
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.nodenames import gethostname
 
@@ -66,6 +67,11 @@ def test_its_signal_its_event_its_result_and_its_chord_say_so(site: Site) -> Non
             assert "ok" in site.revoke("some", member.id)
             while not events:
                 connection.drain_events(timeout=20)
+    state = State()
+    state.event(events[0])
+    shown = state.tasks[member.id]
+    assert (shown.name, shown.args, shown.state) == ("tests.celery_app.run", "('gone',)", "REVOKED")
+    assert shown.eta
     assert (events[0]["uuid"], events[0]["terminated"], events[0]["expired"]) == (member.id, False, False)
     eventually(lambda: lines(site.folder, "revoked", member.id), "the signal")
     eventually(lambda: member.state == "REVOKED", "its result")

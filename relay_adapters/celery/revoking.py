@@ -99,11 +99,22 @@ class Revoker:
         context.hostname = self._hostname
         how = {"terminated": False, "signum": None, "expired": False}
         if self._events is not None and self._events.enabled and getattr(task, "send_events", True):
-            self._events.send("task-revoked", uuid=told["id"], **how)
+            self._events.send("task-revoked", uuid=told["id"], **_received(told), **how)
         mark = partial(_mark_as_revoked, self._app, told, context)
         teller.tell(f"task {told['id']} was revoked", mark, max(0.0, self._told_by - time.monotonic()))
         if task is not None:
             signals.task_revoked.send(sender=task, request=context, **how)
+
+
+def _received(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What `task-received` says of a task. No worker has said so of this one, and monitors would list it nameless."""
+    return {
+        "name": told["task"],
+        "args": told.get("argsrepr", ""),
+        "kwargs": told.get("kwargsrepr", ""),
+        "retries": told.get("retries") or 0,
+        **{name: told.get(name) for name in ("root_id", "parent_id", "eta", "expires")},
+    }
 
 
 def _mark_as_revoked(app: Any, told: Mapping[str, Any], context: Any, _is_ours: Callable[[], bool]) -> None:
