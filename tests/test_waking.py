@@ -16,6 +16,7 @@ from relay_core.broker import Broker
 from relay_core.connection.resting import MOST, RestingBells
 from relay_core.job import Claimed
 from relay_core.operations import Wait
+from relay_core.testing import advance
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
 from tests.signals import handled_by
@@ -205,6 +206,26 @@ def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broke
         thread.join(40)
         assert [job.queue for job in found[0]] == [queue]
         assert time.monotonic() - began < 3.0
+
+
+@pytest.mark.parametrize("queues", [("poisoned", "busy"), ("busy", "poisoned")])
+def test_who_waits_for_several_queues_looks_at_once_again_where_one_of_them_asks_for_it(
+    server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch, queues: tuple[str, str]
+) -> None:
+    """All that was taken had used up its deliveries, and there is more; the other queue says: in a minute."""
+    broker.enqueue("poisoned", b"poison")
+    broker.claim("poisoned")
+    advance(broker, 100, "poisoned")
+    broker.reap("poisoned")
+    broker.enqueue("poisoned", b"good")
+    broker.enqueue("busy", b"")
+    broker.claim("busy")
+    waits: list[float] = []
+    with Broker(server.url, lease=60.0, max_deliveries=1) as strict:
+        monkeypatch.setattr(strict, "_wait", lambda step: waits.append(step.timeout))
+        (job,) = strict.claim(queues, wait=30.0)
+    assert job.payload == b"good"
+    assert waits == [0.001]
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])

@@ -40,8 +40,9 @@ class Claiming(Ending, Burials):
                 found.extend(got)
                 if got.limited:
                     found.limited = got.limited
-                if got.retry_after is not None:
-                    found.retry_after = min(got.retry_after, found.retry_after or got.retry_after)
+                if got.retry_after is not None:  # 0.0 is an answer, too: there is more at once
+                    known = got.retry_after if found.retry_after is None else found.retry_after
+                    found.retry_after = min(got.retry_after, known)
                 if len(found) == count and not woken:
                     break  # else the marker that was taken may be of one of the others, which have to be looked at
             left = deadline - time.monotonic()
