@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from relay_core import Broker, Job, JobSpec, RetryPolicy
+from relay_core.errors import InvalidArgument
 from relay_core.testing import (
     Drained,
     NotDrained,
@@ -151,6 +153,60 @@ def test_async_handlers_are_drained_too(broker: Broker) -> None:
     broker.enqueue_many("q", [b"a", b"b"])
     assert drain(broker, handler, "q").runs == 4
     assert ran == [b"a", b"b", b"a", b"b"] or sorted(ran) == [b"a", b"a", b"b", b"b"]
+
+
+def test_an_async_handler_is_refused_where_a_loop_runs_and_drained_from_there_by_a_thread(broker: Broker) -> None:
+    async def handler(job: Job) -> None:
+        pass
+
+    async def test() -> Drained:
+        with pytest.raises(InvalidArgument, match=r"await asyncio\.to_thread\(drain, "):
+            drain(broker, handler, "q")
+        return await asyncio.to_thread(drain, broker, handler, "q")
+
+    broker.enqueue("q", b"x")
+    assert [job.retries for job in asyncio.run(test()).done] == [0]
+
+
+@pytest.mark.parametrize(
+    ("how", "raises", "ends_as"),
+    [
+        ("ack", False, ["done"]),
+        ("ack", True, ["lost"]),
+        ("nack", False, ["lost", "done"]),
+        ("nack", True, ["lost", "done"]),
+        ("release", False, ["lost", "done"]),
+        ("release", True, ["lost", "done"]),
+    ],
+)
+def test_a_job_that_its_handler_ended_by_itself_is_left_alone_as_in_a_worker(
+    broker: Broker, how: str, raises: bool, ends_as: list[str]
+) -> None:
+    runs = []
+
+    def handler(job: Job) -> None:
+        runs.append(job)
+        if len(runs) == 1:
+            getattr(broker, how)(job)
+            if raises:
+                raise ValueError("after that")
+
+    broker.enqueue("q", b"x")
+    drained = drain(broker, handler, "q", limit=5)
+    assert [name for name in ("lost", "done", "retried", "dead") if getattr(drained, name)] == ends_as
+    assert drained.runs == len(runs) == len(ends_as)
+    assert_nothing_enqueued(broker)
+
+
+@pytest.mark.parametrize("error", [Retry("soon", delay=-1), SystemExit(3), asyncio.CancelledError()], ids=repr)
+def test_whatever_a_worker_takes_for_a_failure_is_one_here(broker: Broker, error: BaseException) -> None:
+    def handler(job: Job) -> None:
+        if job.deliveries == 1:
+            raise error
+
+    broker.enqueue("q", b"x")
+    drained = drain(broker, handler, "q")
+    assert ([raised for _job, raised in drained.retried], len(drained.done)) == ([error], 1)
 
 
 def test_what_cannot_be_drained_says_why(broker: Broker) -> None:

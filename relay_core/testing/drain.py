@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from relay_core.broker import Broker, check_blocking
 from relay_core.broker_base import names
 from relay_core.commands import Verdict
-from relay_core.errors import RelayError
+from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import Claimed, Job
 from relay_core.testing.times import advance
-from relay_core.worker import Reject, Retry
 from relay_core.worker.handlers import Handler, check_result, checked_handler, is_async
+from relay_core.worker.outcome import nack_of
 
 
 class NotDrained(RelayError):
@@ -27,16 +27,19 @@ class Drained:
     :ivar done: jobs whose handler returned
     :ivar retried: jobs that failed and were to run again, each with what its handler raised
     :ivar dead: jobs that failed for good, each with what its handler raised
+    :ivar lost: jobs that were the handler's no more at its end: it nacked or released them by itself, or outlived the
+        lease
     """
 
     done: list[Job] = field(default_factory=list)
     retried: list[tuple[Job, BaseException]] = field(default_factory=list)
     dead: list[tuple[Job, BaseException]] = field(default_factory=list)
+    lost: list[Job] = field(default_factory=list)
 
     @property
     def runs(self) -> int:
         """How often the handler was called."""
-        return len(self.done) + len(self.retried) + len(self.dead)
+        return len(self.done) + len(self.retried) + len(self.dead) + len(self.lost)
 
 
 def drain(
@@ -55,13 +58,13 @@ def drain(
     :param raise_errors: what a handler raises ends it, once the job is nacked
     :param limit: calls of the handler after which it gives up
 
-    Raises NotDrained, and InvalidArgument for a handler that cannot be one.
+    Raises NotDrained, and InvalidArgument for a handler that cannot be one, or an async one where a loop runs already.
     """
     queues = names(queues)
     check_blocking("drain", broker)
     checked_handler(handler)
     drained = Drained()
-    loop = asyncio.new_event_loop() if is_async(handler) else None
+    loop = _loop() if is_async(handler) else None
     try:
         while True:
             claimed = broker.claim(queues)
@@ -80,31 +83,46 @@ def drain(
             loop.close()
 
 
-def _run(broker: Broker, handler: Handler, job: Job, loop: asyncio.AbstractEventLoop | None) -> Exception | None:
+def _loop() -> asyncio.AbstractEventLoop:
+    """A loop for async handlers; not beside one that runs in this thread, where each of them would fail."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.new_event_loop()
+    raise InvalidArgument(
+        "drain runs async handlers on a loop of its own, and one runs here already: "
+        "await asyncio.to_thread(drain, broker, handler, queues)"
+    )
+
+
+def _run(broker: Broker, handler: Handler, job: Job, loop: asyncio.AbstractEventLoop | None) -> BaseException | None:
     try:
         result = handler(job)
         if loop is not None:
             result = loop.run_until_complete(result)
         if loop is None or not isinstance(result, asyncio.Future):
             check_result(handler, result)
-    except Exception as error:
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         return error
-    except BaseException:  # Ctrl-C: as if it had never begun
+    except BaseException:  # Ctrl-C, or the end of a test: as if it had never begun
         broker.release(job)
         raise
     return None
 
 
-def _end(broker: Broker, drained: Drained, job: Job, error: Exception | None) -> None:
+def _end(broker: Broker, drained: Drained, job: Job, error: BaseException | None) -> None:
+    """As a worker does, which leaves alone what its handler has ended by itself."""
     if error is None:
-        broker.ack(job)
-        drained.done.append(job)
+        (verdict,), _nacked, _jobs = broker.finish(job.queue, [job])
+        (drained.done if verdict else drained.lost).append(job)
         return
-    if isinstance(error, Reject):
-        verdict = broker.nack(job, error, dead=True, reason=error.reason)
+    _acked, (verdict,), _jobs = broker.finish(job.queue, nacks=[(job, nack_of(broker.operations, job, error))])
+    if verdict is Verdict.DEAD:
+        drained.dead.append((job, error))
+    elif verdict is Verdict.DONE:
+        drained.retried.append((job, error))
     else:
-        verdict = broker.nack(job, error, error.delay if isinstance(error, Retry) else None)
-    (drained.dead if verdict is Verdict.DEAD else drained.retried).append((job, error))
+        drained.lost.append(job)
 
 
 def _make_due(broker: Broker, queues: Sequence[str], claimed: Claimed) -> bool:

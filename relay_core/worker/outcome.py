@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from relay_core.commands import Nack
 from relay_core.job import Job
+from relay_core.operations import Operations
+
+logger = logging.getLogger("relay.worker")
 
 
 class Retry(Exception):
@@ -30,3 +35,17 @@ class Outcome:
     job: Job
     error: BaseException | None
     seconds: float
+
+
+def nack_of(operations: Operations, job: Job, error: BaseException) -> Nack:
+    """What a handler's error does to its job."""
+    build = operations.nack_of
+    try:
+        if isinstance(error, Reject):
+            return build(job, error, dead=True, reason=error.reason)
+        return build(job, error, error.delay if isinstance(error, Retry) else None)
+    except Exception as problem:  # such as a delay of -1: this job's trouble, not the worker's
+        logger.error("job %s of queue %r failed, and how cannot be told: %r", job.id, job.queue, problem)
+        return build(
+            job, f"{type(error).__name__}, of which cannot be told: {problem!r}", dead=isinstance(error, Reject)
+        )

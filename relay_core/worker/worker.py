@@ -23,7 +23,7 @@ from relay_core.validation import seconds, whole
 from relay_core.worker.handlers import Handler, checked_handler, is_async
 from relay_core.worker.held import Heartbeat, Held
 from relay_core.worker.news import News
-from relay_core.worker.outcome import Outcome, Reject, Retry
+from relay_core.worker.outcome import Outcome, Reject, Retry, nack_of
 from relay_core.worker.pools import LoopPool, Pool, ThreadPool
 
 if TYPE_CHECKING:
@@ -265,19 +265,9 @@ class Worker:
                 nacks.append((job, self._nack_of(job, outcome.error)))
 
     def _nack_of(self, job: Job, error: BaseException) -> Nack:
-        build = self.broker.operations.nack_of
-        try:
-            if isinstance(error, Reject):
-                return build(job, error, dead=True, reason=error.reason)
-            if isinstance(error, Retry):
-                return build(job, error, error.delay)
+        if not isinstance(error, (Reject, Retry)):
             logger.error("job %s of queue %r failed", job.id, job.queue, exc_info=error)
-            return build(job, error)
-        except Exception as problem:  # such as a delay of -1: this job's trouble, not the worker's
-            logger.error("job %s of queue %r failed, and how cannot be told: %r", job.id, job.queue, problem)
-            return build(
-                job, f"{type(error).__name__}, of which cannot be told: {problem!r}", dead=isinstance(error, Reject)
-            )
+        return nack_of(self.broker.operations, job, error)
 
     def _exchange(self, queue: str, room: int, woken: bool) -> tuple[list[Job], float | None]:
         """Tell what ended and get more, in one round trip. What cannot be told now is told the next time."""
