@@ -10,6 +10,7 @@ from typing import Any
 
 from relay_core import embedded
 from relay_core.connection import forks
+from relay_core.errors import InvalidArgument
 from relay_core.job import Job
 from relay_core.operations import Operations, Settings
 from relay_core.options import refuse_unknown
@@ -59,9 +60,11 @@ class BrokerBase:
     ) -> None:
         refuse_unknown(type(self).__name__, connection, OPTIONS)
         self.url: StoreUrl = parse_url(url)
+        if queue_retry is not None and not isinstance(queue_retry, Mapping):
+            raise InvalidArgument(f"queue_retry must map queues to RetryPolicies, got {queue_retry!r}")
         self.settings = Settings(
             prefix=prefix,
-            retry=retry or RetryPolicy(),
+            retry=RetryPolicy() if retry is None else retry,
             queue_retry=dict(queue_retry or {}),
             lease=lease,
             max_deliveries=max_deliveries,
@@ -121,8 +124,14 @@ def schedule_of(name: str, queue: str, payload: bytes, options: Mapping[str, Any
     return Schedule(name, queue, payload, **options)
 
 
-def names(queues: Sequence[str] | str) -> Sequence[str]:
-    return (queues,) if isinstance(queues, str) else queues
+def names(queues: Iterable[str] | str) -> Sequence[str]:
+    """Of one queue or of several, in whatever they come: a claim that waits goes through them again and again."""
+    if isinstance(queues, str):
+        return (queues,)
+    try:
+        return tuple(queues)
+    except TypeError:
+        raise InvalidArgument(f"queues must be a name or a list of names, got {queues!r}") from None
 
 
 def as_jobs(jobs: Job | Sequence[Job]) -> Sequence[Job]:

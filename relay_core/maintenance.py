@@ -106,6 +106,8 @@ def requeue(
 
 def purge(ops: Operations, queue: str, states: Sequence[State], progress: Progress | None) -> Flow[int]:
     """Drop all jobs that are in these states now; inflight ones cannot be named."""
+    if isinstance(states, str):
+        raise InvalidArgument(f"states must be a list of states, got {states!r}; write [state] for one")
     for state in states:
         if state not in ("ready", "delayed", "dead"):
             raise InvalidArgument(f"purge takes ready, delayed and dead, got {state!r}; inflight jobs are running")

@@ -208,6 +208,12 @@ def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broke
         assert time.monotonic() - began < 3.0
 
 
+def test_a_claim_takes_its_queues_from_whatever_they_come_in_however_often_it_looks(broker: Broker) -> None:
+    broker.enqueue("b", b"x", delay=0.2)
+    (job,) = broker.claim((name for name in "ab"), wait=30.0)
+    assert job.queue == "b"
+
+
 @pytest.mark.parametrize("queues", [("poisoned", "busy"), ("busy", "poisoned")])
 def test_who_waits_for_several_queues_looks_at_once_again_where_one_of_them_asks_for_it(
     server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch, queues: tuple[str, str]

@@ -714,6 +714,10 @@ def test_jobs_run_by_priority_and_not_before_they_are_due(broker: Broker) -> Non
     [
         ({"queues": []}, r"queues must be a list of at least one name, got \[\]"),
         ({"queues": "mail"}, "queues must be a list of at least one name, got 'mail'"),
+        ({"queues": ["mail", ""]}, "queue name must not be empty"),
+        ({"queues": [b"mail"]}, "queue name must be"),
+        ({"queues": 7}, "queues must be a name or a list of names, got 7"),
+        ({"metrics_tasks": -1}, "metrics_tasks must be a whole number from 0"),
         ({"handler": "tasks:f"}, "handler must be a function that takes a Job, got 'tasks:f'"),
         ({"concurrency": 0}, "concurrency must be a whole number from 1"),
         ({"concurrency": 1.5}, "concurrency must be a whole number"),

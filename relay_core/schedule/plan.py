@@ -76,6 +76,8 @@ class Schedule:
         if not isinstance(self.overlap, bool):
             raise InvalidArgument(f"overlap must be True or False, got {self.overlap!r}")
         payload_size(payload_bytes(self.payload), MAX_PAYLOAD)
+        if not isinstance(self.headers, Mapping):
+            raise InvalidArgument(f"headers must map str to str, got {self.headers!r}")
         self.job(0).stored(b"")
         if self.cron is not None:
             _ = self._ticks  # raises for an expression that cannot be used

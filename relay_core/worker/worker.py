@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from relay_core.broker import Broker, check_blocking
+from relay_core.broker_base import names
 from relay_core.commands import Nack
 from relay_core.connection import Bell
 from relay_core.errors import InvalidArgument, LayoutError, LeaseLost, RelayError, Unavailable
@@ -93,10 +94,14 @@ class Worker:
         if isinstance(queues, str) or not queues:
             raise InvalidArgument(f"queues must be a list of at least one name, got {queues!r}")
         self.broker = broker
+        queues = names(queues)
+        for queue in queues:
+            broker.settings.keys(queue)  # refuses what is no name
         self.queues = tuple(dict.fromkeys(queues))
         self.concurrency = whole("concurrency", concurrency, least=1, most=10_000)
         self.grace = seconds("grace", grace)
         self.prefetch = None if prefetch is None else whole("prefetch", prefetch, least=0, most=10_000)
+        whole("metrics_tasks", metrics_tasks, least=0, most=10_000)
         self.processed = 0
         self.name = worker_name()
         self._handler = checked_handler(handler)
