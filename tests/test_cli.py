@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from relay_core.job import Arrival
 from relay_core.keys import LAYOUT
 from relay_core.migration import Found, Migration, SourceStore
 from relay_core.plugins import Plugins
-from tests.command_line import Cli
+from tests.command_line import Cli, environment, finished, spawn
 from tests.servers import AclServer, Server, free_port
 
 
@@ -319,3 +321,32 @@ def test_audit_exits_1_when_it_found_something_and_0_once_it_is_mended(
     assert lost in cli.run("audit", code=1).stdout
     assert "clean" in cli.run("audit").stdout
     assert [job.id for job in broker.claim("mail")] == [lost]
+
+
+# --- where the answer goes
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+@pytest.mark.parametrize("line", ["stats", "stats --json", "job show none -q mail --json", "--help"])
+def test_an_answer_that_cannot_be_written_is_an_error_in_one_line(
+    server: Server, broker: Broker, tmp_path: Path, line: str
+) -> None:
+    broker.enqueue("mail", b"hello")
+    with open("/dev/full", "w") as full:
+        code, _out, said = finished(spawn(*line.split(), url=server.url, cwd=tmp_path, stdout=full))
+    assert (code, said.splitlines()[-1:]) == (1, ["Error: [Errno 28] No space left on device"])
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+@pytest.mark.parametrize(
+    ("line", "stream", "code"),
+    [("stats", 1, 0), ("top --interval 100ms", 1, 0), ("queue purge mail", 0, 2), ("audit", 2, 0)],
+)
+def test_a_command_whose_caller_closed_a_stream_does_its_work(
+    server: Server, broker: Broker, tmp_path: Path, line: str, stream: int, code: int
+) -> None:
+    broker.enqueue("mail", b"hello")
+    shut = ["sh", "-c", f'exec "$@" {stream}>&-', "sh", sys.executable, "-m", "relay_core.cli", *line.split()]
+    done = subprocess.run(shut, cwd=tmp_path, env=environment(server.url), capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr

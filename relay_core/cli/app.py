@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -60,6 +61,13 @@ class Relay(click.Group):
             )
         )
         self._extras: Group | None = None
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # of the answer, whose disk is full, say; a reader that has left is click's business
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(FAILED)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         session = ctx.ensure_object(Session)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from relay_core.cli.session import Session
+from relay_core.cli.session import Session, is_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,8 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else _WIDE, highlight=False, markup=False, emoji=False)
+    width = None if is_terminal(stream) else _WIDE
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> None:
@@ -119,7 +120,7 @@ def progress(verb: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
     Yields what to call with the number of jobs handled since the last call.
     """
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

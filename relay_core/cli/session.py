@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -133,6 +133,11 @@ def may_destroy(what: str) -> Callable[[F], F]:
     return decorate
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """None is a stream that was closed by who started this."""
+    return stream is not None and stream.isatty()
+
+
 def confirm(question: str, *, yes: bool) -> None:
     """Go on after `--yes` or a yes on the terminal; refuse where nobody can be asked.
 
@@ -140,7 +145,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """
     if yes:
         return
-    if not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise InvalidArgument(
             f"{question} Nobody can be asked here: give --yes to do it, --dry-run to see what it does"
         )

@@ -17,7 +17,7 @@ from relay_core.broker import Broker
 from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, console, emit, plural, printable
-from relay_core.cli.session import Command, Session, pass_session
+from relay_core.cli.session import Command, Session, is_terminal, pass_session
 from relay_core.cli.stats import known, read, tell_left_out
 from relay_core.commands import QueueStats, WorkerInfo
 from relay_core.errors import Unavailable
@@ -120,7 +120,7 @@ def top(session: Session, queues: tuple[str, ...], interval: float, once: bool) 
         known(broker, name)
     looks = Looks(broker, queues)
     # a dumb terminal cannot go back to the top of the screen
-    if once or session.json or not sys.stdout.isatty() or console().is_dumb_terminal:
+    if once or session.json or not is_terminal(sys.stdout) or console().is_dumb_terminal:
         looks.look()
         time.sleep(interval)
         frame = looks.look()
