@@ -71,6 +71,6 @@ def readable(ops: Operations, job: StoredJob) -> StoredJob:
     fields = {name: getattr(job, name) for name in StoredJob.__slots__}
     try:
         fields["payload"] = ops.plugins.decode(job.payload, job.queue)
-    except Exception:  # shown to a person who may be looking for just this
+    except (Exception, SystemExit):  # shown to a person who may be looking for just this
         return job
     return StoredJob(**fields)

@@ -222,7 +222,7 @@ class Plugins:
         for impl in self._in_order(name):
             try:
                 answer = self._call(impl, arguments)
-            except Exception:
+            except (Exception, SystemExit):  # as above
                 logger.exception("plugin %s: %s raised; the next one is asked", impl.plugin_name, name)
                 continue
             if answer is not None:

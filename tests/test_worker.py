@@ -491,6 +491,27 @@ def test_a_hook_that_raises_systemexit_ends_no_thread(broker: Broker) -> None:
         has_processed(broker, 3)
 
 
+def test_a_hook_that_is_asked_and_raises_systemexit_costs_only_its_own_job(broker: Broker) -> None:
+    class Exits:
+        @hookimpl
+        def relay_decode_payload(self, payload: bytes) -> bytes:
+            return sys.exit("no such key") if payload == b"spoiled" else payload
+
+        @hookimpl
+        def relay_retry_delay(self) -> float:
+            sys.exit("no such policy")
+
+    def handler(job: Job) -> None:
+        if job.payload == b"fails" and not job.retries:
+            raise ValueError("once")
+
+    broker.plugins.register(Exits())
+    broker.enqueue_many("mail", [b"fails", b"spoiled", b"good"])
+    with running(broker, handler):
+        has_processed(broker, 2)
+    assert [(job.payload, job.reason) for job in broker.dead("mail")] == [(b"spoiled", "undecodable")]
+
+
 @pytest.mark.timeout(30)
 def test_news_may_be_told_by_a_signals_handler_whatever_line_it_interrupts() -> None:
     """An event's lock would not allow that: the interrupted thread holds it at some of its lines."""

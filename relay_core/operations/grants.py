@@ -21,7 +21,7 @@ class Grants(Base):
             payload = self.plugins.decode(record.payload, queue)
         except InvalidRecord as error:
             record, payload, problem = Record(now_ms, 0, NO_OPTIONS, b""), grant.record, str(error)
-        except Exception as error:  # a plugin's decoding may fail in any way, and only this job is spoiled
+        except (Exception, SystemExit) as error:  # a plugin's decoding may fail in any way: only this job is spoiled
             payload, problem = record.payload, f"payload does not decode: {error!r}"
         job = Job(
             id=grant.id,
