@@ -216,6 +216,8 @@ def _provider(given: Any) -> Any:
     """What is called at each connect, the same each time for the same provider, which may be one that has no hash."""
     key = given if isinstance(given, str) else id(given)
     if key not in _providers:
+        if len(_providers) >= 100:  # of a program that makes one per app
+            _providers.clear()
         _providers[key] = given, _called(given)  # kept, so that no other one has its id
     return _providers[key][1]
 
