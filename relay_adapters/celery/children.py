@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_ROWS = 64
-"""Tables of leases that a process may have: one per broker."""
+_ROWS = 128
+"""Rows of leases that a process may have: one or two per broker."""
 
 _NUMBERS = 1 << 20
 """Deliveries that are told apart, the latest of the process."""

@@ -10,14 +10,13 @@ import time
 import weakref
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from relay_core import Verdict, commands
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.connection import SyncStore
 from relay_core.errors import RelayError
-from relay_core.settings import StoreSettings
+from relay_core.keeping import impatient
 
 if TYPE_CHECKING:
     from relay_adapters.celery.held import Held
@@ -70,9 +69,11 @@ def _keep(reference: weakref.ref[Leases], beside: object, told: Any) -> None:
         if leases.late() > lease / 6:
             with suppress(RelayError):  # the server is away, which the other thread will say
                 if store is None:
-                    store = SyncStore(leases.broker.address(), _impatient(leases.broker.store.settings))
-                _extend(leases, store)
-                leases.were_extended()
+                    # it tries again soon, and the end of the process waits for it
+                    settings = impatient(leases.broker.store.settings, _PATIENCE / 2)
+                    store = SyncStore(leases.broker.address(), settings)
+                if _extend(leases, store):
+                    leases.were_extended()
         del leases
         over = told.acquire(True, lease / 6)
     if store is not None:
@@ -80,22 +81,23 @@ def _keep(reference: weakref.ref[Leases], beside: object, told: Any) -> None:
         sys.modules["gevent"].get_hub().destroy(destroy_loop=True)
 
 
-def _impatient(settings: StoreSettings) -> StoreSettings:
-    """It tries again soon, and the end of the process waits for it."""
-    connect, answer = (min(_PATIENCE / 2, seconds) for seconds in (settings.connect_timeout, settings.socket_timeout))
-    return replace(settings, retry_for=0.0, connect_timeout=connect, socket_timeout=answer)
-
-
-def _extend(leases: Leases, store: SyncStore) -> None:
-    held: dict[str, list[Held]] = defaultdict(list)
+def _extend(leases: Leases, store: SyncStore) -> bool:
+    """Whether all could be extended; what the server does not take of one queue holds up no other."""
+    queues: dict[str, list[Held]] = defaultdict(list)
     for one in leases.snapshot():
-        held[one.job.queue].append(one)
-    settings = leases.broker.settings
-    for queue, mine in held.items():
-        for at in range(0, len(mine), MAX_BATCH):
-            batch, until = mine[at : at + MAX_BATCH], time.monotonic() + settings.lease
-            receipts = [(one.job.id, one.job.token) for one in batch]
-            verdicts = store.run(commands.extend(settings.keys(queue), receipts, settings.lease_ms))
-            for one, verdict in zip(batch, verdicts, strict=True):
-                if verdict is not Verdict.LOST:
-                    one.until = max(one.until, until)
+        queues[one.job.queue].append(one)
+    batches = [mine[at : at + MAX_BATCH] for mine in queues.values() for at in range(0, len(mine), MAX_BATCH)]
+    settings, until = leases.broker.settings, time.monotonic() + leases.broker.settings.lease
+    results = store.run_many(
+        [
+            commands.extend(
+                settings.keys(batch[0].job.queue), [(one.job.id, one.job.token) for one in batch], settings.lease_ms
+            )
+            for batch in batches
+        ]
+    )
+    for batch, result in zip(batches, results, strict=True):
+        for one, verdict in zip(batch, () if isinstance(result, RelayError) else result, strict=False):
+            if verdict is not Verdict.LOST:
+                one.until = max(one.until, until)
+    return not any(isinstance(result, RelayError) for result in results)

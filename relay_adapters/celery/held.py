@@ -24,6 +24,8 @@ class Held:
     refused: bool = False
     """True where the server is still owed a refusal of it, and no ack: it counts as acked meanwhile."""
     lost: bool = False
+    aside: bool = False
+    """True once its lease could not be extended, and others were: its server is away alone, or its queue at fault."""
     moved: bool = False
     """True when the task that ran ended the delivery by itself, as its retry does: there is nothing left to ack."""
     expected: bool = False

@@ -24,6 +24,7 @@ from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
 from relay_core.errors import RelayError
+from relay_core.keeping import Keeper
 
 if TYPE_CHECKING:
     from relay_adapters.celery.ahead import Ahead
@@ -70,8 +71,10 @@ class Leases:
         """True once a task came of which nobody tells when it starts: that the pool has some waiting may be wrong."""
         self._next_beat = 0.0
         self._failing = False
-        self._sure = 0.0
+        self._sure = self._sure_aside = 0.0
         self._row = children.Row()
+        self._row_aside: children.Row | None = None
+        self._keeper = Keeper(self.broker)
         self.apart = Apart(self)
 
     # what is held
@@ -195,10 +198,13 @@ class Leases:
             self.owed.refuse(held, refuse)
         self._event.set()
 
-    def flush(self) -> None:
+    def flush(self, keeper: Keeper | None = None) -> None:
         """Send what is pending: acks, and releases and refusals that could not be sent before. Raises Unavailable and
-        the like."""
-        self.owed.pay(self.broker, self.sent, self.pop)
+        the like.
+
+        :param keeper: what sends the first two, for the thread that has other leases to keep
+        """
+        self.owed.pay(keeper or self.broker, self.sent, self.pop)
 
     def hand_back(self, tags: Iterable[str], *, started: bool = False, wait: bool = True) -> None:
         """Release what was not started; what runs keeps its lease, also where only a pool's child knows that it does.
@@ -255,7 +261,7 @@ class Leases:
             time.sleep(_DECISION / 100)
         if does not in (children.RUNS, children.ENDED, children.MOVED):
             return False
-        self._row.kept(held.tag)
+        self._row_of(held).kept(held.tag)
         held.started = True
         return True
 
@@ -312,44 +318,87 @@ class Leases:
 
     # the heartbeat
 
-    def extend(self) -> None:
-        """Extend all leases. A lease that was lost is not extended again; the ack of its task says so."""
+    def extend(self) -> RelayError | None:
+        """Extend all leases. A lease that was lost is not extended again; the ack of its task says so.
+
+        The first error, where some could not be extended. Raises it where none could.
+        """
         self._settle_claims()
+        failed: RelayError | None = None
         if self.owed.acks and time.monotonic() > self._sure:
             # a child may wait for word of a task that was acked as it was accepted. Of acks alone: a full server does
             # not take all else, and is to extend the leases all the same
-            with suppress(RelayError):
-                self.owed.pay(self.broker, self.sent)
+            try:
+                self.owed.pay(self._keeper, self.sent)
+            except RelayError as error:
+                failed = error
         with self._lock:
             batch = [held for held in self._held.values() if not (held.lost or self.moved(held))]
         until = time.monotonic() + self.broker.settings.lease
-        operations = self.broker.operations
-        verdicts = self.broker.drive(operations.extend([held.job for held in batch], tell=False)) if batch else []
+        verdicts = self._keeper.extend([held.job for held in batch])
+        errors = [verdict for verdict in verdicts if isinstance(verdict, RelayError)]
+        if errors and len(errors) == len(batch):
+            raise errors[0]
         for held, verdict in zip(batch, verdicts, strict=True):
-            if verdict is not Verdict.LOST:
+            if isinstance(verdict, RelayError):
+                self._set_aside(held)
+            elif verdict is not Verdict.LOST:
                 held.until = until
             elif self._held.get(held.tag) is held and not (held.acked or held.expected or self.moved(held)):
                 held.lost = True
-                operations.tell_lost(held.job, "extend")
+                self.broker.operations.tell_lost(held.job, "extend")
                 self._row.lost(held.tag)
                 _warn_lost(held, "its lease was lost while it was held")
         with self._lock:
-            if time.monotonic() > self._sure and any(held.acked and not held.refused for held in self._held.values()):
-                self._next_beat = time.monotonic() + LINGER  # what became of these acks is not known yet
-                return
-            sure = (held.until for held in self._held.values() if not (held.lost or held.acked or self.moved(held)))
+            known = [self._are_sure(aside, until) for aside in (False, True)]
+        if not all(known):
+            self._next_beat = time.monotonic() + LINGER
+        return failed or next(iter(errors), None)
+
+    def _are_sure(self, aside: bool, until: float) -> bool:
+        """Say until when the leases of a row last, with the lock held. False: what became of acks in it is not known
+        yet."""
+        mine = [held for held in self._held.values() if held.aside is aside]
+        if time.monotonic() > (self._sure_aside if aside else self._sure) and any(
+            held.acked and not held.refused for held in mine
+        ):
+            return False
+        sure = (held.until for held in mine if not (held.lost or held.acked or self.moved(held)))
+        if not aside:
             self._be_sure(min(sure, default=until))
+        elif self._row_aside is not None:
+            self._sure_aside = min(sure, default=until)
+            self._row_aside.sure(self._sure_aside)
+        return True
 
     def _be_sure(self, until: float) -> None:
         self._sure = until
         self._row.sure(until)
 
+    def _set_aside(self, held: Held) -> None:
+        """Its lease could not be extended, as others were: from now on it has no part in what is said of these."""
+        with self._lock:
+            if held.aside or self._held.get(held.tag) is not held:
+                return
+            if not any(other.aside for other in self._held.values()):
+                self._sure_aside = held.until
+            self._sure_aside = min(self._sure_aside, held.until)
+            if self._row_aside is None:
+                self._row_aside = children.row()
+            self._row_aside.sure(self._sure_aside)
+            held.aside = True
+            self._row_of(held).kept(held.tag)
+
+    def _row_of(self, held: Held) -> children.Row:
+        return self._row_aside if held.aside and self._row_aside is not None else self._row
+
     def give_up(self) -> None:
         """The server is not there and leases are over: what a child has not started for that reason, it shall not."""
         with self._lock:
-            if time.monotonic() <= self._sure:
-                return
+            now = time.monotonic()
             for held in [held for held in self._held.values() if self._row.does(held.tag) == children.WAITS]:
+                if now <= (self._sure_aside if held.aside else self._sure):
+                    continue
                 if held.acked and not self.owed.withdraw(held):
                     continue  # what becomes of that ack is not known
                 self._let_go(held)
@@ -365,18 +414,19 @@ class Leases:
                 )
             self._next_beat = now + self.broker.settings.lease / 3
             try:
-                self.extend()
-                self._failing = False
+                failed = self.extend()
             except RelayError as error:
+                failed = error
+            if failed is not None:
                 self._next_beat = time.monotonic() + min(self.broker.settings.lease / 3, 1.0)
                 level = logging.DEBUG if self._failing else logging.WARNING
-                self._failing = True  # a task may run for hours beside a server of a list that is away
-                logger.log(level, "leases could not be extended, tried again every second: %s", error)
+                logger.log(level, "leases could not be extended, tried again every second: %s", failed)
                 self.give_up()
+            self._failing = failed is not None  # a task may run for hours beside a server of a list that is away
         stopping = self.leave(now)
         if self.owed.due(now):
             try:
-                self.flush()
+                self.flush(self._keeper)
             except RelayError as error:
                 logger.debug("the server could not be told of all that is owed: %s", error)
                 return _AGAIN

@@ -11,6 +11,7 @@ from functools import partial
 from relay_adapters.celery.held import Held
 from relay_core import Broker, Job, Verdict
 from relay_core.errors import RelayError, Unavailable
+from relay_core.keeping import Keeper
 
 LINGER = 0.01
 """Seconds for which an ack may be pending, so that many go in one round trip."""
@@ -90,7 +91,7 @@ class Owed:
 
     def pay(
         self,
-        broker: Broker,
+        broker: Broker | Keeper,
         acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
         refused: Callable[[str], object] | None = None,
     ) -> None:
@@ -119,7 +120,7 @@ class Owed:
 
     def _pay(
         self,
-        broker: Broker,
+        broker: Broker | Keeper,
         acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
         refused: Callable[[str], object] | None,
     ) -> None:
@@ -137,7 +138,7 @@ class Owed:
         if failed is not None:
             raise failed
 
-    def _pay_acks(self, broker: Broker, acked: Callable[[Sequence[Held], Iterable[Verdict]], None]) -> None:
+    def _pay_acks(self, broker: Broker | Keeper, acked: Callable[[Sequence[Held], Iterable[Verdict]], None]) -> None:
         for queue in list(self._acks):
             while taken := self.take_acks(queue):
                 try:
@@ -147,7 +148,7 @@ class Owed:
                     raise
                 acked(taken, verdicts)
 
-    def _pay_releases(self, broker: Broker) -> None:
+    def _pay_releases(self, broker: Broker | Keeper) -> None:
         if self._releases:
             with self._lock:
                 jobs, self._releases = self._releases, []

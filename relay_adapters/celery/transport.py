@@ -128,7 +128,11 @@ class Transport(virtual.Transport):
                 channel.broker.store.raw("PING")
             channel.leases.cut_off = False
             if channel.leases.holding:
-                channel.leases.extend()
+                try:
+                    channel.leases.extend()
+                except Unavailable:
+                    if channel.broker.url.topology != "cluster":
+                        raise  # else others of its servers are there, and the thread goes on trying
         except BaseException as error:
             self.close_connection(connection)
             if pace is not None and isinstance(error, _REFUSALS):

@@ -346,9 +346,8 @@ class RelayBroker(Broker):
 
     def _renew(self, message: RelayMessage) -> None:
         """A process that slept past its lease starts nothing that may run elsewhere."""
-        try:
-            extend(self.core, message.lease.job.queue, [message.lease])
-        except RelayError:
+        core = self.core
+        if extend(core, lambda jobs: core.drive(core.operations.extend_each(jobs)), [message.lease]):
             message.lease.lost = True  # not so in the store, perhaps: then the lease ends there by itself
         if message.lease.lost:
             message.unheard = True

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Lease
-from relay_core import Broker, Verdict, commands
-from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import RelayError
+from relay_core import Broker, Job, Verdict
+from relay_core.errors import RelayError, Unavailable
+from relay_core.keeping import Keeper
 
 logger = logging.getLogger("relay.dramatiq")
 
@@ -23,41 +23,60 @@ class Heartbeat(threading.Thread):
         super().__init__(name="relay-heartbeat", daemon=True)
         self._core = core
         self._lines = lines
+        self._keeper = Keeper(core)
+        self._behind: set[Line] = set()
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        while not self._stopping.wait(self._core.settings.lease / 3):
+        failed = False
+        while not self._stopping.wait(self._keeper.pause(failed)):
+            before, failed = failed, False
             try:
-                self.beat()
+                failed = self.beat(logging.DEBUG if before else logging.WARNING)
             except Exception:
                 logger.exception("heartbeat failed; the next one is in %.1f s", self._core.settings.lease / 3)
+        self._keeper.close()
 
     def stop(self) -> None:
         self._stopping.set()
 
-    def beat(self) -> None:
-        """Extend all leases, and send acks that were left behind when the store was away."""
-        for line in self._lines():
+    def beat(self, level: int = logging.WARNING) -> bool:
+        """Extend all leases, and send acks that were left behind when the store was away. True: some could not be.
+
+        :param level: at which that is logged
+        """
+        lines = self._lines()
+        errors = extend(self._core, self._keeper.extend, [lease for line in lines for lease in line.leases()])
+        # where one was behind already, it is the others' turn first: its server may keep this thread waiting
+        for line in sorted((line for line in lines if line.unsent), key=self._behind.__contains__):
             try:
-                extend(self._core, line.queue, line.leases())
-                line.flush()
+                line.flush(self._keeper)
+                self._behind.discard(line)
             except RelayError as error:
-                logger.warning("heartbeat of queue %r failed, and is tried again: %s", line.queue, error)
+                self._behind.add(line)
+                errors.setdefault(line.queue, error)
+                if isinstance(error, Unavailable):
+                    break
+        for queue, why in errors.items():
+            logger.log(level, "heartbeat of queue %r failed, and is tried again: %s", queue, why)
+        return bool(errors)
 
 
-def extend(core: Broker, queue: str, leases: Sequence[Lease]) -> None:
-    """Extend these leases; marks those that are lost. Raises RelayError."""
-    settings = core.settings
-    for start in range(0, len(leases), MAX_BATCH):
-        batch = [lease for lease in leases[start : start + MAX_BATCH] if not lease.lost]
-        if not batch:
-            continue
-        sent = time.monotonic()
-        receipts = [(lease.job.id, lease.job.token) for lease in batch]
-        verdicts = core.store.run(commands.extend(settings.keys(queue), receipts, settings.lease_ms))
-        for lease, verdict in zip(batch, verdicts, strict=True):
-            # A message that was settled in the meantime is "lost" too, and need not be told of: its `lost` is not read.
-            if verdict is Verdict.DONE:
-                lease.until = sent + settings.lease
-            else:
-                lease.lost = True
+def extend(
+    core: Broker, keep: Callable[[Sequence[Job]], list[Verdict | RelayError]], leases: Sequence[Lease]
+) -> dict[str, RelayError]:
+    """Extend these leases; marks those that are lost. By queue, why those of it could not be extended.
+
+    :param keep: extends jobs
+    """
+    held, errors = [lease for lease in leases if not lease.lost], dict[str, RelayError]()
+    sent = time.monotonic()
+    for lease, verdict in zip(held, keep([lease.job for lease in held]), strict=True):
+        # A message that was settled in the meantime is "lost" too, and need not be told of: its `lost` is not read.
+        if isinstance(verdict, RelayError):
+            errors.setdefault(lease.job.queue, verdict)
+        elif verdict is Verdict.DONE:
+            lease.until = sent + core.settings.lease
+        else:
+            lease.lost = True
+    return errors

@@ -13,6 +13,7 @@ from relay_adapters.dramatiq.message import Holding, Lease
 from relay_core import Broker, Claimed, Job, Verdict
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
+from relay_core.keeping import Keeper
 
 logger = logging.getLogger("relay.dramatiq")
 
@@ -82,8 +83,11 @@ class Line:
         with self._lock:
             self._changed.notify_all()
 
-    def flush(self) -> None:
-        """Send the acks that wait, unless another thread is doing it."""
+    def flush(self, keeper: Keeper | None = None) -> None:
+        """Send the acks that wait, unless another thread is doing it.
+
+        :param keeper: what sends them, for the thread that has other leases to keep
+        """
         while True:
             acks: list[Job] = []
             mine = False
@@ -96,7 +100,7 @@ class Line:
                     mine = self._flushing = bool(acks)
                 if not acks:
                     return
-                self._report(acks, self.core.ack_many(acks))
+                self._report(acks, (keeper or self.core).ack_many(acks))
             except BaseException:
                 self._put_back(acks)
                 raise

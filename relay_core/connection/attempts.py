@@ -277,7 +277,8 @@ def _round(calls: Sequence[Call], router: Router, policy: Policy) -> Flow[None]:
             router.doubtful = True
         else:
             groups.setdefault(address, []).append(call)
-    for address, group in groups.items():
+    # one that is in doubt may keep its callers waiting, those of the others too
+    for address, group in sorted(groups.items(), key=lambda item: item[0] not in router.checked):
         judged = yield from _look_at(address, router, policy)
         if judged is None:
             yield from _send(address, group, router, policy)

@@ -58,10 +58,11 @@ class Ending(Base):
 
     def ack_many(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
         check_jobs("ack_many", jobs)
-        verdicts = yield from self._by_queue(jobs, lambda q, batch: commands.ack(q, [ack_of(job) for job in batch]))
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            self._tell_acked(job, verdict)
-        return verdicts
+        results = yield from self._by_queue(jobs, lambda q, batch: commands.ack(q, [ack_of(job) for job in batch]))
+        for job, verdict in zip(jobs, results, strict=True):
+            if isinstance(verdict, Verdict):
+                self._tell_acked(job, verdict)
+        return _all_told(results)
 
     def ack(self, job: Job) -> Flow[None]:
         check_job("ack", job)
@@ -142,31 +143,37 @@ class Ending(Base):
         elif verdict is Verdict.LOST:
             self.tell_lost(job, "nack")
 
-    def extend(self, jobs: Sequence[Job], lease: float | None = None, tell: bool = True) -> Flow[list[Verdict]]:
-        """:param tell: False: the caller tells the plugins of those that were lost"""
+    def extend(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict]]:
+        return self._told(jobs, (yield from self.extend_each(jobs, lease)), "extend")
+
+    def extend_each(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict | RelayError]]:
+        """What became of each, an error for those whose queue could not be told. The caller tells the plugins of what
+        was lost."""
         check_jobs("extend", jobs)
         lease = self.settings.lease if lease is None else seconds("lease", lease, least=0.1, most=86400)
         ms = int(lease * 1000)
-        verdicts = yield from self._by_queue(
-            jobs, lambda q, batch: commands.extend(q, [(job.id, job.token) for job in batch], ms)
+        return (
+            yield from self._by_queue(
+                jobs, lambda q, batch: commands.extend(q, [(job.id, job.token) for job in batch], ms)
+            )
         )
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            if tell and verdict is Verdict.LOST:
-                self.tell_lost(job, "extend")
-        return verdicts
 
     def release(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
         check_jobs("release", jobs)
-        verdicts = yield from self._by_queue(
+        results = yield from self._by_queue(
             jobs, lambda q, batch: commands.release(q, [(job.id, job.token) for job in batch])
         )
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            if verdict is Verdict.LOST:
-                self.tell_lost(job, "release")
-        return verdicts
+        return self._told(jobs, results, "release")
 
-    def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Verdict]]:
-        """One command per queue and MAX_BATCH jobs, sent as one pipeline; verdicts in the order of `jobs`."""
+    def _told(self, jobs: Sequence[Job], results: Sequence[Verdict | RelayError], move: str) -> list[Verdict]:
+        for job, verdict in zip(jobs, results, strict=True):
+            if verdict is Verdict.LOST:
+                self.tell_lost(job, move)
+        return _all_told(results)
+
+    def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Verdict | RelayError]]:
+        """One command per queue and MAX_BATCH jobs, sent as one pipeline; verdicts in the order of `jobs`, the error in
+        their place where a queue could not be told: it may be alone with that."""
         groups: dict[str, list[int]] = {}
         for i, job in enumerate(jobs):
             groups.setdefault(job.queue, []).append(i)
@@ -176,12 +183,27 @@ class Ending(Base):
             for at in range(0, len(indices), MAX_BATCH)
         ]
         built = [build(self.settings.keys(queue), [jobs[i] for i in batch]) for queue, batch in batches]
-        results = [(yield built[0])] if len(built) == 1 else (yield built) if built else []
-        verdicts = [Verdict.LOST] * len(jobs)
-        failed = next((result for result in results if isinstance(result, RelayError)), None)
-        if failed:
-            raise failed
+        results: Sequence[Any] = ()
+        if len(built) == 1:
+            try:
+                results = [(yield built[0])]
+            except RelayError as error:
+                results = [error]
+        elif built:
+            results = yield built
+        verdicts: list[Verdict | RelayError] = [Verdict.LOST] * len(jobs)
         for (_queue, batch), result in zip(batches, results, strict=True):
-            for i, verdict in zip(batch, result, strict=True):
+            each = [result] * len(batch) if isinstance(result, RelayError) else result
+            for i, verdict in zip(batch, each, strict=True):
                 verdicts[i] = verdict
         return verdicts
+
+
+def _all_told(results: Sequence[Verdict | RelayError]) -> list[Verdict]:
+    """The verdicts. Raises the first error among them, now that nothing is left to do for the others."""
+    verdicts: list[Verdict] = []
+    for result in results:
+        if isinstance(result, RelayError):
+            raise result
+        verdicts.append(result)
+    return verdicts

@@ -11,6 +11,7 @@ from relay_core.broker import Broker
 from relay_core.commands import Verdict
 from relay_core.errors import RelayError
 from relay_core.job import Job
+from relay_core.keeping import Keeper
 
 logger = logging.getLogger("relay.worker")
 
@@ -86,33 +87,42 @@ class Heartbeat(threading.Thread):
         super().__init__(name="relay-heartbeat", daemon=True)
         self._broker = broker
         self._held = held
+        self._keeper = Keeper(broker)
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        lease = self._broker.settings.lease
-        while not self._stopping.wait(lease / 3):
+        failed: RelayError | None = None
+        while not self._stopping.wait(pause := self._keeper.pause(failed is not None)):
+            before, failed = failed, None
             try:
-                self.beat()
+                failed = self.beat()
             except RelayError as error:
-                logger.warning("heartbeat failed, will try again in %.1f s: %s", lease / 3, error)
+                failed = error
             except Exception:  # whatever it was, such as a MemoryError: the leases must be kept
-                logger.exception("heartbeat failed, will try again in %.1f s", lease / 3)
+                logger.exception("heartbeat failed, will try again in %.1f s", pause)
+            if failed is not None:
+                level = logging.DEBUG if before is not None else logging.WARNING
+                logger.log(level, "not all leases could be extended, will try again soon: %s", failed)
+        self._keeper.close()
 
-    def beat(self) -> None:
-        """Extend all leases now. A job whose lease was lost is let go: if it runs, its ack will say so."""
+    def beat(self) -> RelayError | None:
+        """Extend all leases now. A job whose lease was lost is let go: if it runs, its ack will say so.
+
+        The first error where some could not be extended, and None where all were.
+        """
         jobs = self._held.all()
-        if not jobs:
-            return
+        failed: RelayError | None = None
         sent = time.monotonic()
-        operations = self._broker.operations
-        verdicts = self._broker.drive(operations.extend(jobs, tell=False))
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            if verdict is Verdict.LOST:
+        for job, verdict in zip(jobs, self._keeper.extend(jobs), strict=True):
+            if isinstance(verdict, RelayError):
+                failed = failed or verdict
+            elif verdict is Verdict.LOST:
                 if self._held.drop(job):  # else it was acked, nacked or handed back meanwhile
-                    operations.tell_lost(job, "extend")
+                    self._broker.operations.tell_lost(job, "extend")
                     logger.warning("job %s of queue %r: its lease was lost while it was held here", job.id, job.queue)
             else:
                 self._held.extended(job, sent + self._broker.settings.lease)
+        return failed
 
     def stop(self) -> None:
         self._stopping.set()

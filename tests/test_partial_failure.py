@@ -1,0 +1,231 @@
+"""One queue of several cannot be told, as its server is away alone, hangs, or takes nothing of it: what is held of the
+others is kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from relay_adapters.celery import children, greenbeat
+from relay_adapters.celery.leases import Leases
+from relay_adapters.celery.tags import new_tag
+from relay_adapters.dramatiq import heartbeat as dramatiq_heartbeat
+from relay_adapters.dramatiq.gate import Gate
+from relay_adapters.dramatiq.line import Line
+from relay_adapters.dramatiq.message import Holding, Lease
+from relay_core import Broker, Job, hookimpl
+from relay_core.errors import StoreError
+from relay_core.worker.held import Heartbeat, Held
+from tests.servers import Server, eventually
+from tests.topologies import Cluster
+
+
+@pytest.fixture(params=["valkey"])
+def flavour(request: pytest.FixtureRequest) -> str:
+    """One is enough: what differs between servers is tested below."""
+    return str(request.param)
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Broker]:
+    with Broker(server.url, retry_for=2.0) as broker:
+        yield broker
+
+
+def spoil(broker: Broker, queue: str) -> None:
+    """From now on the server takes nothing of this queue."""
+    owners = broker.settings.keys(queue).owners
+    broker.store.raw("DEL", owners)
+    broker.store.raw("SET", owners, "no hash")
+
+
+def one_of_each(broker: Broker, *queues: str) -> list[Job]:
+    """A claimed job of each queue."""
+    for queue in queues:
+        broker.enqueue(queue, b"")
+    return [broker.claim(queue)[0] for queue in queues]
+
+
+def test_what_was_done_of_the_other_queues_is_told_before_the_error(server: Server) -> None:
+    told: list[str] = []
+
+    class Note:
+        @hookimpl
+        def relay_job_acked(self, job: Job) -> None:
+            told.append(job.queue)
+
+        @hookimpl
+        def relay_lease_lost(self, queue: str, move: str) -> None:
+            told.append(f"{queue} {move}")
+
+    with Broker(server.url, plugins=[Note()]) as broker:
+        jobs = one_of_each(broker, "bad", "good")
+        (lost,) = one_of_each(broker, "lost")
+        broker.release(lost)
+        spoil(broker, "bad")
+        for move in (broker.extend, broker.release):
+            with pytest.raises(StoreError):
+                move([jobs[0], lost])
+        with pytest.raises(StoreError):
+            broker.ack_many(jobs)
+    assert told == ["lost extend", "good"], "its release was done before"
+
+
+def test_a_worker_knows_of_the_leases_that_were_extended(broker: Broker) -> None:
+    held, jobs = Held(), one_of_each(broker, "bad", "good")
+    for job in jobs:
+        held.add(job)
+    before = {job.id: hold.expires_at for job, hold in zip(jobs, held._holds.values(), strict=True)}
+    spoil(broker, "bad")
+    assert isinstance(Heartbeat(broker, held).beat(), StoreError)
+    moved = [hold.expires_at > before[hold.job.id] for hold in held._holds.values()]
+    assert moved == [False, True]
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread keeps leases: the test does so itself."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_children_of_a_celery_worker_start_what_was_extended(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = children.Board(os.getpid())
+    monkeypatch.setattr(children, "_board", board)
+    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
+    bad, good = tags = [new_tag(job) for job in jobs]
+    for tag, job in zip(tags, jobs, strict=True):
+        leases.add(tag, job)
+    spoil(broker, "bad")
+    assert isinstance(leases.extend(), StoreError)
+    for tag in tags:
+        held = leases.get(tag)
+        assert held is not None
+        assert (held.until > held.job.expires_at) is (tag == good)
+    held = leases.get(bad)
+    assert held is not None
+    held.until = 0.0  # it is over, as far as this process knows
+    assert isinstance(leases.extend(), StoreError)
+    assert board.may_start(good)
+    assert not board.may_start(bad), "its lease may be over, and it may run elsewhere"
+    broker.store.raw("DEL", broker.settings.keys("bad").owners)
+    assert leases.extend() is None, "the server says of the other one that it is lost"
+    assert held.lost
+    for tag in tags:
+        leases.pop(tag)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_lease_that_is_extended_again_is_sure_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = children.Board(os.getpid())
+    monkeypatch.setattr(children, "_board", board)
+    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
+    tags = [new_tag(job) for job in jobs]
+    for tag, job in zip(tags, jobs, strict=True):
+        leases.add(tag, job)
+    owners = broker.settings.keys("bad").owners
+    kept = broker.store.raw("DUMP", owners)
+    spoil(broker, "bad")
+    held = leases.get(tags[0])
+    assert held is not None
+    held.until = 0.0
+    assert isinstance(leases.extend(), StoreError)
+    assert not board.may_start(tags[0])
+    broker.store.raw("RESTORE", owners, 0, kept, "REPLACE")
+    assert leases.extend() is None
+    assert all(map(board.may_start, tags))
+    for tag in tags:
+        leases.pop(tag)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_the_thread_beside_gevents_extends_what_it_can(broker: Broker) -> None:
+    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
+    tags = [new_tag(job) for job in jobs]
+    for tag, job in zip(tags, jobs, strict=True):
+        leases.add(tag, job)
+    spoil(broker, "bad")
+    assert not greenbeat._extend(leases, broker.store)
+    extended = [held.until > held.job.expires_at for held in leases.snapshot()]
+    assert extended == [False, True]
+    for tag in tags:
+        leases.pop(tag)
+
+
+# one server of a cluster hangs
+
+
+@pytest.fixture(scope="module")
+def slow_to_judge() -> Iterator[Cluster]:
+    """A cluster that takes no server for dead within these tests."""
+    with Cluster("valkey", options={"cluster-node-timeout": "60000"}) as cluster:
+        yield cluster
+
+
+Keep = Callable[[Broker, list[Job]], Any]
+
+
+@contextmanager
+def by_worker(broker: Broker, jobs: list[Job]) -> Iterator[None]:
+    held = Held()
+    for job in jobs:
+        held.add(job)
+    heartbeat = Heartbeat(broker, held)
+    heartbeat.start()
+    yield
+    heartbeat.stop()
+
+
+@contextmanager
+def by_dramatiq(broker: Broker, jobs: list[Job]) -> Iterator[None]:
+    lines, gate = [], Gate(broker.settings)
+    for job in jobs:
+        lines.append(Line(broker, job.queue, gate))
+        lines[-1].join(Holding({job.token: Lease(job)}))
+    lines[0]._acks.append(jobs[0])
+    heartbeat = dramatiq_heartbeat.Heartbeat(broker, lambda: lines)
+    heartbeat.start()
+    yield
+    heartbeat.stop()
+
+
+@contextmanager
+def by_celery(broker: Broker, jobs: list[Job]) -> Iterator[None]:
+    leases = Leases(broker)
+    for job in jobs:
+        leases.add(tag := new_tag(job), job)
+        if job is jobs[0]:
+            leases.ack_later(tag)
+    yield
+    leases.after_fork()  # it holds nothing any more, which ends its thread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [by_worker, by_dramatiq, by_celery])
+def test_a_server_that_hangs_holds_up_no_heartbeat_of_the_others(slow_to_judge: Cluster, keep: Keep) -> None:
+    cluster = slow_to_judge
+    cluster.reset()
+    with Broker(cluster.url, lease=1.5) as broker, Broker(cluster.url) as other:
+        servers = {f"q{n}": cluster.primary_of(cluster.slot_of(broker.settings.keys(f"q{n}").jobs)) for n in range(20)}
+        hangs = next(iter(servers))
+        there = next(queue for queue, server in servers.items() if server is not servers[hangs])
+        assert other.claim(there) == []
+        jobs = one_of_each(broker, hangs, there)
+        leases, extended = broker.settings.keys(there).leases, set[float]()
+
+        def kept() -> bool:
+            assert other.claim(there) == [], "another worker has got it"
+            extended.add(float(other.store.raw("ZSCORE", leases, jobs[1].id)))
+            return len(extended) > 8
+
+        servers[hangs].pause()
+        try:
+            with keep(broker, jobs):
+                eventually(kept, "its lease to be extended again and again", 60)
+        finally:
+            servers[hangs].resume()
