@@ -15,7 +15,7 @@ from relay_adapters.celery import deadletters, upkeep
 from relay_adapters.celery.deadletters import SWEEP
 from relay_core import Broker
 from relay_core.errors import RelayError, Unavailable
-from tests.celery_links import BOX, got, link, send
+from tests.celery_links import BOX, Inbox, got, link, send
 from tests.servers import Server, eventually
 
 
@@ -306,3 +306,22 @@ def test_queues_whose_time_is_over_end_one_page_after_the_other(delays: Delays) 
         if left > ended:
             assert pause == pytest.approx(upkeep.AGAIN)
     assert delays.turn() > 1
+
+
+def test_two_apps_of_one_process_attend_to_one_mailbox_apart(server: Server, broker: Broker) -> None:
+    """Their brokers have other options, or other spellings of the URL."""
+    box = kombu.Queue("box", kombu.Exchange("news", type="fanout"), **BOX)
+    with link(server.url) as staying, link(server.url) as going:
+        first = Inbox(staying, box)
+        send(staying, 1, "news")
+        first.wait(1)
+        second = Inbox(going, box)
+        attendances = [inbox.channel.attendance for inbox in (first, second)]
+        consumers = attendances[0].topology.places.consumers("box")
+        assert len(broker.store.raw("ZRANGE", consumers, 0, -1)) == 2
+        assert not second.quiet(), "the other one has had it"
+        second.consumer.cancel()
+        attendances[1].say_goodbye()
+        assert broker.store.raw("ZRANGE", consumers, 0, -1) == [attendances[0].consumer.encode()]
+        send(staying, 2, "news")
+        assert first.wait(2) == [1, 2]

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TypeVar
 
 from relay_adapters.celery import moves
@@ -36,6 +37,9 @@ MANY = 500
 
 REMEMBERED = 100
 """Queues that were left of which is known what was received from them, should this process come back."""
+
+
+_numbers = count()
 
 
 @dataclass
@@ -77,7 +81,8 @@ class Attendance:
         self._ended = self._limited = 0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self.consumer = process_name()
+        # of its own: another app of this process may attend to the same queue, through a broker with other options
+        self.consumer = f"{process_name()}:{next(_numbers)}"
 
     def join(self, channel: int, queue: str, terms: Terms) -> None:
         """A channel begins to consume from a queue."""
