@@ -20,6 +20,7 @@ from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease
 from relay_core import Broker, Job, hookimpl
 from relay_core.errors import StoreError
+from relay_core.worker import Worker
 from relay_core.worker.held import Heartbeat, Held
 from tests.servers import Server, eventually
 from tests.topologies import Cluster
@@ -85,6 +86,26 @@ def test_a_worker_knows_of_the_leases_that_were_extended(broker: Broker) -> None
     assert isinstance(Heartbeat(broker, held).beat(), StoreError)
     moved = [hold.expires_at > before[hold.job.id] for hold in held._holds.values()]
     assert moved == [False, True]
+
+
+def test_a_claim_of_several_queues_asks_one_that_failed_after_the_others(broker: Broker) -> None:
+    for queue in ("bad", "good", "good"):
+        broker.enqueue(queue, b"")
+    ready = broker.settings.keys("bad").ready[0]
+    kept = broker.store.raw("DUMP", ready)
+    broker.store.raw("SET", ready, "no list")
+    with pytest.raises(StoreError):
+        broker.claim(["bad", "good"])
+    assert [job.queue for job in broker.claim(["bad", "good"], 9)] == ["good", "good"]
+    with pytest.raises(StoreError):
+        broker.claim(["bad", "good"])
+    broker.store.raw("RESTORE", ready, 0, kept, "REPLACE")
+    broker.enqueue("good", b"")
+    assert [job.queue for job in broker.claim(["bad", "good"])] == ["good"]
+    assert [job.queue for job in broker.claim(["bad", "good"])] == ["bad"]
+    broker.enqueue("good", b"")
+    broker.enqueue("bad", b"")
+    assert [job.queue for job in broker.claim(["bad", "good"], 9)] == ["bad", "good"], "in their order again"
 
 
 @pytest.fixture
@@ -163,8 +184,15 @@ def test_the_thread_beside_gevents_extends_what_it_can(broker: Broker) -> None:
 @pytest.fixture(scope="module")
 def slow_to_judge() -> Iterator[Cluster]:
     """A cluster that takes no server for dead within these tests."""
-    with Cluster("valkey", options={"cluster-node-timeout": "60000"}) as cluster:
+    with Cluster("valkey", options={"cluster-node-timeout": "300000"}) as cluster:
         yield cluster
+
+
+def apart(cluster: Cluster, broker: Broker) -> tuple[str, str, Server]:
+    """Two queues on two servers, and the server of the first."""
+    servers = {f"q{n}": cluster.primary_of(cluster.slot_of(broker.settings.keys(f"q{n}").jobs)) for n in range(20)}
+    first, server = next(iter(servers.items()))
+    return first, next(queue for queue, other in servers.items() if other is not server), server
 
 
 Keep = Callable[[Broker, list[Job]], Any]
@@ -211,9 +239,7 @@ def test_a_server_that_hangs_holds_up_no_heartbeat_of_the_others(slow_to_judge: 
     cluster = slow_to_judge
     cluster.reset()
     with Broker(cluster.url, lease=1.5) as broker, Broker(cluster.url) as other:
-        servers = {f"q{n}": cluster.primary_of(cluster.slot_of(broker.settings.keys(f"q{n}").jobs)) for n in range(20)}
-        hangs = next(iter(servers))
-        there = next(queue for queue, server in servers.items() if server is not servers[hangs])
+        hangs, there, server = apart(cluster, broker)
         assert other.claim(there) == []
         jobs = one_of_each(broker, hangs, there)
         leases, extended = broker.settings.keys(there).leases, set[float]()
@@ -223,9 +249,36 @@ def test_a_server_that_hangs_holds_up_no_heartbeat_of_the_others(slow_to_judge: 
             extended.add(float(other.store.raw("ZSCORE", leases, jobs[1].id)))
             return len(extended) > 8
 
-        servers[hangs].pause()
+        server.pause()
         try:
             with keep(broker, jobs):
                 eventually(kept, "its lease to be extended again and again", 60)
         finally:
-            servers[hangs].resume()
+            server.resume()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_leaves_a_worker_to_the_queues_of_the_others(
+    slow_to_judge: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = slow_to_judge
+    cluster.reset()
+    done: list[bytes] = []
+    with Broker(cluster.url) as broker, Broker(cluster.url) as other:
+        hangs, there, server = apart(cluster, broker)
+        worker = Worker(broker, lambda job: done.append(job.payload), [hangs, there])
+        working = threading.Thread(target=worker.run)
+        working.start()
+        try:
+            for n in range(20):
+                if n == 1:
+                    server.pause()
+                other.enqueue(there, b"%d" % n)
+                eventually(lambda n=n: len(done) > n, "one job after the other", 60)  # type: ignore[misc]
+            tries = [record for record in caplog.records if "cannot be reached" in record.getMessage()]
+            assert 0 < len(tries) < 10, "it was tried less often than others got a job done"
+        finally:
+            server.resume()
+            worker.stop()
+            working.join(60)
+    assert not working.is_alive()

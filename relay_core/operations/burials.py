@@ -37,14 +37,16 @@ class Seen:
     :ivar long: the last long way found more than the common case: the next claim takes it at once
     :ivar look_at: monotonic time from which a claim looks after burials that nobody has told of. The first claim of a
         queue does so anyway: it takes the long way since it does not know the queue's levels
+    :ivar away_until: monotonic time until which a claim of several queues asks the others first, as this one failed
     """
 
-    __slots__ = ("levels", "long", "look_at")
+    __slots__ = ("away_until", "levels", "long", "look_at")
 
     def __init__(self) -> None:
         self.levels = ""
         self.long = False
         self.look_at = math.inf
+        self.away_until = 0.0
 
 
 class Burials(Grants):

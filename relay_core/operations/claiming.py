@@ -16,12 +16,16 @@ from relay_core.operations.ending import Ending, ack_of, are_plain
 from relay_core.operations.steps import Flow, Wait
 from relay_core.validation import seconds, whole
 
+_PUT_OFF = 5.0
+"""Seconds for which a queue that could not be claimed from is asked after the others."""
+
 
 class Claiming(Ending, Burials):
     """claim, finish, promote and reap."""
 
     def claim(self, queues: Sequence[str], count: int = 1, wait: float = 0.0, woken: bool = False) -> Flow[Claimed]:
-        """Ask the queues in their order until `count` jobs are leased; wait up to `wait` seconds for the first."""
+        """Ask the queues in their order, but those that failed last, until `count` jobs are leased; wait up to `wait`
+        seconds for the first."""
         if not queues:
             raise InvalidArgument("claim needs at least one queue")
         whole("count", count, least=1, most=MAX_BATCH)
@@ -29,14 +33,22 @@ class Claiming(Ending, Burials):
         deadline = time.monotonic() + wait
         markers = tuple(self.settings.keys(queue).marker for queue in queues)
         while True:
-            found = Claimed()
-            for queue in queues:
+            found, now = Claimed(), time.monotonic()
+            # one whose server is away alone, or that is at fault itself, keeps no other from being asked
+            for queue in sorted(queues, key=lambda queue: now < self.seen(queue).away_until):
+                seen = self.seen(queue)
+                if found and now < seen.away_until:
+                    break
+                began = time.monotonic()
                 try:
                     got = yield from self._claim_one(queue, count - len(found), woken)
                 except RelayError:
+                    ended = time.monotonic()
+                    seen.away_until = ended + max(_PUT_OFF, ended - began)
                     if not found:
                         raise
                     break  # what is leased by now must reach its worker; the next claim meets the error again
+                seen.away_until = 0.0
                 found.extend(got)
                 if got.limited:
                     found.limited = got.limited

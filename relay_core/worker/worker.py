@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,11 @@ _MOST_PREFETCHED = 150
 
 _FAREWELL = 1.0
 """Seconds for which a worker that stops tries to tell what is left to tell, where the server is away."""
+
+
+_TURN, _LONGEST_PUT_OFF = 1.0, 5.0
+"""Seconds for which a queue's claim is repeated where others may lie on another server, and for which these then have
+the worker to themselves at most."""
 
 
 class _Cut(BaseException):
@@ -115,6 +120,7 @@ class Worker:
         self._until = math.inf  # monotonic; from then on nothing is repeated
         self._away_at: float | None = None  # monotonic; when the server was asked last, if it was away
         self._asked: float | None = None  # monotonic; since when a command is under way
+        self._ask_at: dict[str, float] = {}  # monotonic, of queues whose server is away alone
         self._idle = False
         self._mean = 0.0
         self._bell: Bell | None = None
@@ -186,11 +192,17 @@ class Worker:
             wait: float | None = None
             busy = False
             for queue in self.queues:
+                began = time.monotonic()
+                if (put_off := self._ask_at.get(queue, began) - began) > 0:
+                    wait = put_off if wait is None else min(wait, put_off)
+                    continue
                 try:
-                    got, retry_after = self._exchange(queue, max(0, self._capacity() - len(self._held)), woken)
+                    with self._turning():
+                        got, retry_after = self._exchange(queue, max(0, self._capacity() - len(self._held)), woken)
                 except Unavailable as error:
                     logger.warning("the server cannot be reached, held jobs go on: %s", error)
                     got, retry_after = [], 1.0
+                    self._put_off(queue, began)
                 for job in got:
                     self._held.add(job)
                     if self.broker.settings.is_suspect(job):
@@ -206,6 +218,22 @@ class Worker:
 
             if self._alone:
                 self._run_alone(pool)
+
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether queues may lie on other servers than one that is away."""
+        return len(self.queues) > 1 and self.broker.url.topology == "cluster"
+
+    def _turning(self) -> AbstractContextManager[None]:
+        """Around what is asked of one queue: where others may lie elsewhere, it is soon their turn."""
+        hurried = self.broker.store.hurried
+        return hurried(_TURN, until=lambda: self._until) if self._elsewhere else nullcontext()
+
+    def _put_off(self, queue: str, began: float) -> None:
+        """Its server is away: the others have some time to themselves."""
+        now = time.monotonic()
+        if self._elsewhere:
+            self._ask_at[queue] = now + min(_LONGEST_PUT_OFF, max(_TURN, 3 * (now - began)))
 
     def _run_alone(self, pool: Pool) -> None:
         """Run suspects one at a time with nothing else held, so that a poison job takes no neighbour to dead.
