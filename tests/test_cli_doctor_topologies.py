@@ -219,9 +219,10 @@ def test_a_primary_without_a_replica_and_slots_that_nobody_serves_are_told(clust
         found = findings(cli, 1)
         assert found["topology"][0][0] == "error"
         assert "slots are served" in found["topology"][0][1]
-        told = cli.json("stats", "--timeout", "0.2")
-        assert [row["queue"] for row in told["queues"]] == ["c"], "one that is away hides no other"
-        assert list(told["left_out"]) == ["post"]
+        for command, code in (("stats", 0), ("audit", 1)):
+            told = cli.json(command, "--timeout", "0.2", code=code)
+            assert [row["queue"] for row in told["queues"]] == ["c"], "one that is away hides no other"
+            assert list(told["left_out"]) == ["post"]
     finally:
         for node in cluster.nodes:
             if node.running:

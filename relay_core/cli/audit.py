@@ -8,7 +8,7 @@ from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Command, Session, pass_session
 from relay_core.cli.stats import known, tell_left_out
-from relay_core.errors import StoreError
+from relay_core.errors import StoreError, Unavailable
 
 
 @click.command("audit", cls=Command)
@@ -30,8 +30,8 @@ def audit(ctx: click.Context, session: Session, queues: tuple[str, ...], no_repa
         for name in names:
             try:
                 reports.append(broker.audit(name, not no_repair, note))
-            except StoreError as error:
-                if queues:
+            except (StoreError, Unavailable) as error:
+                if queues or (isinstance(error, Unavailable) and broker.url.topology != "cluster"):
                     raise
                 left_out[name] = str(error)
     clean = all(report.clean for report in reports)
