@@ -58,6 +58,25 @@ def test_what_was_claimed_of_one_queue_is_delivered_though_the_next_one_fails(
 
 
 @pytest.mark.parametrize("way", ["ahead", "at_once"])
+def test_a_queue_that_fails_keeps_no_other_from_being_asked(
+    connection: kombu.Connection, broker: Broker, way: str
+) -> None:
+    channel: Any = connection.channel()
+    good, bad = fresh("good"), fresh("bad")
+    for queue in (bad, good):
+        kombu.Queue(queue)(channel).declare()
+        channel.basic_consume(queue, False, lambda message: None, fresh("tag"))
+    send(connection, 1, key=good)
+    broker.store.raw("SET", broker.settings.keys(bad).config, "no hash")
+    ahead = channel.claim_ahead(3, channel.broker.store.sender()) if way == "ahead" else None
+    found, again = channel.claim(3, True, ahead)
+    assert [raw["body"] for raw, _queue in found] == [b"1"]
+    assert again == 0.0, "the error is met again at once"
+    with pytest.raises(StoreError):
+        channel.claim(3, True)
+
+
+@pytest.mark.parametrize("way", ["ahead", "at_once"])
 def test_of_a_claim_of_which_one_message_fails_the_others_are_delivered_or_handed_back(
     connection: kombu.Connection,
     broker: Broker,

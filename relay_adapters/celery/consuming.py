@@ -17,7 +17,7 @@ from relay_adapters.celery.settling import Settling
 from relay_adapters.celery.tags import new_tag
 from relay_core import Job
 from relay_core.connection import Sender
-from relay_core.errors import RelayError
+from relay_core.errors import RelayError, Unavailable
 
 logger = logging.getLogger("relay.celery")
 
@@ -98,6 +98,7 @@ class Consuming(Settling):
         """
         found: list[Delivery] = []
         again: float | None = None
+        failed: RelayError | None = None
         queues = in_order(self.order, self.consumed)
         if ahead is not None:
             queues = [ahead.queue, *(queue for queue in queues if queue != ahead.queue)]
@@ -107,22 +108,31 @@ class Consuming(Settling):
                 if ahead is None:
                     jobs = self._claim_one(queue, room - len(found), woken)
                 else:
-                    jobs, tags, ahead = ahead.take(), ahead.tags, None
+                    taken, ahead = ahead, None
+                    jobs, tags = taken.take(), taken.tags
                 if jobs.retry_after is not None:
                     again = min(jobs.retry_after, jobs.retry_after if again is None else again)
                 if jobs:
                     self.order.rotate(queue)
                 enough = self._receive(jobs, tags, found)
-            except RelayError:
-                if not found:
+            except RelayError as error:
+                if found:
+                    failed = error
+                    break
+                if isinstance(error, Unavailable) and self.broker.url.topology != "cluster":
                     raise
-                return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
+                failed = failed or error  # it may be alone with that
             except BaseException:  # what a signal's handler raises, or gevent's Timeout: nobody will deliver it
                 self.take_back(found, wait=False)
                 raise
-            if enough or len(found) >= room:
-                break
-        return found, again
+            else:
+                if enough or len(found) >= room:
+                    break
+        if failed is None:
+            return found, again
+        if not found:
+            raise failed
+        return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
 
     def claim_ahead(self, room: int, sender: Sender) -> Ahead | None:
         """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
