@@ -35,6 +35,7 @@ class Keeper:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        self._several = broker.url.topology == "cluster"
         self._store: SyncStore | None = None
 
     def extend(self, jobs: Sequence[Job]) -> list[Verdict | RelayError]:
@@ -44,14 +45,14 @@ class Keeper:
 
     def ack_many(self, jobs: Sequence[Job]) -> list[Verdict]:
         """As the broker's."""
-        return self._drive(self._broker.operations.ack_many(jobs))
+        return self._drive(self._broker.operations.ack_many(jobs)) if self._several else self._broker.ack_many(jobs)
 
     def release(self, jobs: Sequence[Job]) -> list[Verdict]:
         """As the broker's."""
-        return self._drive(self._broker.operations.release(jobs))
+        return self._drive(self._broker.operations.release(jobs)) if self._several else self._broker.release(jobs)
 
     def _drive(self, flow: Flow[T]) -> T:
-        if self._broker.url.topology != "cluster":
+        if not self._several:
             return self._broker.drive(flow)
         try:
             step = next(flow)

@@ -198,13 +198,11 @@ class Leases:
             self.owed.refuse(held, refuse)
         self._event.set()
 
-    def flush(self, keeper: Keeper | None = None) -> None:
+    def flush(self) -> None:
         """Send what is pending: acks, and releases and refusals that could not be sent before. Raises Unavailable and
-        the like.
-
-        :param keeper: what sends the first two, for the thread that has other leases to keep
-        """
-        self.owed.pay(keeper or self.broker, self.sent, self.pop)
+        the like."""
+        keeps = threading.current_thread() is self._thread  # and must not be held up by one server of several
+        self.owed.pay(self._keeper if keeps else self.broker, self.sent, self.pop)
 
     def hand_back(self, tags: Iterable[str], *, started: bool = False, wait: bool = True) -> None:
         """Release what was not started; what runs keeps its lease, also where only a pool's child knows that it does.
@@ -426,7 +424,7 @@ class Leases:
         stopping = self.leave(now)
         if self.owed.due(now):
             try:
-                self.flush(self._keeper)
+                self.flush()
             except RelayError as error:
                 logger.debug("the server could not be told of all that is owed: %s", error)
                 return _AGAIN
