@@ -334,11 +334,11 @@ def test_a_channel_that_closes_without_its_server_tries_once_to_put_back_what_it
         send(here, number, key=mine.name)
     inbox.wait(3)
 
-    def away(_self: Any, *told: Any) -> None:
+    def away(told: Any) -> Any:
         tries.append(told)
-        raise Unavailable("away")
+        return [Unavailable("away")] * len(told)
 
-    monkeypatch.setattr(type(inbox.channel), "_put_back", away)
+    monkeypatch.setattr(inbox.channel.broker.store, "run_many", away)
     inbox.channel.close()
     assert len(tries) == 1
     assert "3 messages of mailboxes that were not acked are lost with their channel: away" in caplog.text
@@ -362,6 +362,74 @@ def test_what_a_cancelled_consumer_was_not_handed_comes_once_to_the_next_ones(he
     first.messages[0].ack()
     one.consume()
     assert first.wait(2) == [0, 4]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["processes", "channels"])
+def test_what_one_consumer_of_a_mailbox_has_not_handed_over_does_not_depend_on_another(
+    here: kombu.Connection, there: kombu.Connection, server: Server, apart: bool
+) -> None:
+    """Each message goes to one of them. What the other one received later says nothing of it."""
+    mine = box(here)
+    there.default_channel.attendance.consumer = "process-2"
+    first = Inbox(here, mine, no_ack=True)
+    for number in range(4):
+        send(there, number, key=mine.name)
+    first.wait(1)  # the others have come to its channel, too
+    with here.clone() as beside:
+        second = Inbox(there if apart else beside, mine, no_ack=True)
+        send(there, 4, key=mine.name)
+        assert second.wait(1) == [4]
+        second.channel.attendance.touch()
+        first.channel.close()
+        third = Inbox(here, mine, no_ack=True)
+        assert third.wait(3) == [1, 2, 3]
+        assert second.quiet() == [4]
+        for inbox in (second, third):
+            inbox.channel.attendance.touch()
+    assert server.cli("XPENDING", P.box(mine.name), "q")[0] == server.cli("XLEN", P.box(mine.name)) == 0
+
+
+def test_what_a_process_that_died_had_received_leaves_the_store_with_its_time(
+    here: kombu.Connection, there: kombu.Connection, server: Server
+) -> None:
+    mine = box(here, message_ttl=0.5)
+    server.cli("XADD", P.box(mine.name), "1-1", "i", "id", "m", "message")
+    server.cli("XREADGROUP", "GROUP", "q", "dead", "STREAMS", P.box(mine.name), ">")
+    inbox = Inbox(here, mine, no_ack=True)
+    assert server.cli("XPENDING", P.box(mine.name), "q")[0] == 0
+    send(there, 1, key=mine.name)
+    assert inbox.wait(1) == [1]
+
+
+def test_what_two_processes_put_back_is_not_taken_for_the_same(tcp_server: Server) -> None:
+    """Where the second one has to send it twice."""
+    with link(tcp_server.url) as there, Proxy(to_port(tcp_server.port)) as proxy:
+        mine = box(there, expires=600, message_ttl=600)
+        for body in ("first", "second"):
+            send(there, body, key=mine.name)
+        put_back = (
+            "import sys, kombu, relay_adapters.celery\n"
+            "with kombu.Connection(sys.argv[1]) as link:\n"
+            "    link.default_channel.basic_get(sys.argv[2]).requeue()\n"
+        )
+        proxy.cut_request(b"second")
+        for url in (tcp_server.url, proxy.url):
+            subprocess.run([sys.executable, "-c", put_back, url, mine.name], check=True, timeout=60)
+        assert proxy.pending == 0
+        assert got(there, mine.name) == ["first", "second"]
+
+
+def test_a_channel_that_closes_puts_back_what_it_had_in_one_go(tcp_server: Server) -> None:
+    with link(tcp_server.url) as there, Proxy(to_port(tcp_server.port)) as proxy, link(proxy.url) as here:
+        mine = box(here)
+        inbox = Inbox(here, mine)
+        for number in range(30):
+            send(there, number, key=mine.name)
+        inbox.wait(30)
+        before = proxy.requests
+        inbox.channel.close()
+        assert proxy.requests < before + 20
+        assert got(there, mine.name) == list(range(30))
 
 
 # many of them, by Celery's own nodes

@@ -23,7 +23,7 @@ LETTERS = {
 }  # fmt: skip
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "HGETALL", "HKEYS", "XRANGE"}
 
-TOUCHED = moves.Touched("q1", 0, -1, "")
+TOUCHED = moves.Touched("q1", 0, -1, "", "")
 BUILD: dict[str, Any] = {
     "declare": lambda n: moves.declare(P, "q1", "", "", idle_ms=0, mailbox=False, process="", limited=False),
     "bind": lambda n: moves.bind(P, "x1", "q1", "", ""),
@@ -35,7 +35,7 @@ BUILD: dict[str, Any] = {
     "leave": lambda n: moves.leave(P, "q1", "", 0),
     "take": lambda n: moves.take(P, "q1", 0),
 }
-WORDS = {"one": 1, "two": 2, "four": 4}
+WORDS = {"one": 1, "two": 2, "four": 4, "five": 5}
 
 
 def header(name: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeVar
@@ -74,7 +74,10 @@ class Attendance:
         self._attended: dict[str, _Attended] = {}
         self._left: dict[str, _Left] = {}
         self._parting = threading.Lock()
-        self._last: dict[str, str] = {}
+        self._last: dict[str, dict[int, str]] = {}
+        """Queue -> seat -> the message of it that was received last, '' none. See `sit`."""
+        self._seats: dict[tuple[str, int], int] = {}
+        """(queue, seat) -> channel"""
         self._received = 0
         self._pause = 0.0
         self._failures = 0
@@ -108,6 +111,8 @@ class Attendance:
             if attended is None:
                 return
             attended.channels.discard(channel)
+            for taken in [key for key, owner in self._seats.items() if key[0] == queue and owner == channel]:
+                del self._seats[taken]
             if not attended.channels:
                 del self._attended[queue]
                 until = time.monotonic() + max(self._alive_ms, attended.terms.idle_ms) / 1000
@@ -118,21 +123,35 @@ class Attendance:
     def _remember(self, queue: str) -> None:
         """What it receives, with the lock held. A process that lives for long may consume from one queue after the
         other: of those that it has left, the first are forgotten."""
-        self._last.setdefault(queue, "")
+        self._last.setdefault(queue, {0: ""})
         for old in [old for old in list(self._last) if old not in self._attended][:-REMEMBERED]:
             del self._last[old]
 
-    def received(self, queue: str, id: str) -> None:
+    def sit(self, channel: int, queues: Collection[str]) -> int:
+        """A channel begins to read mailboxes: by which name. The same one for all, the first that no other channel has
+        for any of them: what one has left unread is told again to the next of that name, and to nobody else."""
+        with self._lock:
+            seat = next(n for n in count() if all(self._seats.get((q, n), channel) == channel for q in queues))
+            for queue in queues:
+                self._seats[queue, seat] = channel
+            return seat
+
+    def reader(self, seat: int) -> str:
+        """The name by which mailboxes are read."""
+        return f"{self.consumer}#{seat}" if seat else self.consumer
+
+    def received(self, queue: str, seat: int, id: str) -> None:
         """A message of a mailbox was handed over."""
-        self._last[queue] = id
+        with self._lock:
+            self._last.setdefault(queue, {})[seat] = id
         self._received += 1
         if self._received >= MANY:
             self._received = 0
             self._wake.set()
 
-    def last(self, queue: str) -> str | None:
-        """The message of a mailbox that this process received last; "" for none yet, None if it never consumed it."""
-        return self._last.get(queue)
+    def last(self, queue: str, seat: int) -> str:
+        """The message of a mailbox that this process received last by that name; "" for none."""
+        return self._last.get(queue, {}).get(seat, "")
 
     def forget(self, queue: str) -> None:
         """The queue was deleted by this process."""
@@ -155,28 +174,21 @@ class Attendance:
     def touch(self, queues: list[str] | None = None) -> None:
         """Tell the store of these queues, or of all; declare anew what is not there."""
         with self._lock:
-            chosen = {q: self._attended[q].terms for q in queues or list(self._attended) if q in self._attended}
-        if not chosen:
-            return
-        alive_ms = self._alive_ms
-        names = list(chosen)
-        for at in range(0, len(names), 100):
-            batch = names[at : at + 100]
             told = [
-                Touched(
-                    queue,
-                    chosen[queue].idle_ms,
-                    (chosen[queue].ttl or 0) if chosen[queue].mailbox else -1,
-                    self._last.get(queue, ""),
-                )
-                for queue in batch
+                Touched(queue, terms.idle_ms, (terms.ttl or 0) if terms.mailbox else -1, self.reader(seat), last)
+                for queue in queues or list(self._attended)
+                if queue in self._attended and (terms := self._attended[queue].terms)
+                for seat, last in self._last.get(queue, {0: ""}).items()
             ]
-            ended, limited, *answers = self._run(moves.touch(self.topology.places, self.consumer, alive_ms, told))
+        alive_ms = self._alive_ms
+        for at in range(0, len(told), 100):
+            batch = told[at : at + 100]
+            ended, limited, *answers = self._run(moves.touch(self.topology.places, self.consumer, alive_ms, batch))
             if limited > self._limited:
                 self._wake.set()
             self._ended, self._limited = ended, limited
-            found = zip(batch, answers, strict=True)
-            gone = [queue for queue, there in found if not there and queue in self.topology.own.queues]
+            found = dict(zip((row.queue for row in batch), answers, strict=True))
+            gone = [queue for queue, there in found.items() if not there and queue in self.topology.own.queues]
             for queue in gone:
                 logger.info("queue %r is gone from the store and is declared again", queue)
             if gone or self.topology.own.owing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from itertools import count
 from queue import Empty
 from typing import Any
 
@@ -12,22 +11,22 @@ from relay_adapters.celery import moves
 from relay_adapters.celery.declaring import Declaring
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.terms import Terms
-from relay_core.errors import RelayError, Unavailable
+from relay_core.commands import Command
+from relay_core.errors import RelayError
+from relay_core.job import new_id
 
 logger = logging.getLogger("relay.celery")
-
-_tags = count(1)
 
 
 class Mailing(Declaring):
     """The part of a channel that consumes from mailboxes. Stands before the parts that know queues of jobs only.
 
     :ivar boxes: the mailboxes that this channel consumes from
-    :ivar mail: what has come and was not handed over yet: (queue, id, message)
+    :ivar mail: what has come and was not handed over yet: (queue, seat, id, message), see Attendance.sit
     """
 
     boxes: dict[str, Terms]
-    mail: deque[tuple[str, str, bytes]]
+    mail: deque[tuple[str, int, str, bytes]]
     _held: dict[str, tuple[str, bytes]]
     _no_ack: dict[str, set[str]]
 
@@ -56,13 +55,13 @@ class Mailing(Declaring):
     def next_mail(self) -> tuple[Any, str] | None:
         """The next (raw message, queue) that may be handed over: acknowledged ones wait for credit, others do not."""
         while self.mail:
-            queue, id, packed = self.mail[0]
+            queue, seat, id, packed = self.mail[0]
             if queue in self.boxes and queue not in self._no_ack and not self.qos.can_consume():
                 return None
             self.mail.popleft()
             if queue not in self.boxes:
                 continue  # cancelled in this very moment
-            self.attendance.received(queue, id)
+            self.attendance.received(queue, seat, id)
             raw = self._opened(queue, packed)
             if raw is not None:
                 return raw, queue
@@ -71,7 +70,7 @@ class Mailing(Declaring):
     def _opened(self, queue: str, packed: bytes, asked: bool = False) -> Any:
         try:
             raw = unpack(packed)
-            tag = f"m{next(_tags)}"
+            tag = f"m{new_id()}"  # and the id in the store of what is put back, among those of other processes
             raw["properties"]["delivery_tag"] = tag
         except (ValueError, KeyError, TypeError) as error:
             logger.error("a message of queue %r does not decode and is dropped: %s", queue, error)
@@ -101,14 +100,16 @@ class Mailing(Declaring):
             super().refuse(tag, requeue)  # type: ignore[misc]
             return
         if requeue:
-            self._put_back(tag, *held)  # where the server is not there, it is kept until the channel closes
+            for command in self._back(tag, *held):
+                self.broker.store.run(command)  # where the server is not there, it is kept until the channel closes
         self._held.pop(tag, None)
 
-    def _put_back(self, tag: str, queue: str, packed: bytes) -> None:
-        terms = self.topology.terms(queue)
-        if terms is not None and terms.mailbox:
-            box = (queue, terms.ttl or 0, terms.most)
-            self.broker.store.run(moves.publish(self.topology.places, "", "", tag, packed, [box]))
+    def _back(self, tag: str, queue: str, packed: bytes) -> list[Command[list[int]]]:
+        """What puts it at the end of its mailbox, where that is still there."""
+        terms = self._mailbox(queue)
+        if terms is None:
+            return []
+        return [moves.publish(self.topology.places, "", "", tag, packed, [(queue, terms.ttl or 0, terms.most)])]
 
     def basic_recover(self, requeue: bool = False) -> Any:
         """What was not acked goes back to its mailbox, in its order; kombu asks for the last one first."""
@@ -120,15 +121,13 @@ class Mailing(Declaring):
     def close(self) -> None:
         """What was not acked goes back to its mailbox, where the server is there."""
         held, self._held = self._held, {}
-        for done, (tag, (queue, packed)) in enumerate(held.items()):
-            try:
-                self._put_back(tag, queue, packed)
-            except RelayError as error:
-                away = isinstance(error, Unavailable)  # the next one would wait for it just as long
-                lost = len(held) - done if away else 1
-                logger.warning(
-                    "%d messages of mailboxes that were not acked are lost with their channel: %s", lost, error
-                )
-                if away:
-                    break
+        try:
+            back = [command for tag, one in held.items() for command in self._back(tag, *one)]
+            failed = [one for one in self.broker.store.run_many(back) if isinstance(one, RelayError)]
+        except RelayError as error:
+            failed = [error] * len(held)
+        if failed:
+            logger.warning(
+                "%d messages of mailboxes that were not acked are lost with their channel: %s", len(failed), failed[0]
+            )
         super().close()

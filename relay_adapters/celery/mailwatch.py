@@ -23,6 +23,7 @@ class MailWatch:
         self.bell: Reader | None = None
         self.look_at = 0.0
         self._boxes: tuple[str, ...] = ()
+        self._seat = 0
 
     def arm(self) -> Reader | None:
         """Wait for messages where there is nothing left to hand over."""
@@ -48,11 +49,12 @@ class MailWatch:
     def _reader(self, boxes: tuple[str, ...]) -> Reader:
         """A reader that begins behind what this process has received before, with what an earlier one left unread."""
         places, attendance = self.channel.topology.places, self.channel.attendance
-        waiting = {queue: id for queue, id, _packed in self.channel.mail}
-        last = {places.box(queue): id for queue in boxes if (id := waiting.get(queue) or attendance.last(queue))}
-        self._boxes = boxes
+        self._boxes, self._seat = boxes, attendance.sit(id(self.channel), boxes)
+        waiting = {queue: id for queue, seat, id, _packed in self.channel.mail if seat == self._seat}
+        found = {queue: waiting.get(queue) or attendance.last(queue, self._seat) for queue in boxes}
+        last = {places.box(queue): id for queue, id in found.items() if id}
         store: SyncStore = self.channel.broker.store
-        return store.reader([places.box(queue) for queue in boxes], "q", attendance.consumer, last)
+        return store.reader([places.box(queue) for queue in boxes], "q", attendance.reader(self._seat), last)
 
     def quiet(self, now: float) -> bool:
         """True when a turn of a loop in which no descriptor spoke has nothing for this watch."""
@@ -69,7 +71,7 @@ class MailWatch:
             return 0
         if ask and self.bell is not None and not self.bell.gone:
             queues = {channel.topology.places.box(queue): queue for queue in self._boxes}
-            channel.mail.extend((queues[e.stream], e.id, e.fields[3]) for e in self.bell.read())
+            channel.mail.extend((queues[e.stream], self._seat, e.id, e.fields[3]) for e in self.bell.read())
         delivered, most = 0, AT_ONCE if channel.connection.looping else 1
         while delivered < most and not channel.closed and (found := channel.next_mail()) is not None:
             channel.deliver(*found)

@@ -14,11 +14,12 @@ PACKAGE = "relay_adapters.celery"
 
 
 class Touched(NamedTuple):
-    """A queue of `touch`. `keep_ms`: -1 for a queue that is no mailbox. `last`: id received last, or ''."""
+    """A queue of `touch`. `keep_ms`: -1 for a queue that is no mailbox. `last`: id received last by `reader`, or ''."""
 
     queue: str
     idle_ms: int
     keep_ms: int
+    reader: str
     last: str
 
 
@@ -120,7 +121,7 @@ def publish(
 
 
 def touch(p: Places, consumer: str, alive_ms: int, queues: Sequence[Touched]) -> Command[list[int]]:
-    """How many queues' time is over, how many have to be looked after; and per queue: 1 it is there, 0 it is not."""
+    """How many queues' time is over, how many have to be looked after; and per row: 1 it is there, 0 it is not."""
     keys = [p.queues, p.ends, p.limited]
     args: list[Any] = [consumer, alive_ms]
     for touched in queues:
