@@ -504,6 +504,41 @@ def test_a_consumer_that_acks_nothing_goes_on_so_when_another_one_of_its_queue_i
     assert engine.stats(name).inflight == 1
 
 
+def test_of_two_consumers_of_a_queue_the_one_that_is_handed_a_message_decides_whether_it_is_acked(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    """On one channel that is the one that came last, and after its end the other one."""
+    channel, messages, name = here.default_channel, list[Any](), queue(here)
+    channel.basic_consume(name, True, messages.append, "first")
+    channel.basic_consume(name, False, messages.append, "second")
+    send(here, 1, key=name)
+    here.drain_events(timeout=20)
+    messages[0].requeue()
+    here.drain_events(timeout=20)
+    messages[1].ack()
+    channel.basic_cancel("second")
+    send(here, 2, key=name)
+    here.drain_events(timeout=20)
+    assert [message.payload for message in messages] == [1, 1, 2]
+    assert (engine.stats(name).pending, engine.stats(name).inflight) == (0, 0)
+
+
+def test_what_was_claimed_to_be_acked_and_is_handed_to_a_consumer_that_does_not_is_done(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    channel, messages, name = here.default_channel, list[Any](), queue(here)
+    channel.basic_consume(name, False, messages.append, "first")
+    for number in range(3):
+        send(here, number, key=name)
+    here.drain_events(timeout=20)
+    channel.basic_consume(name, True, messages.append, "second")
+    while len(messages) < 3:
+        here.drain_events(timeout=20)
+    assert engine.stats(name).inflight == 1
+    messages[0].ack()
+    assert (engine.stats(name).pending, engine.stats(name).inflight) == (0, 0)
+
+
 def test_a_call_of_drain_events_brings_one_message_and_a_cancel_what_is_on_its_way(here: kombu.Connection) -> None:
     """As over AMQP, where a consumer is sent what its prefetch count allows, until the cancel is confirmed."""
     name = queue(here)

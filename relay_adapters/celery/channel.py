@@ -7,7 +7,7 @@ from typing import Any
 
 from kombu.transport import virtual
 
-from relay_adapters.celery.consuming import Consuming
+from relay_adapters.celery.consuming import Consuming, Receiver
 from relay_adapters.celery.leases import leases_of
 from relay_adapters.celery.mailing import Mailing
 from relay_adapters.celery.options import shared_broker
@@ -37,8 +37,9 @@ class Channel(Mailing, Consuming, Publishing):
         self._held = {}
         self._used = {}
         self._unacked: set[str] = set()
-        self._no_ack, self._simple = {}, {}
-        self._receivers: dict[str, dict[str, Any]] = {}
+        self._no_ack: set[str] = set()
+        self._simple: set[str] = set()
+        self._receivers: dict[str, dict[str, Receiver]] = {}
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message; a text or bytes, as `celery amqp basic.publish` gives it, becomes one."""

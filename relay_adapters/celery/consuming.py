@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from queue import Empty
-from typing import Any
+from typing import Any, NamedTuple
 
 from relay_adapters.celery import due
 from relay_adapters.celery.ahead import Ahead
@@ -25,25 +25,28 @@ Delivery = tuple[Any, str]
 """A message as kombu's channels take it, and the queue that it came from."""
 
 
+class Receiver(NamedTuple):
+    """A consumer: what it is handed, and how."""
+
+    callback: Callable[[Any], object]
+    no_ack: bool
+    simple: bool
+
+
 class Consuming(Settling):
     """The part of a channel that claims."""
 
-    _no_ack: dict[str, set[str]]
-    """Queue -> tags of its consumers that do not acknowledge, and below those that fill a SimpleQueue."""
-    _simple: dict[str, set[str]]
-    _receivers: dict[str, dict[str, Any]]
+    _no_ack: set[str]
+    _simple: set[str]
+    _receivers: dict[str, dict[str, Receiver]]
     order: Any
     boxes: dict[str, Any]
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
-        if no_ack or _is_simple(callback):
-            (self._no_ack if no_ack else self._simple).setdefault(queue, set()).add(consumer_tag)
-        try:
-            super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
-        except BaseException:
-            self._forget_kind(queue, consumer_tag)
-            raise
-        self._receivers.setdefault(queue, {})[consumer_tag] = self.connection._callbacks[queue]
+        super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        made = Receiver(self.connection._callbacks[queue], no_ack, _is_simple(callback))
+        self._receivers.setdefault(queue, {})[consumer_tag] = made
+        self._latest_changed(queue)
         self.connection.consumers_changed(self)
 
     def basic_cancel(self, consumer_tag: str) -> None:
@@ -58,22 +61,24 @@ class Consuming(Settling):
             receivers.pop(consumer_tag, None)
             if not receivers:  # as of a client that asks many questions, each with a queue for the answers
                 self._receivers.pop(queue, None)
-            self._forget_kind(queue, consumer_tag)
+            self._latest_changed(queue)
         if self.connection is not None:
             self.connection.consumers_changed(self)
 
-    def _forget_kind(self, queue: str, consumer_tag: str) -> None:
-        for kind in (self._no_ack, self._simple):
-            tags = kind.get(queue, set())
-            tags.discard(consumer_tag)
-            if not tags:
-                kind.pop(queue, None)
+    def _latest_changed(self, queue: str) -> None:
+        """Who is handed what comes from a queue decides whether it will be acked."""
+        latest = next(reversed(self._receivers.get(queue, {}).values()), None)
+        for queues, holds in ((self._no_ack, latest and latest.no_ack), (self._simple, latest and latest.simple)):
+            queues.add(queue) if holds else queues.discard(queue)
 
     def deliver(self, raw: Any, queue: str) -> None:
         """Hand a message to a consumer of this channel, the latest of its queue. kombu's transports know the latest of
         the whole connection, whose channel does not hold what this one has claimed."""
+        tag = raw["properties"]["delivery_tag"]
+        if queue in self._no_ack and tag in self._unacked:
+            self.settle(tag)  # it was claimed for another one
         if receivers := [*self._receivers.get(queue, {}).values()]:
-            receivers[-1](raw)
+            receivers[-1].callback(raw)
         else:  # two had one tag, and one of them ended
             self.connection._deliver(raw, queue)
 

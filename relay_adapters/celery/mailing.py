@@ -28,7 +28,7 @@ class Mailing(Declaring):
     boxes: dict[str, Terms]
     mail: deque[tuple[str, int, str, bytes]]
     _held: dict[str, tuple[str, bytes]]
-    _no_ack: dict[str, set[str]]
+    _no_ack: set[str]
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
         terms = self.topology.terms(queue, fresh=True) or Terms()
