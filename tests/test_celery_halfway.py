@@ -19,6 +19,7 @@ import celery.worker.state
 import kombu
 import pytest
 
+from relay_adapters.celery import owed
 from relay_adapters.celery.apart import Apart
 from relay_adapters.celery.consuming import Consuming
 from relay_adapters.celery.owed import Owed
@@ -212,6 +213,31 @@ def test_a_handler_of_signals_tells_what_is_owed_while_its_thread_adds_to_it(mon
         owed.ack(cast(Any, SimpleNamespace(tag="1.a", job=SimpleNamespace(id="a", queue="q"))))
     pay()
     assert told == ["a"]
+
+
+def test_acks_that_a_claim_could_not_take_along_are_sent_soon(
+    server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the thread that keeps the leases, though it saw none meanwhile: its next beat may be long after that, where no
+    worker may be told to stop."""
+    monkeypatch.setattr(owed, "LINGER", 0.5)
+    monkeypatch.setattr("relay_adapters.celery.leases.is_worker", lambda: False)
+    with link(server.url, lease=60) as connection:
+        loop = Loop(connection, prefetch=1)
+        leases = loop.channel.leases
+
+        def fails(*_: Any) -> NoReturn:
+            eventually(lambda: not leases._watching, "the thread to see none")
+            raise Unavailable("away")
+
+        send(connection, 1, key=loop.queue)
+        loop.until(lambda: loop.got, "it to come")
+        loop.got[0].ack()
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.channel.broker, "drive", fails)
+            with pytest.raises(Unavailable):
+                loop.watch._claim(1)
+        eventually(lambda: not broker.stats(loop.queue).inflight, "its ack to be sent", 10)
 
 
 @pytest.mark.parametrize("end", ["rejected", "expired"])

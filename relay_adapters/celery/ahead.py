@@ -47,7 +47,7 @@ class Ahead:
             flow = broker.operations.finish(queue, [held.job for held in self._acks], (), room, True)
             self._rest = broker.begin(flow, sender)
         except BaseException:
-            leases.owed.unsent(self._acks)
+            leases.unsent(self._acks)
             raise
         leases.set_out(self)
 
@@ -83,10 +83,10 @@ class Ahead:
             acked, _nacked, self._found = self._rest()
         except RelayError as error:
             self._error = error
-            self._leases.owed.unsent(self._acks)
+            self._leases.unsent(self._acks)
             return
         except BaseException:
-            self._leases.owed.unsent(self._acks)
+            self._leases.unsent(self._acks)
             raise
         self._leases.sent(self._acks, acked)
         for job in self._found:
@@ -107,7 +107,7 @@ class Ahead:
         if not self.settle(wait):
             if time.monotonic() < self._over:
                 return False
-            self._leases.owed.unsent(self._acks)  # what it claimed, if it did, is leased no longer
+            self._leases.unsent(self._acks)  # what it claimed, if it did, is leased no longer
         self._leases.come_home(self)
         self._sender.close()
         self._leases.hand_back(self.tags)

@@ -202,7 +202,7 @@ class Consuming(Settling):
         try:
             acked, _, jobs = self.broker.drive(flows.finish(queue, [held.job for held in acks], (), room, woken))
         except BaseException:
-            self.leases.owed.unsent(acks)
+            self.leases.unsent(acks)
             raise
         self.leases.sent(acks, acked)
         return jobs

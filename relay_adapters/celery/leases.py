@@ -175,6 +175,12 @@ class Leases:
             self._event.set()
         return not over
 
+    def unsent(self, taken: Sequence[Held]) -> None:
+        """Acks that were taken from what is owed could not be sent. This thread may have seen none meanwhile, and sleep
+        until the next beat."""
+        self.owed.unsent(taken)
+        self._event.set()
+
     def sent(self, taken: Sequence[Held], verdicts: Iterable[Verdict]) -> None:
         """What became of acks that were taken from what is owed."""
         with self._lock:
