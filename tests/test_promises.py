@@ -422,6 +422,20 @@ def test_a_claim_whose_reply_is_lost_gives_the_same_jobs_once(proxy: Proxy, unlu
     assert depths(unlucky) == (2, 0, 3, 0)
 
 
+def test_a_claim_whose_reply_is_lost_gives_the_same_jobs_in_the_same_order(proxy: Proxy, unlucky: Broker) -> None:
+    def claimed(lose: bool) -> None:
+        ids = [unlucky.enqueue("q", b"x", priority=priority).id for priority in (0, 0, 0, 9, 9)]
+        if lose:
+            proxy.cut_reply(b"EVALSHA")
+        jobs = unlucky.claim("q", 5)
+        assert [job.id for job in jobs] == [*ids[3:], *ids[:3]]
+        assert unlucky.ack_many(jobs) == [Verdict.DONE] * 5
+
+    claimed(False)  # from now on one command is all that a claim of this queue takes
+    claimed(True)
+    assert proxy.pending == 0
+
+
 @pytest.mark.parametrize(
     ("move", "after"),
     [("ack", (0, 0, 0, 0)), ("nack", (1, 0, 0, 0)), ("extend", (0, 0, 1, 0)), ("release", (1, 0, 0, 0))],
