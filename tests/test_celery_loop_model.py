@@ -25,7 +25,7 @@ from kombu.asynchronous import Hub
 from kombu.common import QoS
 
 import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not load kombu's plugins
-from relay_adapters.celery import transport
+from relay_adapters.celery import leases, owed, transport
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.qos import BATCH
@@ -34,33 +34,40 @@ from relay_core.operations.settings import Settings
 from relay_core.testing import advance
 from tests.celery_links import send
 from tests.histories import histories
+from tests.proxy import Proxy, to_socket
 from tests.servers import Server, eventually
 
-QUEUES = ("q1", "q2")
+QUEUES, NEWS = ("q1", "q2"), "news"
 LEASE = 60.0
 
 _histories = count()
 
 workers, queues = st.integers(0, 1), st.sampled_from(QUEUES)
 picks, levels = st.integers(0, 20), st.sampled_from([0, 0, 0, 3, 9])
-several = st.lists(st.tuples(queues, levels), min_size=1, max_size=8)
-breaks = st.sampled_from(["", "cut", "cut", "lose", "close", "expire"])
+several = st.lists(st.tuples(queues, levels), min_size=3, max_size=10)
+endings = st.lists(
+    st.tuples(picks, st.sampled_from(["ack", "ack", "ack", "requeue", "reject"]), st.booleans()), min_size=2, max_size=6
+)
+breaks = st.sampled_from(["cut", "lost reply", "lose", "lose", "close", "expire"])
 
 STEPS = (
     ("publish", several),
     ("publish", several),
     ("turn", workers, st.integers(1, 3)),
     ("turn", workers, st.integers(1, 3)),
-    ("start", picks),
-    ("start", picks),
-    ("settle", picks, st.sampled_from(["ack", "ack", "ack", "requeue", "reject"]), st.booleans()),
-    ("settle", picks, st.sampled_from(["ack", "ack", "ack", "requeue", "reject"]), st.booleans()),
+    ("start", st.lists(picks, min_size=1, max_size=4)),
+    ("start", st.lists(picks, min_size=1, max_size=4)),
+    ("settle", endings),
+    ("work", workers, endings),
+    ("work", workers, endings),
+    ("work", workers, endings),
     ("scale", workers, st.integers(-3, 3)),
     ("change", workers, queues),
     ("change", workers, queues),
     ("pause", workers),
     ("rest",),
     ("hurt", workers, queues, breaks),
+    ("tell", st.integers(1, 4)),
 )
 """Methods and their arguments."""
 
@@ -75,6 +82,8 @@ class Copy:
     """In the order of its level; 0 once it was handed back, None where its order is not promised."""
     held: Delivery | None = None
     """By whom it is to be had alone."""
+    again: bool | None = False
+    """Whether it comes as one that was delivered before: it was put back. None: its lease may have been over."""
     over: str = ""
     """What has become of it: acked, dead or, where its lease was over before its ack, either."""
 
@@ -97,6 +106,10 @@ class Worker:
 
     name: str
     receive: Callable[[Worker, Any], None]
+    proxy: Proxy
+    """By which it reaches the server."""
+    hears: bool
+    """Whether it consumes what is not acked, too."""
     queues: set[str] = field(default_factory=set)
     prefetch: int = 0
     link: Any = None
@@ -105,16 +118,21 @@ class Worker:
     most: int = 0
     """How many it may hold: where it may have fewer from now on, what it has held."""
 
+    heard: int = -1
+    """What came last of what is not acked."""
+    fences: dict[str, int] = field(default_factory=dict)
+    """Of each queue, that of what was delivered last."""
+
     def __post_init__(self) -> None:
         self.hub: Any = Hub()
         self.paused = False
         self.channel: Any = None
         self.leases: Any = None
 
-    def connect(self, url: str) -> None:
-        """As Celery's bootsteps do."""
+    def connect(self, news: str, hear: Callable[[Worker, Any], None]) -> None:
+        """As Celery's bootsteps do. On the same channel of one of them comes what is not acked."""
         options = {"client_name": self.name, "lease": LEASE, "max_deliveries": 10**6, "retry_for": 10.0}
-        self.link = kombu.Connection(url, transport_options=options)
+        self.link = kombu.Connection(self.proxy.url, transport_options=options)
         self.link.ensure_connection(max_retries=20, interval_start=0.05)
         self.channel = self.link.default_channel
         self.channel.attendance.consumer = self.name
@@ -122,13 +140,23 @@ class Worker:
         self.channel.basic_qos(0, self.prefetch, False)
         consumed = [kombu.Queue(name) for name in sorted(self.queues)]
         self.consumer = kombu.Consumer(self.link, consumed, on_message=lambda m: self.receive(self, m))
+        if self.hears:  # a channel whose turn is at such a queue claims nothing ahead
+            heard = kombu.Consumer(self.link, [kombu.Queue(news)], no_ack=True, on_message=lambda m: hear(self, m))
+            heard.consume()
         self.qos = QoS(lambda prefetch_count: self.consumer.qos(prefetch_count=prefetch_count), self.prefetch)
         self.link.transport.register_with_event_loop(self.link.connection, self.hub)
         self.hub.propagate_errors = self.link.connection_errors
         if not self.paused:
             self.consumer.consume()
         self.loop = self.hub.create_loop()
-        self.has, self.most = [], 0
+        self.has, self.most, self.fences, self.heard = [], 0, {}, -1
+        assert len(self.hub.on_tick) == 1, "what is closed leaves the loop"
+
+    def turn(self) -> None:
+        if self.qos.prev != self.qos.value:
+            self.qos.update()
+        self.hub.call_later(0.001, lambda: None)
+        next(self.loop)
 
     @property
     def watch(self) -> Any:
@@ -136,8 +164,9 @@ class Worker:
 
     @property
     def waiting(self) -> list[tuple[Any, str]]:
-        """Claimed and not delivered."""
-        return list(self.watch.waiting) if self.watch else []
+        """Claimed, to be acked, and not delivered."""
+        rest = self.watch.waiting if self.watch else ()
+        return [one for one in rest if not one[1].endswith(NEWS)]
 
     @property
     def consumes(self) -> set[str]:
@@ -156,6 +185,7 @@ def owes(leases: Leases) -> bool:
 class Loops(RuleBasedStateMachine):
     server: Server
     engine: Broker
+    proxies: tuple[Proxy, Proxy]
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +201,9 @@ class Loops(RuleBasedStateMachine):
         self.stale: set[str] = set()
         """Of claims whose lease is over."""
         self.running: list[Delivery] = []
-        self.workers = [Worker(f"worker-{n}", self.received) for n in range(2)]
+        self.workers = [Worker(f"worker-{n}", self.received, proxy, n == 1) for n, proxy in enumerate(self.proxies)]
+        self.told, self.heard = count(), list[int]()
+        """Of what is not acked."""
 
     @initialize(
         made=st.lists(st.tuples(st.sets(queues, min_size=1), st.integers(0, 6)), min_size=2, max_size=2), sent=several
@@ -179,7 +211,7 @@ class Loops(RuleBasedStateMachine):
     def begin(self, made: list[tuple[set[str], int]], sent: list[tuple[str, int]]) -> None:
         for worker, (consumed, prefetch) in zip(self.workers, made, strict=True):
             worker.queues, worker.prefetch = {self.prefix + queue for queue in consumed}, prefetch
-            worker.connect(self.server.url)
+            self.connect(worker)
         self.publish(sent * 2)
 
     @rule(step=st.one_of([st.tuples(st.just(name), *arguments) for name, *arguments in STEPS]))
@@ -196,14 +228,24 @@ class Loops(RuleBasedStateMachine):
             self.copies[place] = Copy(self.prefix + queue, level, place)
             send(self.sender, place, key=self.prefix + queue, priority=level)
 
+    def tell(self, number: int) -> None:
+        for _ in range(number):
+            send(self.sender, next(self.told), key=self.prefix + NEWS)
+
+    def hear(self, worker: Worker, message: Any) -> None:
+        assert message.payload not in self.heard
+        assert message.payload > worker.heard
+        worker.heard = message.payload
+        self.heard.append(message.payload)
+
+    def connect(self, worker: Worker) -> None:
+        worker.connect(self.prefix + NEWS, self.hear)
+
     def turn(self, n: int, times: int) -> None:
         for _ in range(times):
             worker = self.workers[n]
-            if worker.qos.prev != worker.qos.value:
-                worker.qos.update()
-            worker.hub.call_later(0.001, lambda: None)
             try:
-                next(worker.loop)
+                worker.turn()
             except worker.link.connection_errors:
                 self.lose(worker)
             self.observe()
@@ -211,6 +253,10 @@ class Loops(RuleBasedStateMachine):
     def received(self, worker: Worker, message: Any) -> None:
         copy, token = self.copies[message.payload], worker.leases.get(message.delivery_tag).job.token
         assert copy.queue in worker.consumes
+        fence = int(token.split(":")[1])
+        assert fence > worker.fences.get(copy.queue, 0), "what was claimed first is delivered first"
+        worker.fences[copy.queue] = fence
+        assert copy.again in (message.delivery_info["redelivered"], None)
         new = Delivery(worker, copy, message, token in self.stale)
         worker.has.append(new)
         assert worker.qos.prev == 0 or len(worker.has) <= worker.qos.prev
@@ -222,9 +268,11 @@ class Loops(RuleBasedStateMachine):
             assert copy.held is None, "it is another's"
             copy.held = new
 
-    def start(self, pick: int) -> None:
-        idle = [one for one in self.running if not one.started]
-        if idle:
+    def start(self, picked: list[int]) -> None:
+        for pick in picked:
+            idle = [one for one in self.running if not one.started]
+            if not idle:
+                return
             one = idle[pick % len(idle)]
             if one.worker.leases.start(one.message.delivery_tag):
                 one.started = True
@@ -234,25 +282,35 @@ class Loops(RuleBasedStateMachine):
                 one.worker.leases.hand_back([one.message.delivery_tag], started=True, wait=False)
                 self.end(one, "requeue")
 
-    def settle(self, pick: int, how: str, elsewhere: bool) -> None:
+    def settle(self, endings: list[tuple[int, str, bool]]) -> None:
         """By the loop's own thread or by one of a pool."""
-        started = [one for one in self.running if one.started]
-        if started:
-            self.end(started[pick % len(started)], how, elsewhere)
+        for pick, how, elsewhere in endings:
+            started = [one for one in self.running if one.started]
+            if started:
+                self.end(started[pick % len(started)], how, elsewhere)
+
+    def work(self, n: int, endings: list[tuple[int, str, bool]]) -> None:
+        """As tasks end, others start, and the loop turns."""
+        for ending in endings:
+            self.start([ending[0]])
+            self.settle([ending])
+            self.turn(n, 1)
 
     def end(self, one: Delivery, how: str, elsewhere: bool = False) -> None:
+        has = one in one.worker.has
         self.forget(one)
         if one.stale:
             one.copy.over = one.copy.over or "either"
         elif how != "requeue":
             one.copy.over = "acked" if how == "ack" else "dead"
         else:
-            one.copy.place = None
+            one.copy.place, one.copy.again = None, True
         act = {"ack": one.message.ack, "reject": one.message.reject, "requeue": one.message.requeue}[how]
         thread = Thread(target=act)
         thread.start() if elsewhere else act()
         if elsewhere:
             thread.join()
+            assert one.worker.link.transport._awake or not has, "its credit is free, and the loop sleeps on"
 
     def forget(self, one: Delivery) -> None:
         self.running.remove(one)
@@ -271,6 +329,7 @@ class Loops(RuleBasedStateMachine):
 
     def change(self, n: int, name: str) -> None:
         """`add_consumer` or `cancel_consumer`."""
+        self.turn(n, 1)  # a claim may be on its way
         worker, queue = self.workers[n], self.prefix + name
         if queue in worker.queues:
             worker.queues.discard(queue)
@@ -291,20 +350,25 @@ class Loops(RuleBasedStateMachine):
     def hurt(self, n: int, queue: str, how: str) -> None:
         worker = self.workers[n]
         if how == "cut":
-            for client in self.server.cli("CLIENT", "LIST").decode().splitlines():
-                fields = dict(pair.split("=", 1) for pair in client.split())
-                if fields["name"].startswith(worker.name):
-                    self.server.cli("CLIENT", "KILL", "ID", fields["id"])
-            for copy in self.copies.values():
-                if copy.queue in worker.queues:
-                    copy.place = None  # a claim that was cut is repeated by whoever comes first
+            worker.proxy.cut_all()
+            self.muddle(worker)
+        elif how == "lost reply":
+            worker.proxy.cut_reply()
+            self.muddle(worker)
         elif how == "lose":
+            self.turn(n, 1)
             self.lose(worker)
         elif how == "close":
             self.close(worker)
-            worker.connect(self.server.url)
+            self.connect(worker)
         elif how == "expire":
             self.expire(self.prefix + queue)
+
+    def muddle(self, worker: Worker) -> None:
+        """A claim that was cut is repeated by whoever comes first."""
+        for copy in self.copies.values():
+            if copy.queue in worker.queues:
+                copy.place = None
 
     def lose(self, worker: Worker) -> None:
         """Celery forgets what has not started, and connects anew."""
@@ -312,7 +376,7 @@ class Loops(RuleBasedStateMachine):
         worker.link.collect()
         worker.link.close()
         self.leave(worker)
-        worker.connect(self.server.url)
+        self.connect(worker)
 
     def leave(self, worker: Worker) -> None:
         for one in [one for one in self.running if one.worker is worker and not one.started]:
@@ -328,6 +392,8 @@ class Loops(RuleBasedStateMachine):
             worker.link.close()
         finally:
             state.should_stop = None
+        left = worker.hub.on_tick or worker.hub.readers
+        assert not left, "what is closed leaves the loop"
         self.leave(worker)
         forgotten = transport._forgotten.pop(worker.leases, set())
         eventually(lambda: worker.leases._held.keys() <= forgotten, f"{worker.name} to hand back what it has", 5)
@@ -342,7 +408,7 @@ class Loops(RuleBasedStateMachine):
             self.stale.add(str(job.token))
         for copy in self.copies.values():
             if copy.queue == queue and copy not in self.ready:
-                copy.place = None
+                copy.place, copy.again = None, copy.again or None
         for one in self.running:
             if one.copy.queue == queue:
                 one.stale, one.copy.held = True, None
@@ -428,6 +494,8 @@ class Loops(RuleBasedStateMachine):
                 troubles.append(f"{worker.name} does not deliver")
             if worker.credit and worker.consumes & {copy.queue for copy in self.ready}:
                 troubles.append(f"{worker.name} does not claim")
+            if worker.hears and worker.credit and self.engine.stats(self.prefix + NEWS).ready:
+                troubles.append(f"{worker.name} does not claim what is not acked")
             mine |= {self.copies[int(raw["body"])] for raw, _queue in worker.waiting}
         if self.leased - mine:
             troubles.append("nobody has what is held")
@@ -447,6 +515,7 @@ class Loops(RuleBasedStateMachine):
                 worker.hub.close()
         eventually(lambda: not self.look()[1].keys() - self.stale, "all to be handed back")
         channel = self.sender.default_channel
+        channel.queue_delete(self.prefix + NEWS)
         left = []
         for queue in (self.prefix + name for name in QUEUES):
             while (message := channel.basic_get(queue, no_ack=True)) is not None:
@@ -470,9 +539,16 @@ def test_event_loops_do_what_they_promise(server: Server, monkeypatch: pytest.Mo
     """Histories of 50 steps. A failure prints the one that failed."""
     monkeypatch.setattr(Settings, "max_block", 60.0)  # so that a wake-up that is lost is not made good by a look
     monkeypatch.setattr(transport, "_SETTLE", 0.01)
+    at = to_socket(server.socket)
+    for module in (leases, owed):
+        monkeypatch.setattr(module, "LINGER", 0.1)  # so that acks go with claims, and the thread sends some
     monkeypatch.setattr(Leases, "leave", lambda self, now: 60.0)  # both workers have one state of Celery's here
-    with Broker(server.url, lease=LEASE, max_deliveries=10**6) as engine:
+    with (
+        Broker(server.url, lease=LEASE, max_deliveries=10**6) as engine,
+        Proxy(at, unix=True) as a,
+        Proxy(at, unix=True) as b,
+    ):
         run_state_machine_as_test(
-            type("LoopsOnServer", (Loops,), {"server": server, "engine": engine}),
+            type("LoopsOnServer", (Loops,), {"server": server, "engine": engine, "proxies": (a, b)}),
             settings=histories("RELAY_CELERY_LOOP_EXAMPLES", 20, 50),
         )
