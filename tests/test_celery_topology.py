@@ -10,7 +10,7 @@ from typing import Any
 
 import kombu
 import pytest
-from amqp.exceptions import NotFound, PreconditionFailed
+from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 from kombu.exceptions import ChannelError
 from kombu.transport.virtual import NotEquivalentError, UndeliverableWarning
 from redis.crc import key_slot
@@ -111,6 +111,25 @@ def test_an_exchange_deleted_by_another_process_is_not_found_and_its_queues_stay
     here.default_channel.exchange_declare(exchange, "topic")
     send(here, 3, exchange, "k")
     assert got(here, queue) == [1]
+
+
+@pytest.mark.parametrize("name", ["", "amq.", "amq.direct"])
+def test_an_exchange_of_the_brokers_own_is_not_deleted_and_what_is_declared_afterwards_works(
+    here: kombu.Connection, there: kombu.Connection, name: str
+) -> None:
+    declare(here, "direct", "k")
+    with pytest.raises(AccessRefused, match="always there"):
+        here.default_channel.exchange_delete(name)
+    exchange, queue = declare(there, "direct", "k")
+    send(here, 1, exchange, "k")
+    assert got(there, queue) == [1]
+
+
+@pytest.mark.parametrize("name", ["amq.", "amq.mine"])
+def test_a_name_that_is_reserved_for_the_broker_is_not_declared(here: kombu.Connection, name: str) -> None:
+    with pytest.raises(AccessRefused, match=r"begins with 'amq\.'"):
+        here.default_channel.exchange_declare(name, "direct")
+    assert name not in here.default_channel.get_exchanges()
 
 
 def test_what_is_declared_outlives_its_connection(url: str, here: kombu.Connection) -> None:

@@ -12,8 +12,8 @@ from kombu.utils.uuid import uuid
 
 from relay_adapters.celery import exchanges, terms
 from relay_adapters.celery.attendance import Attendance
-from relay_adapters.celery.errors import not_found
-from relay_adapters.celery.exchanges import Binding
+from relay_adapters.celery.errors import not_found, reserved
+from relay_adapters.celery.exchanges import PREDECLARED, Binding
 from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.topology import Topology
 from relay_core import Broker
@@ -43,6 +43,8 @@ class Declaring(virtual.Channel):
         if type not in exchanges.TYPES:
             known = ", ".join(sorted(exchanges.TYPES))
             raise ChannelError(f"exchange {exchange!r}: type {type!r} is not supported, these are: {known}")
+        if exchange.startswith("amq.") and exchange not in PREDECLARED:
+            raise reserved(f"exchange name {exchange!r} begins with 'amq.', which is reserved", "Exchange.declare")
         properties = {
             "type": type, "durable": bool(durable), "auto_delete": bool(auto_delete),
             "arguments": dict(arguments or {}),
@@ -50,7 +52,11 @@ class Declaring(virtual.Channel):
         self.topology.declare_exchange(exchange, properties)
 
     def exchange_delete(self, exchange: str, if_unused: bool = False, nowait: bool = False) -> None:
-        """Forget an exchange and its bindings; its queues stay. Raises PreconditionFailed."""
+        """Forget an exchange and its bindings; its queues stay. Raises PreconditionFailed, and AccessRefused for those
+        that are always there."""
+        if not exchange or exchange.startswith("amq."):
+            which = repr(exchange) if exchange else "the default exchange"
+            raise reserved(f"{which} is always there, and is not deleted", "Exchange.delete")
         self.topology.delete_exchange(exchange, if_unused)
 
     def get_exchanges(self) -> list[str]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from amqp.exceptions import NotFound, PreconditionFailed
+from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 from kombu.transport.virtual import NotEquivalentError
 
-__all__ = ["Inequivalent", "NotFound", "PreconditionFailed", "inequivalent", "not_found", "refused"]
+__all__ = [
+    "AccessRefused",
+    "Inequivalent",
+    "NotFound",
+    "PreconditionFailed",
+    "inequivalent",
+    "not_found",
+    "refused",
+    "reserved",
+]
 
 
 class Inequivalent(PreconditionFailed, NotEquivalentError):
@@ -15,6 +24,11 @@ class Inequivalent(PreconditionFailed, NotEquivalentError):
 def not_found(what: str, name: str, method: str) -> NotFound:
     """404: there is no such exchange or queue."""
     return NotFound(f"NOT_FOUND - no {what} {name!r}", (50, 10), method)
+
+
+def reserved(text: str, method: str) -> AccessRefused:
+    """403: the broker's own."""
+    return AccessRefused(f"ACCESS_REFUSED - {text}", (40, 10), method)
 
 
 def refused(text: str, method: str) -> PreconditionFailed:
