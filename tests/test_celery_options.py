@@ -256,6 +256,17 @@ def test_options_of_other_transports_are_taken_and_explained_once(caplog: pytest
     assert "'mine_" in told[1]
 
 
+def test_every_option_of_kombus_redis_transport_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that a loop's timers ask for are in no list of its own."""
+    redis = pytest.importorskip("kombu.transport.redis")
+    given = {*redis.Channel.from_transport_options, *redis.SentinelChannel.from_transport_options}
+    given |= {"unacked_restore_interval", "reauth_check_interval"}
+    options._said.clear()
+    with caplog.at_level(logging.WARNING, "relay.celery"):
+        options._check_names(dict.fromkeys(given - {"visibility_timeout"}))
+    assert [record.message for record in caplog.records if record.name == "relay.celery"] == []
+
+
 def test_a_server_that_is_not_there_is_a_connection_error_within_the_time_given() -> None:
     url = f"relay://127.0.0.1:{free_port()}/0"
     with Connection(url, transport_options={"retry_for": 0.0}) as connection, pytest.raises(Unavailable) as caught:

@@ -53,9 +53,11 @@ _ELSEWHERE = frozenset(
         # of kombu's redis and amqp transports, where they mean what relay does without, or by other means
         "ack_emulation", "fanout_prefix", "fanout_patterns", "sep", "priority_steps",
         "unacked_key", "unacked_index_key", "unacked_mutex_key", "unacked_mutex_expire", "unacked_restore_limit",
+        "unacked_restore_interval", "unacked_restore_throttle", "reauth_check_interval", "sentinel_fanout_compat",
         "socket_keepalive", "socket_keepalive_options",
         "retry_on_timeout", "health_check_interval", "master_name", "sentinel_kwargs", "min_other_sentinels",
-        "login_method", "read_timeout", "write_timeout", "queue_name_prefix",
+        "login_method", "read_timeout", "write_timeout", "queue_name_prefix", "heartbeat", "channel_max", "frame_max",
+        "locale", "on_blocked", "on_unblocked", "socket_settings",
         "max_client_connections", "keyprefix_queue", "keyprefix_fanout", "connection_errors",
     }
 )  # fmt: skip

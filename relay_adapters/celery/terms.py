@@ -20,7 +20,7 @@ MAILBOX_LENGTH = 10_000
 IGNORED = frozenset(
     {
         "x-queue-mode", "x-queue-version", "x-queue-master-locator", "x-queue-leader-locator", "x-ha-policy",
-        "x-quorum-initial-group-size", "x-dead-letter-strategy",
+        "x-quorum-initial-group-size", "x-quorum-target-group-size", "x-initial-cluster-size", "x-dead-letter-strategy",
     }
 )  # fmt: skip
 """Where and how RabbitMQ keeps a queue: without meaning here, and harmless."""
