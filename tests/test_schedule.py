@@ -85,6 +85,8 @@ def test_a_schedule_is_stored_listed_changed_and_removed(broker: Broker) -> None
     assert broker.unschedule("b") is True
     assert broker.unschedule("b") is False
     assert [one.schedule.name for one in broker.schedules()] == ["a"]
+    broker.unschedule("a")
+    assert broker.run_due().wait is None, "no tick is left of those that are gone"
 
 
 def test_storing_the_same_again_keeps_its_next_tick(broker: Broker, server: Server) -> None:

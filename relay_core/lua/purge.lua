@@ -26,7 +26,6 @@ if state == 'ready' then
     local there = 0
     for level = 1, 10 do there = there + redis.call('LLEN', ready[level]) end
     limit = math.min(limit, there - keep)
-    if limit <= 0 then return 0 end
   end
   for level = 10, 1, -1 do
     for _, id in ipairs(#ids < limit and redis.call('LPOP', ready[level], limit - #ids) or {}) do
