@@ -741,6 +741,20 @@ def test_an_auto_delete_queue_of_jobs_that_names_its_time_has_it_after_its_consu
     assert float(server.cli("ZSCORE", places.ends, name)) > (int(seconds) + 500) * 1000
 
 
+def test_an_auto_delete_queue_keeps_its_time_while_another_process_consumes(
+    here: kombu.Connection, server: Server
+) -> None:
+    name = queue(here, auto_delete=True)
+    topo = here.default_channel.topology
+    inbox = Inbox(here, kombu.Queue(name, auto_delete=True))
+    server.cli("ZADD", topo.places.consumers(name), "1e15", "another")
+    before = seconds_left(topo, name)
+    inbox.consumer.cancel()
+    here.default_channel.attendance.say_goodbye()
+    assert seconds_left(topo, name) > before - 5
+    assert before > 30
+
+
 def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) -> None:
     topo = attendance_of(here.default_channel.broker).topology
     name = queue(here, expires=600)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,64 @@ def test_a_queue_deleted_by_another_process_is_gone_with_messages_and_bindings(
     send(here, 2, exchange, "k")
     kombu.Queue(queue, **options)(here.default_channel).declare()
     assert got(here, queue) == []
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, link: kombu.Connection, script: str, change: Callable[[], Any]) -> None:
+    """Another process makes a change just before the first of these scripts of the link reaches the store."""
+    store, changes = link.default_channel.topology.stored.broker.store, [change]
+    run = store.run
+
+    def hooked(command: Any) -> Any:
+        if command.script.name.endswith(script) and changes:
+            changes.pop()()
+        return run(command)
+
+    monkeypatch.setattr(store, "run", hooked)
+
+
+@pytest.mark.parametrize("deleted", ["queue", "exchange"])
+def test_a_binding_that_is_made_while_either_of_its_ends_is_deleted_goes_too(
+    here: kombu.Connection, there: kombu.Connection, monkeypatch: pytest.MonkeyPatch, deleted: str
+) -> None:
+    exchange, queue = declare(here, "direct", "a")
+    script = "delete" if deleted == "queue" else "discard"
+    meanwhile(monkeypatch, here, script, lambda: there.default_channel.queue_bind(queue, exchange, "b"))
+    if deleted == "queue":
+        here.default_channel.queue_delete(queue)
+    else:
+        here.default_channel.exchange_delete(exchange)
+    stored = there.default_channel.topology.stored
+    assert stored.rows(exchange) == []
+    assert stored.bound(queue) == []
+
+
+def test_a_mailbox_that_is_declared_again_while_it_is_found_to_have_vanished_stays(
+    here: kombu.Connection, there: kombu.Connection, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, queue = declare(here, "fanout", "", **BOX)
+    box = here.default_channel.topology.places.box(queue)
+    server.cli("DEL", box)
+    meanwhile(monkeypatch, here, "delete", lambda: kombu.Queue(queue, **BOX)(there.default_channel).declare())
+    send(here, 1, exchange)
+    assert server.cli("EXISTS", box) == 1
+    send(here, 2, exchange)
+    assert got(there, queue) == [2]
+
+
+@pytest.mark.parametrize(
+    "options", [{"x-dead-letter-exchange": "", "x-message-ttl": 60_000, "x-expires": 60_000}, None]
+)
+def test_a_deleted_queue_leaves_nothing(here: kombu.Connection, server: Server, options: dict[str, Any] | None) -> None:
+    exchange, other = declare(here, "direct", "k")
+    before = set(server.cli("KEYS", "*"))
+    queue = fresh("q")
+    kombu.Queue(queue, queue_arguments=options, **({} if options else BOX))(here.default_channel).declare()
+    here.default_channel.queue_bind(queue, exchange, "k")
+    with server.client() as client:  # a consumer that died
+        client.zadd(here.default_channel.topology.places.consumers(queue), {"somebody": 1e15})
+    here.default_channel.queue_delete(queue)
+    assert set(server.cli("KEYS", "*")) <= before
+    assert got(here, other) == []
 
 
 def test_an_exchange_deleted_by_another_process_is_not_found_and_its_queues_stay(

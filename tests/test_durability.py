@@ -8,6 +8,7 @@ import pytest
 
 from relay_core import Broker
 from relay_core.errors import NotDurable
+from relay_core.keys import ScheduleKeys
 from relay_core.settings import StoreSettings
 from tests.servers import Flavour, Server, eventually
 
@@ -36,6 +37,23 @@ def test_a_repeated_enqueue_waits_for_the_replica_as_the_first_one_did(replicate
     with Broker(primary.url, durability="replica:1", durability_timeout=30.0) as broker:
         assert broker.enqueue("mail", b"x", id="one").duplicate
     assert replica.cli("HLEN", "relay:{mail:0}:j") == 1
+
+
+def test_a_tick_that_is_sent_again_waits_for_the_replica_as_the_first_one_did(
+    replicated: tuple[Server, Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    primary, replica = replicated
+    with Broker(primary.url) as plain:
+        plain.schedule("nightly", "mail", b"x", every=3600)
+    primary.cli("ZADD", ScheduleKeys("relay").next_ticks, 1000, "nightly")
+    eventually(lambda: replica.cli("ZSCORE", ScheduleKeys("relay").next_ticks, "nightly") == b"1000", "it is in step")
+    replica.pause()
+    for times in (1, 2):
+        with Broker(primary.url, durability="replica:1", durability_timeout=0.2) as broker:
+            broker.run_due()
+        assert caplog.text.count("refuses its job") == times
+    assert primary.cli("ZSCORE", ScheduleKeys("relay").next_ticks, "nightly") == b"1000", "it is still to be done"
+    replica.resume()
 
 
 def test_a_server_that_syncs_each_second_has_time_for_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 from relay_core import commands, hookimpl
 from relay_core.broker import Broker
 from relay_core.commands import Verdict
-from relay_core.job import Enqueued, Job
+from relay_core.job import Arrival, Enqueued, Job
 from relay_core.retry import RetryPolicy
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
@@ -287,6 +287,13 @@ def test_a_delay_given_to_nack_is_not_asked_of_anyone(server: Server) -> None:
         broker.nack(broker.claim("q")[0], delay=50.0)
         assert broker.stats("q").delayed == 1
     assert patience.asked == 0.0
+
+
+def test_a_job_that_fails_with_a_new_body_is_as_old_as_before(broker: Broker) -> None:
+    broker.adopt([Arrival("q", "a", b"x", created_at=1_600_000_000.0)])
+    broker.nack(broker.claim("q")[0], "failed", delay=0.0, payload=b"y")
+    (job,) = broker.claim("q")
+    assert (job.payload, job.created_at) == (b"y", 1_600_000_000.0)
 
 
 @pytest.mark.parametrize("own", [None, 1])
