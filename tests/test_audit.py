@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from relay_core.broker import Broker
+from relay_core.commands import Verdict
+from relay_core.errors import LeaseLost
 from relay_core.keys import QueueKeys
 from relay_core.validation import JobSpec
 from tests.servers import Server
@@ -131,6 +133,27 @@ def test_an_audit_finds_a_due_time_that_was_lost(server: Server, broker: Broker)
     assert broker.claim("q", 10)
     broker.audit("q")
     assert [job.id for job in broker.claim("q", 10)] == ["d"]
+
+
+@pytest.mark.parametrize("end", ["nack", "release"])
+def test_a_job_whose_record_was_lost_while_it_was_held_is_nobody_s(broker: Broker, end: str) -> None:
+    broker.enqueue("own", b"x")
+    (job,) = broker.claim("own")
+    broker.store.raw("HDEL", broker.settings.keys("own").jobs, job.id)
+    if end == "nack":
+        with pytest.raises(LeaseLost):
+            broker.nack(job, "failed", delay=0.0)
+    else:
+        assert broker.release(job) == [Verdict.LOST]
+    assert set(broker.audit("own").findings.values()) == {"no_record"}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_claim_passes_over_an_id_without_a_record(broker: Broker, count: int) -> None:
+    broker.enqueue_many("own", [b"first", b"x"])
+    assert len(broker.claim("own")) == 1  # it knows the levels from now on, and goes the short way
+    broker.store.raw("LPUSH", broker.settings.keys("own").ready[0], "lost")
+    assert [job.payload for _ in range(2) for job in broker.claim("own", count)] == [b"x"]
 
 
 def test_an_audit_of_a_queue_at_work_finds_nothing(broker: Broker) -> None:

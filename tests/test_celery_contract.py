@@ -728,6 +728,10 @@ def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, e
     attendance.say_goodbye()
     pass_time(topo, used, seconds=600)
     assert used in topo.stored.ended(), "its consumer is gone"
+    queue_again = kombu.Queue(used, expires=600)(here.default_channel)
+    queue_again.declare()
+    upkeep.end(topo, used, topo.terms(used))
+    assert topo.terms(used, fresh=True) is not None, "it was used after it was seen to be over"
 
 
 def test_an_auto_delete_queue_of_jobs_that_names_its_time_has_it_after_its_consumer_left(

@@ -79,6 +79,7 @@ def test_an_unbound_queue_is_not_reached_any_more(
     send(here, 2, exchange, "a")
     send(here, 3, exchange, "b")
     assert got(here, queue) == [1, 3]
+    assert [binding.routing_key for _, binding in here.default_channel.topology.stored.bound(queue)] == ["b"]
 
 
 @pytest.mark.parametrize("options", [{}, BOX], ids=["jobs", "mailbox"])
@@ -272,6 +273,10 @@ def test_the_consumers_of_other_processes_are_counted(url: str, here: kombu.Conn
     assert here.default_channel.queue_declare(queue.name, passive=True).consumer_count == 1
     # a process is not in its own way: it may be coming back after a lost connection
     assert here.default_channel.queue_declare(queue.name).consumer_count == 0
+    consumers = here.default_channel.topology.places.consumers(queue.name)
+    here.default_channel.topology.stored.raw("ZADD", consumers, 1, "one-that-died", 10**15, "one-that-lives")
+    assert here.default_channel.queue_declare(queue.name).consumer_count == 1
+    here.default_channel.topology.stored.raw("ZREM", consumers, "one-that-lives")
     inbox.consumer.cancel()
     eventually(
         lambda: here.default_channel.queue_declare(queue.name, passive=True).consumer_count == 0, "the consumer left"

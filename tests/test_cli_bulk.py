@@ -105,6 +105,12 @@ def test_large_payloads_are_read_a_few_at_a_time(server: Server, cli: Cli) -> No
     assert peak < 40 * 2**20, "of 100 MiB that lie in the store"
 
 
+@pytest.mark.usefixtures("named_tasks")
+def test_payloads_larger_than_a_page_are_read_one_by_one(server: Server, cli: Cli) -> None:
+    fill(server, 4, payload=b"x" * 5 * 2**20)
+    assert len(cli.json("dlq", "ls", "-q", "mail", "--task", "even")["jobs"]) == 2
+
+
 @pytest.mark.parametrize("size", [1, 199, 200, 201, 450])
 def test_jobs_that_died_in_the_same_millisecond_are_all_met_once(
     server: Server, cli: Cli, broker: Broker, size: int

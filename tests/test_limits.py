@@ -11,6 +11,7 @@ from relay_core import commands, hookimpl
 from relay_core.broker import Broker
 from relay_core.commands import Verdict
 from relay_core.job import Arrival, Enqueued, Job
+from relay_core.keys import LAYOUT
 from relay_core.retry import RetryPolicy
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
@@ -105,6 +106,11 @@ def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(broker: Bro
     else:
         broker.ack(held) if how == "ack" else broker.ack_many([held])
     assert broker.store.raw("ZCARD", marker) == 1
+
+
+def test_a_queue_that_has_settings_alone_says_which_relay_wrote_them(broker: Broker) -> None:
+    broker.pause("q")
+    assert broker.store.raw("HGET", broker.settings.keys("q").config, "v") == str(LAYOUT).encode()
 
 
 def test_a_pause_stops_claims_of_all_brokers_and_no_enqueue(broker: Broker, other: Broker) -> None:

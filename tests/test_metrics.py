@@ -283,6 +283,11 @@ def test_the_oldest_ready_job_is_ready_since_it_was_due(server: Server, broker: 
     assert stats.oldest_at - created == pytest.approx(0.2, abs=0.001)
 
 
+def test_a_job_that_was_due_before_it_was_enqueued_is_ready_since_it_was_enqueued(broker: Broker) -> None:
+    broker.enqueue("mail", b"x", at=time.time() - 3600)
+    assert broker.stats("mail").oldest_at == broker.jobs("mail", "ready")[0].created_at
+
+
 @pytest.mark.parametrize("kind", ["thread", "coroutine"])
 def test_run_is_how_long_the_handler_ran_whatever_became_of_it(broker: Broker, counts: Recorder, kind: str) -> None:
     ended = threading.Semaphore(0)

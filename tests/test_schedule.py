@@ -271,6 +271,15 @@ def test_skip_leaves_out_a_tick_that_is_over_a_minute_late(broker: Broker, serve
     assert broker.run_due().wait == pytest.approx(3600 - 90, abs=3)
 
 
+def test_a_tick_of_another_priority_hides_no_job_of_its_queue(broker: Broker, server: Server) -> None:
+    for level in (2, 9):
+        broker.enqueue("q", b"x", priority=level)
+    broker.schedule("a", "q", every=60.0, priority=5)
+    move_back(server, "a", 60)
+    broker.run_due()
+    assert [job.priority for job in broker.claim("q", 10)] == [9, 5, 2]
+
+
 def test_a_tick_is_passed_over_while_an_earlier_job_is_not_over(broker: Broker, server: Server) -> None:
     broker.schedule("a", "q", every=60.0, overlap=False)
     tick = move_back(server, "a", 120)
@@ -280,6 +289,7 @@ def test_a_tick_is_passed_over_while_an_earlier_job_is_not_over(broker: Broker, 
     move_back(server, "a", 60)
     done = broker.run_due()
     assert (done.enqueued, len(done.passed_over)) == ([], 1)
+    assert broker.stats("q").counters["deduplicated"] == 1
     broker.ack(job)
     server.cli("DEL", broker.settings.keys("q").ticks)
     move_back(server, "a", 60)

@@ -134,6 +134,15 @@ def test_a_waiting_worker_hears_of_work_that_comes_back(server: Server, broker: 
         assert waiter.ended - began < 4.0
 
 
+def test_a_retry_that_is_due_before_all_else_wakes_a_worker_which_has_to_look_earlier(broker: Broker) -> None:
+    broker.enqueue("q", b"x")
+    (job,) = broker.claim("q")
+    marker = broker.settings.keys("q").marker
+    broker.store.raw("ZPOPMIN", marker)
+    broker.nack(job, delay=5.0)
+    assert broker.store.raw("ZCARD", marker) == 1
+
+
 @pytest.mark.parametrize("how", ["ack", "ack of two", "ack after a retry", "nack", "finish", "release", "reap"])
 def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(server: Server, broker: Broker, how: str) -> None:
     broker.limit("q", max_inflight=2)
