@@ -65,6 +65,14 @@ def test_a_waiting_worker_wakes_for_an_adopted_job_and_for_an_earlier_due_time(b
     started = time.monotonic()
     assert [job.id for job in broker.claim("mail", wait=5)] == ["soon"]
     assert time.monotonic() - started < 2
+    for arrival in (Arrival("apart", "now", b""), Arrival("apart", "later", b"", "delayed", at=time.time() + 60)):
+        broker.adopt([arrival])
+        assert broker.store.raw("ZPOPMIN", broker.settings.keys("apart").marker) != []
+
+
+def test_each_dead_job_that_is_taken_in_is_counted(broker: Broker) -> None:
+    assert broker.adopt([Arrival("mail", id, b"", "dead", at=time.time()) for id in ("one", "two")]) == [True, True]
+    assert broker.stats("mail").counters["dead"] == 2
 
 
 def test_nothing_is_taken_in_when_one_of_them_is_wrong(broker: Broker) -> None:

@@ -114,7 +114,9 @@ def test_every_job_that_was_mended_runs(server: Server, broker: Broker) -> None:
     for kind in ("taken off a ready list", "a lease dropped", "taken out of the delayed"):
         for command in DAMAGE[kind][0]:
             server.cli(*command)
+    server.cli("DEL", Q.marker)
     broker.audit("q")
+    assert server.cli("ZCARD", Q.marker) == 1, "a worker is woken"
     jobs = broker.claim("q", 10, wait=5.0)
     assert sorted(job.id for job in jobs) == ["d", "i", "n", "r"]
     assert len(broker.ack_many(jobs)) == 4

@@ -283,6 +283,40 @@ def test_the_consumers_of_other_processes_are_counted(url: str, here: kombu.Conn
     )
 
 
+def test_consumers_that_died_are_forgotten_when_another_one_says_that_it_lives(here: kombu.Connection) -> None:
+    queue = kombu.Queue(fresh("q"))
+    topo = here.default_channel.topology
+    consumers = topo.places.consumers(queue.name)
+    topo.stored.raw("ZADD", consumers, 1, "one-that-died")
+    with kombu.Consumer(here.default_channel, [queue]):
+        assert topo.stored.raw("ZSCORE", consumers, "one-that-died") is None
+        assert topo.stored.raw("PTTL", consumers) > 0, "they are forgotten also when none is left"
+
+
+def test_a_message_that_a_mailbox_kept_for_its_time_is_not_taken_out_of_it(here: kombu.Connection) -> None:
+    queue = fresh("q")
+    kombu.Queue(queue, **BOX | {"message_ttl": 0.05})(here.default_channel).declare()
+    send(here, 1, key=queue)
+    topo = here.default_channel.topology
+    sent = topo.stored.now_ms()
+    eventually(lambda: topo.stored.now_ms() > sent + 51, "its time to be over")
+    assert got(here, queue) == []
+
+
+def test_bindings_of_a_store_that_was_emptied_are_not_taken_for_those_of_before(
+    here: kombu.Connection, there: kombu.Connection, server: Server
+) -> None:
+    exchange, _gone = declare(here, "fanout", "", **BOX)
+    send(here, 1, exchange)
+    server.cli("FLUSHALL")
+    there.default_channel.exchange_declare(exchange, "fanout")
+    queue = fresh("q")
+    kombu.Queue(queue, **BOX)(there.default_channel).declare()
+    there.default_channel.queue_bind(queue, exchange, "")
+    send(here, 2, exchange)
+    assert got(there, queue) == [2]
+
+
 # routing
 
 

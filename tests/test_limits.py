@@ -9,8 +9,9 @@ import pytest
 
 from relay_core import commands, hookimpl
 from relay_core.broker import Broker
-from relay_core.commands import Verdict
-from relay_core.job import Arrival, Enqueued, Job
+from relay_core.clock import sent_now
+from relay_core.commands import NewJob, Verdict
+from relay_core.job import Arrival, Enqueued, Job, Options, Record
 from relay_core.keys import LAYOUT
 from relay_core.retry import RetryPolicy
 from relay_core.validation import JobSpec
@@ -120,7 +121,10 @@ def test_a_pause_stops_claims_of_all_brokers_and_no_enqueue(broker: Broker, othe
     refused = other.claim("q", 5)
     assert (refused, refused.limited) == ([], "paused")
     assert other.stats("q").paused
+    marker = broker.settings.keys("q").marker
+    broker.store.raw("DEL", marker)
     broker.resume("q")
+    assert broker.store.raw("ZCARD", marker) == 1, "a worker is woken"
     assert len(other.claim("q", 5)) == 2
 
 
@@ -191,6 +195,33 @@ def test_a_timed_dedup_key_is_taken_for_its_time_whether_the_job_is_done_or_not(
     assert broker.enqueue("q", b"x", dedup_key="k", dedup_for=0.6) == Enqueued(first.id, duplicate=True)
     eventually(lambda: not broker.enqueue("q", b"x", dedup_key="k", dedup_for=60.0).duplicate, "the key's end")
     assert broker.stats("q").ready == 1
+
+
+def test_a_requeued_job_holds_its_dedup_key_until_it_is_done_though_another_s_time_for_it_is_over(
+    broker: Broker,
+) -> None:
+    first = broker.enqueue("q", b"x", dedup_key="k")
+    broker.nack(broker.claim("q")[0], dead=True)
+    broker.enqueue("q", b"x", dedup_key="k", dedup_for=0.001)
+    broker.ack(broker.claim("q")[0])
+    q = broker.settings.keys("q")
+    broker.store.raw("ZADD", q.dedup_expiry, 1, "k")
+    assert broker.requeue("q") == 1
+    assert broker.enqueue("q", b"x", dedup_key="k") == Enqueued(first.id, duplicate=True)
+
+
+def test_of_two_jobs_of_one_id_that_are_sent_again_the_first_is_the_one_that_was_stored(broker: Broker) -> None:
+    keys, job = broker.settings.keys("q"), NewJob("a", "", "", Record.pack(0, Options(), b"x"))
+    for since in (None, sent_now() - 1):
+        answer = broker.store.run(commands.enqueue(keys, [job, job], since=since))
+        assert list(answer) == [Enqueued("a"), Enqueued("a", duplicate=True)]
+
+
+def test_a_purge_that_leaves_some_drops_no_more_than_it_was_asked_to(broker: Broker) -> None:
+    keys = broker.settings.keys("q")
+    broker.enqueue_many("q", [b"x"] * 5)
+    answers = [broker.store.run(commands.purge(keys, "ready", 2, keep=1)) for _ in range(3)]
+    assert answers == [2, 2, 0]
 
 
 def test_of_two_jobs_with_one_dedup_key_in_a_batch_the_first_is_stored(broker: Broker) -> None:

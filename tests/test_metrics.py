@@ -20,6 +20,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from relay_core import Broker, Job, JobSpec, JobSummary, StoredJob, hookimpl
 from relay_core.connection import SyncStore
 from relay_core.errors import InvalidArgument, LeaseLost, RelayError, Unavailable
+from relay_core.job import Arrival
 from relay_core.metrics import (
     LATENCY_BUCKETS,
     BuildCollector,
@@ -286,6 +287,12 @@ def test_the_oldest_ready_job_is_ready_since_it_was_due(server: Server, broker: 
 def test_a_job_that_was_due_before_it_was_enqueued_is_ready_since_it_was_enqueued(broker: Broker) -> None:
     broker.enqueue("mail", b"x", at=time.time() - 3600)
     assert broker.stats("mail").oldest_at == broker.jobs("mail", "ready")[0].created_at
+
+
+def test_the_oldest_ready_job_is_the_oldest_of_all_priorities(broker: Broker) -> None:
+    broker.adopt([Arrival("mail", str(n), b"", priority=n, created_at=1e9 + abs(n - 4)) for n in range(10)])
+    stats = broker.stats("mail")
+    assert (stats.oldest_at, stats.patient_at) == (1e9, 1e9)
 
 
 @pytest.mark.parametrize("kind", ["thread", "coroutine"])

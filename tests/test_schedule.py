@@ -271,12 +271,23 @@ def test_skip_leaves_out_a_tick_that_is_over_a_minute_late(broker: Broker, serve
     assert broker.run_due().wait == pytest.approx(3600 - 90, abs=3)
 
 
+def test_what_a_queue_knows_of_its_last_tick_goes_forward_only(broker: Broker) -> None:
+    """The server's clock may go back, as at a failover."""
+    q = broker.settings.keys("q")
+    for moment in (2000, 1000):
+        broker.store.run(commands.retire(q, "a", moment))
+    assert broker.store.raw("ZSCORE", q.ticks, "a") == b"2000"
+
+
 def test_a_tick_of_another_priority_hides_no_job_of_its_queue(broker: Broker, server: Server) -> None:
     for level in (2, 9):
         broker.enqueue("q", b"x", priority=level)
     broker.schedule("a", "q", every=60.0, priority=5)
     move_back(server, "a", 60)
+    marker = broker.settings.keys("q").marker
+    broker.store.raw("DEL", marker)
     broker.run_due()
+    assert broker.store.raw("ZCARD", marker) == 1, "a worker is woken"
     assert [job.priority for job in broker.claim("q", 10)] == [9, 5, 2]
 
 

@@ -208,6 +208,17 @@ def test_the_process_that_takes_a_burial_up_may_die_too(site: Site) -> None:
     assert site.mourn() == [TOLD]
 
 
+def test_who_says_twice_that_some_are_not_ready_has_said_it_once(site: Site) -> None:
+    site.bury()
+    site.pass_time()
+    (grant,) = site.operator.store.run(commands.retell(site.keys))
+    told = commands.told(site.keys, [(grant.id, grant.token)], by_all=False)
+    assert [site.operator.store.run(told) for _ in range(2)] == [1, 0]
+    site.pass_time()
+    (grant,) = site.operator.store.run(commands.retell(site.keys))
+    assert grant.again
+
+
 def test_a_plugin_that_raises_has_been_told(site: Site) -> None:
     class Troubled:
         @hookimpl

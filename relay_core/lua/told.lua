@@ -20,7 +20,7 @@ for at = 2, #args, 2 do
       -- a half of a ms is the mark; who was quick to do its part after all has taken the note away
       local due = redis.call('ZSCORE', untold, id)
       if due and due % 1 == 0 then
-        settled = settled + redis.call('ZADD', untold, 'XX', 'CH', due + 0.5, id)
+        settled = settled + redis.call('ZADD', untold, 'CH', due + 0.5, id)
       end
     end
   end
