@@ -279,6 +279,20 @@ def test_what_a_queue_knows_of_its_last_tick_goes_forward_only(broker: Broker) -
     assert broker.store.raw("ZSCORE", q.ticks, "a") == b"2000"
 
 
+def test_a_queue_forgets_the_ticks_of_schedules_that_are_long_gone(broker: Broker, server: Server) -> None:
+    ticks = broker.settings.keys("q").ticks
+    broker.store.raw("ZADD", ticks, 1, "gone")
+    broker.schedule("a", "q", every=60.0)
+    move_back(server, "a", 60)
+    broker.run_due()
+    assert broker.store.raw("ZRANGE", ticks, 0, -1) == [b"a"]
+
+
+def test_a_plan_whose_first_send_was_stored_is_stored_by_the_second_one_too(broker: Broker) -> None:
+    command = commands.schedule(S, "a", b"", b"plan", 1000)
+    assert [broker.store.run(command)[1] for _ in range(2)] == [True, True]
+
+
 def test_a_tick_of_another_priority_hides_no_job_of_its_queue(broker: Broker, server: Server) -> None:
     for level in (2, 9):
         broker.enqueue("q", b"x", priority=level)
