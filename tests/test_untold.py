@@ -208,6 +208,12 @@ def test_the_process_that_takes_a_burial_up_may_die_too(site: Site) -> None:
     assert site.mourn() == [TOLD]
 
 
+def test_a_dead_job_that_has_yet_to_be_told_of_is_sound(site: Site) -> None:
+    site.bury()
+    assert site.operator.store.run(commands.audit(site.keys, ["poison"], repair=True)) == [""]
+    assert site.noted() == 1
+
+
 def test_who_says_twice_that_some_are_not_ready_has_said_it_once(site: Site) -> None:
     site.bury()
     site.pass_time()
