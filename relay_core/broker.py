@@ -170,7 +170,7 @@ class Broker(BrokerBase):
         """Lease jobs for the broker's `lease`. An empty answer says in `limited` and `retry_after` whether a limit or a
         pause held work back. What is on its way to a task that is cancelled (AsyncBroker) is handed back.
 
-        :param queues: asked in their order
+        :param queues: asked in their order, but one of which a claim failed just now after the others
         :param count: at most so many jobs, 1 to 200. Default 1
         :param wait: seconds to wait for the first. Default 0, do not wait
         """

@@ -19,7 +19,7 @@ from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease
 from relay_core import Broker, Job, hookimpl
-from relay_core.errors import StoreError
+from relay_core.errors import StoreError, Unavailable
 from relay_core.worker import Worker
 from relay_core.worker.held import Heartbeat, Held
 from tests.servers import Server, eventually
@@ -106,6 +106,18 @@ def test_a_claim_of_several_queues_asks_one_that_failed_after_the_others(broker:
     broker.enqueue("good", b"")
     broker.enqueue("bad", b"")
     assert [job.queue for job in broker.claim(["bad", "good"], 9)] == ["bad", "good"], "in their order again"
+
+
+def test_after_an_outage_the_queues_of_one_server_are_asked_in_their_order() -> None:
+    with Server("valkey") as own, Broker(own.url, retry_for=0.0) as broker:
+        assert broker.claim(["first", "second"]) == []
+        own.kill()
+        with pytest.raises(Unavailable):
+            broker.claim(["first", "second"])
+        own.start()
+        for queue in ("second", "first"):
+            broker.enqueue(queue, b"")
+        assert [job.queue for job in broker.claim(["first", "second"])] == ["first"]
 
 
 @pytest.fixture

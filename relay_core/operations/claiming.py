@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from relay_core import commands
 from relay_core.commands import ClaimReply, Finish, LongWay, Nack, Reaped, Verdict
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import InvalidArgument, RelayError
+from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Claimed, Job
 from relay_core.operations.burials import Burials
 from relay_core.operations.ending import Ending, ack_of, are_plain
@@ -21,7 +21,12 @@ _PUT_OFF = 5.0
 
 
 class Claiming(Ending, Burials):
-    """claim, finish, promote and reap."""
+    """claim, finish, promote and reap.
+
+    :ivar several: True where queues may lie on several servers, of which one may be away alone
+    """
+
+    several = False
 
     def claim(self, queues: Sequence[str], count: int = 1, wait: float = 0.0, woken: bool = False) -> Flow[Claimed]:
         """Ask the queues in their order, but those that failed last, until `count` jobs are leased; wait up to `wait`
@@ -42,9 +47,10 @@ class Claiming(Ending, Burials):
                 began = time.monotonic()
                 try:
                     got = yield from self._claim_one(queue, count - len(found), woken)
-                except RelayError:
-                    ended = time.monotonic()
-                    seen.away_until = ended + max(_PUT_OFF, ended - began)
+                except RelayError as error:
+                    if self.several or not isinstance(error, Unavailable):  # else no other is better off
+                        ended = time.monotonic()
+                        seen.away_until = ended + max(_PUT_OFF, ended - began)
                     if not found:
                         raise
                     break  # what is leased by now must reach its worker; the next claim meets the error again
