@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +174,37 @@ def test_a_lease_that_is_extended_again_is_sure_again(broker: Broker, monkeypatc
     broker.store.raw("RESTORE", owners, 0, kept, "REPLACE")
     assert leases.extend() is None
     assert all(map(board.may_start, tags))
+    for tag in tags:
+        leases.pop(tag)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_child_that_looked_before_a_lease_was_set_aside_looks_again(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = children.Board(os.getpid())
+    monkeypatch.setattr(children, "_board", board)
+    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
+    tags = [new_tag(job) for job in jobs]
+    for tag, job in zip(tags, jobs, strict=True):
+        leases.add(tag, job)
+    spoil(broker, "bad")
+    held, found = leases.get(tags[0]), list[object]()
+    assert held is not None
+    held.until = 0.0
+    leases._be_sure(0.0)
+
+    def now() -> float:
+        """What the child calls between its look at the message and that at its row."""
+        if not found:
+            found.append(None)
+            found.append(leases.extend())
+        return time.monotonic()
+
+    monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+    assert not board.may_start(tags[0]), "its lease may be over, and it may run elsewhere"
+    assert isinstance(found[1], StoreError)
+    assert board.may_start(tags[1])
     for tag in tags:
         leases.pop(tag)
 

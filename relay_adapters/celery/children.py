@@ -75,7 +75,8 @@ class Board:
             return True
         said, does = _said(number), _does(number)
         while (row := self.memory[said]) not in (0, _DONE, _LOST):
-            if time.monotonic() < _UNTIL.unpack_from(self.memory, (row - 1) * _UNTIL.size)[0]:
+            sure = time.monotonic() < _UNTIL.unpack_from(self.memory, (row - 1) * _UNTIL.size)[0]
+            if sure and self.memory[said] == row:  # it may have come to another row, of which this one says nothing
                 break
             if os.getppid() != self.pid:
                 return False
