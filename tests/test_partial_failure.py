@@ -210,6 +210,28 @@ def test_a_child_that_looked_before_a_lease_was_set_aside_looks_again(
 
 
 @pytest.mark.usefixtures("by_hand")
+def test_what_comes_while_only_leases_that_are_aside_are_held_is_sure(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = children.Board(os.getpid())
+    monkeypatch.setattr(children, "_board", board)
+    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
+    bad, good = tags = [new_tag(job) for job in jobs]
+    for tag, job in zip(tags, jobs, strict=True):
+        leases.add(tag, job)
+    spoil(broker, "bad")
+    assert isinstance(leases.extend(), StoreError)
+    leases.pop(good)
+    leases._be_sure(0.0)  # as a lease later
+    assert isinstance(leases.extend(), StoreError)
+    (job,) = one_of_each(broker, "good")
+    leases.add(later := new_tag(job), job)
+    assert board.may_start(later), "it need not wait for a heartbeat"
+    for tag in (bad, later):
+        leases.pop(tag)
+
+
+@pytest.mark.usefixtures("by_hand")
 def test_the_thread_beside_gevents_extends_what_it_can(broker: Broker) -> None:
     leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
     tags = [new_tag(job) for job in jobs]

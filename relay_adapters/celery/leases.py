@@ -325,7 +325,7 @@ class Leases:
     def extend(self) -> RelayError | None:
         """Extend all leases. A lease that was lost is not extended again; the ack of its task says so.
 
-        The first error, where some could not be extended. Raises it where none could.
+        The first error, where some could not be extended. Raises it where none could, unless all were set aside before.
         """
         self._settle_claims()
         failed: RelayError | None = None
@@ -341,7 +341,7 @@ class Leases:
         until = time.monotonic() + self.broker.settings.lease
         verdicts = self._keeper.extend([held.job for held in batch])
         errors = [verdict for verdict in verdicts if isinstance(verdict, RelayError)]
-        if errors and len(errors) == len(batch):
+        if errors and len(errors) == len(batch) and not all(held.aside for held in batch):
             raise errors[0]
         for held, verdict in zip(batch, verdicts, strict=True):
             if isinstance(verdict, RelayError):
