@@ -35,23 +35,21 @@ class Keeper:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        self.operations = broker.operations
         self._several = broker.url.topology == "cluster"
         self._store: SyncStore | None = None
 
     def extend(self, jobs: Sequence[Job]) -> list[Verdict | RelayError]:
         """What became of each, an error for those whose queue could not be told. The caller tells the plugins of what
         was lost."""
-        return self._drive(self._broker.operations.extend_each(jobs)) if jobs else []
+        return self.drive(self.operations.extend_each(jobs)) if jobs else []
 
     def ack_many(self, jobs: Sequence[Job]) -> list[Verdict]:
         """As the broker's."""
-        return self._drive(self._broker.operations.ack_many(jobs)) if self._several else self._broker.ack_many(jobs)
+        return self.drive(self.operations.ack_many(jobs)) if self._several else self._broker.ack_many(jobs)
 
-    def release(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """As the broker's."""
-        return self._drive(self._broker.operations.release(jobs)) if self._several else self._broker.release(jobs)
-
-    def _drive(self, flow: Flow[T]) -> T:
+    def drive(self, flow: Flow[T]) -> T:
+        """As the broker's, for flows of commands."""
         if not self._several:
             return self._broker.drive(flow)
         try:

@@ -155,8 +155,16 @@ def test_what_the_server_does_not_take_of_one_queue_holds_up_no_other() -> None:
             done.extend(job.id for job in jobs if job.queue != "bad" or refused())
             return [Verdict.DONE] * len(jobs)
 
-        def release(self, jobs: list[Any]) -> None:
+        @property
+        def operations(self) -> There:
+            return self
+
+        def release_each(self, jobs: list[Any]) -> list[Verdict]:
             done.extend(job.id for job in jobs)
+            return [Verdict.DONE] * len(jobs)
+
+        def drive(self, results: list[Verdict]) -> list[Verdict]:
+            return results
 
     def held(id: str, queue: str) -> Any:
         return SimpleNamespace(tag=id, job=SimpleNamespace(id=id, queue=queue))

@@ -232,6 +232,33 @@ def test_what_comes_while_only_leases_that_are_aside_are_held_is_sure(
 
 
 @pytest.mark.usefixtures("by_hand")
+def test_what_was_handed_back_is_not_handed_back_again_with_what_could_not_be(server: Server) -> None:
+    lost: list[str] = []
+
+    class Note:
+        @hookimpl
+        def relay_lease_lost(self, queue: str) -> None:
+            lost.append(queue)
+
+    with Broker(server.url, plugins=[Note()]) as broker:
+        leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
+        tags = [new_tag(job) for job in jobs]
+        for tag, job in zip(tags, jobs, strict=True):
+            leases.add(tag, job)
+        owners = broker.settings.keys("bad").owners
+        kept = broker.store.raw("DUMP", owners)
+        spoil(broker, "bad")
+        leases.hand_back(tags)
+        assert len(broker.claim("good")) == 1, "which is another worker's now"
+        with pytest.raises(StoreError):
+            leases.flush()
+        broker.store.raw("RESTORE", owners, 0, kept, "REPLACE")
+        leases.flush()
+        assert len(broker.claim("bad")) == 1
+    assert lost == []
+
+
+@pytest.mark.usefixtures("by_hand")
 def test_the_thread_beside_gevents_extends_what_it_can(broker: Broker) -> None:
     leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
     tags = [new_tag(job) for job in jobs]

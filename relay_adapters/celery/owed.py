@@ -149,15 +149,20 @@ class Owed:
                 acked(taken, verdicts)
 
     def _pay_releases(self, broker: Broker | Keeper) -> None:
-        if self._releases:
+        if not self._releases:
+            return
+        with self._lock:
+            jobs, self._releases = self._releases, []
+        left = jobs
+        try:
+            results = broker.drive(broker.operations.release_each(jobs))
+            left = [job for job, result in zip(jobs, results, strict=True) if isinstance(result, RelayError)]
+        finally:
             with self._lock:
-                jobs, self._releases = self._releases, []
-            try:
-                broker.release(jobs)
-            except BaseException:
-                with self._lock:
-                    self._releases += jobs
-                raise
+                self._releases += left  # and not the others: who has them by now would be taken for a loss
+        for result in results:
+            if isinstance(result, RelayError):
+                raise result
 
     def _pay_refusals(self, refused: Callable[[str], object]) -> None:
         while True:

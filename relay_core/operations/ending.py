@@ -144,7 +144,9 @@ class Ending(Base):
             self.tell_lost(job, "nack")
 
     def extend(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict]]:
-        return self._told(jobs, (yield from self.extend_each(jobs, lease)), "extend")
+        results = yield from self.extend_each(jobs, lease)
+        self._tell_losses(jobs, results, "extend")
+        return _all_told(results)
 
     def extend_each(self, jobs: Sequence[Job], lease: float | None = None) -> Flow[list[Verdict | RelayError]]:
         """What became of each, an error for those whose queue could not be told. The caller tells the plugins of what
@@ -159,17 +161,21 @@ class Ending(Base):
         )
 
     def release(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
+        return _all_told((yield from self.release_each(jobs)))
+
+    def release_each(self, jobs: Sequence[Job]) -> Flow[list[Verdict | RelayError]]:
+        """What became of each, an error for those whose queue could not be told."""
         check_jobs("release", jobs)
         results = yield from self._by_queue(
             jobs, lambda q, batch: commands.release(q, [(job.id, job.token) for job in batch])
         )
-        return self._told(jobs, results, "release")
+        self._tell_losses(jobs, results, "release")
+        return results
 
-    def _told(self, jobs: Sequence[Job], results: Sequence[Verdict | RelayError], move: str) -> list[Verdict]:
+    def _tell_losses(self, jobs: Sequence[Job], results: Sequence[Verdict | RelayError], move: str) -> None:
         for job, verdict in zip(jobs, results, strict=True):
             if verdict is Verdict.LOST:
                 self.tell_lost(job, move)
-        return _all_told(results)
 
     def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Verdict | RelayError]]:
         """One command per queue and MAX_BATCH jobs, sent as one pipeline; verdicts in the order of `jobs`, the error in
