@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -734,6 +735,7 @@ def test_jobs_run_by_priority_and_not_before_they_are_due(broker: Broker) -> Non
     ("settings", "said"),
     [
         ({"queues": []}, r"queues must be a list of at least one name, got \[\]"),
+        ({"queues": repeat("mail", 0)}, r"queues must be a list of at least one name, got repeat\('mail', 0\)"),
         ({"queues": "mail"}, "queues must be a list of at least one name, got 'mail'"),
         ({"queues": ["mail", ""]}, "queue name must not be empty"),
         ({"queues": [b"mail"]}, "queue name must be"),

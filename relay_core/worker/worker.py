@@ -96,13 +96,12 @@ class Worker:
         metrics_tasks: int = 0,
     ) -> None:
         check_blocking("Worker", broker)
-        if isinstance(queues, str) or not queues:
+        if isinstance(queues, str) or not (given := names(queues)):
             raise InvalidArgument(f"queues must be a list of at least one name, got {queues!r}")
         self.broker = broker
-        queues = names(queues)
-        for queue in queues:
+        for queue in given:
             broker.settings.keys(queue)  # refuses what is no name
-        self.queues = tuple(dict.fromkeys(queues))
+        self.queues = tuple(dict.fromkeys(given))
         self.concurrency = whole("concurrency", concurrency, least=1, most=10_000)
         self.grace = seconds("grace", grace)
         self.prefetch = None if prefetch is None else whole("prefetch", prefetch, least=0, most=10_000)
