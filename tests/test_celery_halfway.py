@@ -147,6 +147,31 @@ def test_a_message_whose_end_the_server_could_not_be_told_gives_its_credit_back(
     assert inbox.wait(2)[:2] == [0, 1]
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["basic_get", "consumer"])
+def test_a_message_that_needs_no_ack_is_not_lost_where_the_server_could_not_be_told(
+    connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """It was claimed to be acked, and would be acked later without having been handed to anybody."""
+    queue, channel, messages = fresh("lost"), connection.default_channel, list[Any]()
+    kombu.Queue(queue)(channel).declare()
+    for n in range(2):
+        send(connection, n, key=queue)
+    if not asked:
+        channel.basic_consume(queue, False, messages.append, "first")
+        connection.drain_events(timeout=20)
+        channel.basic_consume(queue, True, messages.append, "second")
+    with monkeypatch.context() as patched:
+        patched.setattr(Broker, "ack_many", away)
+        if asked:
+            messages = [channel.basic_get(queue, no_ack=True) for _ in range(2)]
+        else:
+            connection.drain_events(timeout=20)
+    assert [message.payload for message in messages] == [0, 1]
+    if not asked:
+        messages[0].ack()
+    eventually(lambda: broker.stats(queue).counters["processed"] == 2, "the server to be told of both")
+
+
 def test_what_the_server_does_not_take_of_one_queue_holds_up_no_other() -> None:
     owed, done = Owed(), list[str]()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from queue import Empty
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class Consuming(Settling):
         the whole connection, whose channel does not hold what this one has claimed."""
         tag = raw["properties"]["delivery_tag"]
         if queue in self._no_ack and tag in self._unacked:
-            self.settle(tag)  # it was claimed for another one
+            self._done_with(tag)  # it was claimed for another one
         if receivers := [*self._receivers.get(queue, {}).values()]:
             receivers[-1].callback(raw)
         else:  # two had one tag, and one of them ended
@@ -265,8 +266,14 @@ class Consuming(Settling):
     def basic_get(self, queue: str, no_ack: bool = False, **options: Any) -> Any:
         message = super().basic_get(queue, no_ack, **options)
         if message is not None and no_ack:
-            self.settle(message.delivery_tag)
+            self._done_with(message.delivery_tag)
         return message
+
+    def _done_with(self, tag: str) -> None:
+        """Ack what is handed to who does not. A server that is not there is told later: to raise that would keep the
+        message from its receiver, and it would be acked all the same."""
+        with suppress(Unavailable):
+            self.settle(tag)
 
 
 def _is_simple(callback: Any) -> bool:
