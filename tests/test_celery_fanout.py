@@ -295,7 +295,6 @@ def test_what_is_on_its_way_to_one_process_is_not_taken_for_received_by_another(
 ) -> None:
     """Of two that share a mailbox."""
     mine = box(here, message_ttl=600)
-    there.default_channel.attendance.consumer = "another process"
     other = Inbox(there, mine, no_ack=True)
     other.quiet()
     send(here, 1, key=mine.name)
@@ -316,7 +315,6 @@ def test_what_a_process_that_died_was_given_is_forgotten_once_it_is_too_old(
     here: kombu.Connection, there: kombu.Connection, server: Server
 ) -> None:
     mine = box(here, message_ttl=0.05)
-    there.default_channel.attendance.consumer = "another process"
     other = Inbox(there, mine, no_ack=True)
     other.quiet()
     send(here, 1, key=mine.name)
@@ -364,13 +362,29 @@ def test_what_a_cancelled_consumer_was_not_handed_comes_once_to_the_next_ones(he
     assert first.wait(2) == [0, 4]
 
 
+def test_a_channel_that_reads_fewer_mailboxes_than_before_loses_nothing_of_the_others(
+    here: kombu.Connection, server: Server
+) -> None:
+    """Nor where another channel, which had one of them first, has left in the meantime."""
+    mine, other = box(here), box(here)
+    first = Inbox(here, mine, no_ack=True)
+    first.quiet()
+    with here.clone() as beside:
+        second = Inbox(beside, mine, other, no_ack=True)
+        second.quiet()
+        first.consumer.cancel()
+        send(here, 1, key=mine.name)
+        eventually(lambda: server.cli("XPENDING", P.box(mine.name), "q")[0] == 1, "it to be on its way")
+        second.consumer.cancel_by_queue(other.name)
+        assert second.wait(1) == [1]
+
+
 @pytest.mark.parametrize("apart", [True, False], ids=["processes", "channels"])
 def test_what_one_consumer_of_a_mailbox_has_not_handed_over_does_not_depend_on_another(
     here: kombu.Connection, there: kombu.Connection, server: Server, apart: bool
 ) -> None:
     """Each message goes to one of them. What the other one received later says nothing of it."""
     mine = box(here)
-    there.default_channel.attendance.consumer = "process-2"
     first = Inbox(here, mine, no_ack=True)
     for number in range(4):
         send(there, number, key=mine.name)

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import TypeVar
 
 from relay_adapters.celery import moves
@@ -128,10 +128,13 @@ class Attendance:
             del self._last[old]
 
     def sit(self, channel: int, queues: Collection[str]) -> int:
-        """A channel begins to read mailboxes: by which name. The same one for all, the first that no other channel has
-        for any of them: what one has left unread is told again to the next of that name, and to nobody else."""
+        """A channel begins to read mailboxes: by which name. The same one for all, its own or else the first that no
+        other channel has for any of them: what is left unread is told again to the next of that name, and to nobody
+        else."""
         with self._lock:
-            seat = next(n for n in count() if all(self._seats.get((q, n), channel) == channel for q in queues))
+            held = [seat for (_queue, seat), owner in self._seats.items() if owner == channel]
+            free = (n for n in chain(held, count()) if all(self._seats.get((q, n), channel) == channel for q in queues))
+            seat = next(free)
             for queue in queues:
                 self._seats[queue, seat] = channel
             return seat
