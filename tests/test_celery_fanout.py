@@ -362,6 +362,29 @@ def test_what_a_cancelled_consumer_was_not_handed_comes_once_to_the_next_ones(he
     assert first.wait(2) == [0, 4]
 
 
+def test_what_comes_while_a_consumer_is_cancelled_is_told_to_the_one_that_takes_its_place_just_then(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A channel of another thread."""
+    mine = box(here)
+    first = Inbox(here, mine, no_ack=True)
+    first.quiet()
+    attendance, seconds = first.channel.attendance, list[Inbox]()
+    part = attendance.part
+
+    def parted(channel: int, queue: str) -> None:
+        part(channel, queue)
+        if not seconds:
+            seconds.append(Inbox(beside, mine, no_ack=True))
+            seconds[0].quiet()
+            send(here, 1, key=mine.name)
+
+    with here.clone() as beside:
+        monkeypatch.setattr(attendance, "part", parted)
+        first.consumer.cancel()
+        assert seconds[0].wait(1) == [1]
+
+
 def test_a_channel_that_reads_fewer_mailboxes_than_before_loses_nothing_of_the_others(
     here: kombu.Connection, server: Server
 ) -> None:

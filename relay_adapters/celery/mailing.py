@@ -39,18 +39,21 @@ class Mailing(Declaring):
             super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
         except BaseException:
             if queue not in self._active_queues:  # nor by another consumer of this channel
-                self._leave(queue)
+                self.boxes.pop(queue, None)
+                self.attendance.part(id(self), queue)
             raise
 
     def basic_cancel(self, consumer_tag: str) -> None:
         queue = self._tag_to_queue.get(consumer_tag)
-        if queue is not None and self._active_queues.count(queue) == 1:
-            self._leave(queue)
-        super().basic_cancel(consumer_tag)
-
-    def _leave(self, queue: str) -> None:
+        if queue is None or self._active_queues.count(queue) != 1:
+            super().basic_cancel(consumer_tag)
+            return
         self.boxes.pop(queue, None)
-        self.attendance.part(id(self), queue)
+        try:
+            super().basic_cancel(consumer_tag)
+        finally:
+            # now that it reads no more: another channel may at once read by the same name
+            self.attendance.part(id(self), queue)
 
     def next_mail(self) -> tuple[Any, str] | None:
         """The next (raw message, queue) that may be handed over: acknowledged ones wait for credit, others do not."""
