@@ -22,6 +22,7 @@ from relay_adapters.celery.terms import Terms
 from relay_adapters.celery.upkeep import attendance_of
 from relay_core import Broker
 from relay_core.errors import Unavailable
+from relay_core.job import Arrival
 from relay_core.testing.times import advance
 from tests.aging import age_by
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
@@ -199,10 +200,11 @@ def test_an_expired_task_keeps_its_own_time_where_that_is_over_too(
 
 def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection, engine: Broker) -> None:
     name = queue(here, message_ttl=60)
-    due = time.time() + 0.6
+    due = time.time() + 100.6
     eta = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(due)) + f".{int(due % 1 * 1e6):06}+00:00"
     send(here, 1, key=name, headers={"task": "t", "id": "1", "eta": eta})
     age_by(engine, name, 100)  # since its publish its time is over
+    advance(engine, 100, name)
     inbox = Inbox(here, kombu.Queue(name, message_ttl=60), no_ack=True)
     inbox.wait(1)
     assert "expires" not in inbox.messages[0].headers
@@ -215,24 +217,35 @@ def waited(engine: Broker, name: str, seconds: int) -> None:
     engine.promote(name)
 
 
-def send_due(here: kombu.Connection, key: str, seconds: float, skew: float) -> None:
-    """A task that waits, from a client whose clock is wrong by `skew` seconds."""
+def send_due(here: kombu.Connection, key: str, seconds: float, skew: float, ago: float = 0.0) -> None:
+    """A task that waits, sent so long ago by a client whose clock is wrong by `skew` seconds."""
     right = time.time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "time", lambda: right() + skew)
+        patch.setattr(time, "time", lambda: right() - ago + skew)
         eta = datetime.fromtimestamp(time.time() + seconds, timezone.utc).isoformat()
         send(here, 1, key=key, headers={"task": "t", "id": "1", "lang": "py", "eta": eta})
 
 
-@pytest.mark.parametrize("skew", [-86_400.0, 86_400.0])
+@pytest.mark.parametrize("skew", [-86_400.0, 50.0, 86_400.0])
 def test_a_time_limit_counts_by_the_server_s_clock_whatever_that_of_the_client_says(
     here: kombu.Connection, engine: Broker, skew: float
 ) -> None:
     name = queue(here, message_ttl=60)
     for seconds, over in ((3600, False), (3700, True)):
-        send_due(here, name, 3600, skew)
+        send_due(here, name, 3600, skew, ago=seconds)
         waited(engine, name, seconds)
         assert ("expires" in headers_of(here, name)) == over
+
+
+def test_the_time_limit_of_a_task_that_was_taken_over_counts_from_when_it_is_due(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    name, now = queue(here, message_ttl=60), time.time()
+    send_due(here, name, 3600, skew=0.0, ago=3600)
+    (job,) = engine.jobs(name, "delayed")
+    engine.purge(name)
+    engine.adopt([Arrival(name, "moved", job.payload, "delayed", at=now - 1, created_at=now - 3600)])
+    assert "expires" not in headers_of(here, name)
 
 
 # dead letters

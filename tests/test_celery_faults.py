@@ -442,6 +442,28 @@ def test_the_time_limit_of_a_retry_counts_from_when_it_is_due_whatever_its_worke
     client.close()
 
 
+def test_a_limit_that_a_queue_is_given_while_a_retry_waits_counts_from_when_that_is_due(
+    kept: Server, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "limit-after"})
+    with client.connection_for_write() as connection:
+        channel = connection.default_channel
+        client.send_task("pay", [1], task_id="t", queue="after")
+        (first,) = broker.claim("after")
+        right = time.time
+        with monkeypatch.context() as patched, runs(client, first):
+            patched.setattr(time, "time", lambda: right() - 3600)
+            eta = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
+            client.send_task("pay", [1], task_id="t", queue="after", retries=1, eta=eta)
+        kombu.Queue("after", message_ttl=60)(channel).declare()
+        age_by(broker, "after", 3600)
+        advance(broker, 3600, "after")
+        message = channel.basic_get("after")
+        assert not str(message.headers.get("expires")).startswith("1970")
+        message.ack()
+    client.close()
+
+
 def eventually_claimed(broker: Broker) -> list[Any]:
     found: list[Any] = []
     eventually(lambda: found.extend(broker.claim("celery")) or found, "the job to be claimed")

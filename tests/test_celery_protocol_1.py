@@ -24,6 +24,7 @@ from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.protocol import body_of, protocol_1, told_of
 from relay_core import Broker
 from relay_core.errors import InvalidArgument
+from relay_core.testing import advance
 from tests.aging import age_by
 from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
 from tests.celery_workers import CeleryWorker, client_of, lines, results_of
@@ -217,8 +218,9 @@ def test_a_dead_one_is_found_by_its_name(app: Celery, server: Server, broker: Br
 def test_a_time_limit_of_its_queue_counts_from_when_it_is_due(app: Celery, server: Server, broker: Broker) -> None:
     with kombu.Connection(server.url) as connection:
         Queue("short", message_ttl=60)(connection.default_channel).declare()
-        app.send_task("pay", countdown=0.1, queue=Queue("short", message_ttl=60))
+        app.send_task("pay", countdown=100_000.1, queue=Queue("short", message_ttl=60))
         age_by(broker, "short", 100_000)  # since its publish its time is over
+        advance(broker, 100_000, "short")
         message = None
         while message is None:
             message = connection.default_channel.basic_get("short", no_ack=True)

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from relay_adapters.celery.due import run_now, timestamp
-from relay_adapters.celery.envelope import SINCE, head_of, unpack
+from relay_adapters.celery.envelope import DELIVERED, SINCE, head_of, unpack
 from relay_adapters.celery.errors import NotFound
 from relay_adapters.celery.protocol import change_protocol_1, protocol_1, told_of
 from relay_adapters.celery.routing import Routing
@@ -186,15 +186,15 @@ def _read(job: Job | StoredJob) -> MutableMapping[str, Any]:
 def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any], now: float) -> float:
     """Since when a message that is due waits for a worker, by the server's clock: its publish, a retry that put it
     back, or the time for which it was set."""
-    due = timestamp(told_of(message).get("eta"))
-    if due is None or due > now:  # a time to come is by the clock of a client that is ahead
-        due = 0.0
-    since = (message.get("properties") or {}).get(SINCE)
+    options, properties = job.options, message.get("properties") or {}
+    since = properties.get(SINCE)
     # compared before it is converted, which an int of hundreds of digits cannot be
     if not isinstance(since, (int, float)) or not 0 < since < _END_OF_TIME:
         since = 0.0
-    stored = (job.created_at or 0.0) + (job.options.delay_ms or 0) / 1000
-    return max(stored, due, float(since))
+        if DELIVERED in properties:  # put back where no limit was known: only the clock of its worker tells
+            due = timestamp(told_of(message).get("eta")) or 0.0
+            since = due if due <= now else 0.0
+    return max((job.created_at or 0.0) + (options.delay_ms or 0) / 1000, (options.at_ms or 0) / 1000, float(since))
 
 
 def _is_over(expires: Any) -> bool:
