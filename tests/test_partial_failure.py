@@ -377,3 +377,22 @@ def test_a_server_that_hangs_leaves_a_worker_to_the_queues_of_the_others(
             worker.stop()
             working.join(60)
     assert not working.is_alive()
+
+
+def test_a_queue_that_was_put_off_is_asked_as_if_this_worker_had_taken_its_marker(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it may have, while it had no time for the queue: then it is this worker that has to wake others again."""
+    worker, asked = Worker(broker, lambda job: None, ["back", "other"]), list[tuple[str, bool]]()
+
+    def exchange(queue: str, _room: int, woken: bool) -> Any:
+        asked.append((queue, woken))
+        if len(asked) == 4:
+            worker.stop()
+        return [], None
+
+    monkeypatch.setattr(worker, "_exchange", exchange)
+    monkeypatch.setattr(worker, "_rest", lambda _wait: False)
+    worker._ask_at["back"] = time.monotonic() - 1
+    worker.run()
+    assert asked[:4] == [("back", True), ("other", False), ("back", False), ("other", False)]

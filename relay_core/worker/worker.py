@@ -195,9 +195,12 @@ class Worker:
                 if (put_off := self._ask_at.get(queue, began) - began) > 0:
                     wait = put_off if wait is None else min(wait, put_off)
                     continue
+                # the marker of one that was put off may have been taken in the meantime
+                back = self._ask_at.pop(queue, None) is not None
+                room = max(0, self._capacity() - len(self._held))
                 try:
                     with self._turning():
-                        got, retry_after = self._exchange(queue, max(0, self._capacity() - len(self._held)), woken)
+                        got, retry_after = self._exchange(queue, room, woken or back)
                 except Unavailable as error:
                     logger.warning("the server cannot be reached, held jobs go on: %s", error)
                     got, retry_after = [], 1.0
