@@ -205,16 +205,18 @@ def test_requeue_hands_back_what_was_not_started(broker: RelayBroker) -> None:
     consumer.close()
 
 
-def test_heartbeats_keep_buffered_and_running_messages_for_as_long_as_it_takes(
-    broker: RelayBroker, server: Server
-) -> None:
+def test_heartbeats_keep_buffered_and_running_messages_for_as_long_as_it_takes(server: Server) -> None:
+    lease = 2.0  # so that a machine that stands still for a second costs none
+    broker = RelayBroker(url=server.url, lease=lease)
+    broker.declare_queue("default")
     send(broker, 3)
     consumer = broker.consume("default", prefetch=3)
     held = taken(consumer)
     with relay_core.Broker(server.url) as rival:
-        assert not rival.claim("default", 3, wait=2.0)
+        assert not rival.claim("default", 3, wait=2.5 * lease)
     assert held.lease.holds()
     consumer.close()
+    broker.close()
 
 
 def test_a_message_that_nobody_holds_any_more_comes_back_after_its_lease(broker: RelayBroker, server: Server) -> None:

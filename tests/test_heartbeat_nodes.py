@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import dramatiq
 import pytest
+from dramatiq.errors import ConnectionClosed
 
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, Job
@@ -90,7 +91,8 @@ def test_dramatiqs_leases_outlive_another_node(parted: Cluster, queues: tuple[st
             lose_node_of(parted, *queues)
         finally:
             go.set()
-    broker.close()
+    with suppress(ConnectionClosed):  # of the ack that the lost node is owed, unless a thread is just at it
+        broker.close()
 
 
 @pytest.mark.parametrize("pool", ["prefork", "gevent"])
