@@ -375,6 +375,5 @@ class StoreSettings:
 
 
 def _check_seconds(name: str, value: object, least: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not least <= value <= 86_400:  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 86_400:
         raise InvalidArgument(f"{name} must be a number of seconds from {least:g} to 86400, got {value!r}")

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -419,8 +419,17 @@ def test_the_time_limit_of_a_retry_counts_from_the_retry(
     client.close()
 
 
+def retry_in_an_hour(client: Celery, job: Job, late: timedelta) -> None:
+    """As the worker that runs the job asks for it, whose clock is late."""
+    right = time.time
+    with pytest.MonkeyPatch.context() as patched, runs(client, job):
+        patched.setattr(time, "time", lambda: right() - late.total_seconds())
+        eta = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
+        client.send_task("pay", [1], task_id="t", queue=job.queue, retries=1, eta=eta)
+
+
 def test_the_time_limit_of_a_retry_counts_from_when_it_is_due_whatever_its_worker_s_clock_says(
-    kept: Server, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: Server, broker: Broker, tmp_path: Path
 ) -> None:
     client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "limit-late"})
     with client.connection_for_write() as connection:
@@ -428,11 +437,7 @@ def test_the_time_limit_of_a_retry_counts_from_when_it_is_due_whatever_its_worke
         kombu.Queue("late", message_ttl=60)(channel).declare()
         client.send_task("pay", [1], task_id="t", queue="late")
         (first,) = broker.claim("late")
-        right = time.time
-        with monkeypatch.context() as patched, runs(client, first):
-            patched.setattr(time, "time", lambda: right() - 86_400)
-            eta = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
-            client.send_task("pay", [1], task_id="t", queue="late", retries=1, eta=eta)
+        retry_in_an_hour(client, first, late=timedelta(seconds=86_400))
         assert [job.id for job in broker.jobs("late", "delayed")] == ["t"]
         age_by(broker, "late", 3600)
         advance(broker, 3600, "late")
@@ -443,18 +448,14 @@ def test_the_time_limit_of_a_retry_counts_from_when_it_is_due_whatever_its_worke
 
 
 def test_a_limit_that_a_queue_is_given_while_a_retry_waits_counts_from_when_that_is_due(
-    kept: Server, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: Server, broker: Broker, tmp_path: Path
 ) -> None:
     client = client_of(kept.url, tmp_path, broker_transport_options={"client_name": "limit-after"})
     with client.connection_for_write() as connection:
         channel = connection.default_channel
         client.send_task("pay", [1], task_id="t", queue="after")
         (first,) = broker.claim("after")
-        right = time.time
-        with monkeypatch.context() as patched, runs(client, first):
-            patched.setattr(time, "time", lambda: right() - 3600)
-            eta = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
-            client.send_task("pay", [1], task_id="t", queue="after", retries=1, eta=eta)
+        retry_in_an_hour(client, first, late=timedelta(seconds=3600))
         kombu.Queue("after", message_ttl=60)(channel).declare()
         age_by(broker, "after", 3600)
         advance(broker, 3600, "after")

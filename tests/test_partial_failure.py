@@ -54,6 +54,17 @@ def one_of_each(broker: Broker, *queues: str) -> list[Job]:
     return [broker.claim(queue)[0] for queue in queues]
 
 
+def a_worker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> tuple[children.Board, Leases, list[str]]:
+    """What a Celery worker holds, a job of `bad` and one of `good`, by these tags; and how its children know of it."""
+    board = children.Board(os.getpid())
+    monkeypatch.setattr(children, "_board", board)
+    leases, tags = Leases(broker), list[str]()
+    for job in one_of_each(broker, "bad", "good"):
+        tags.append(new_tag(job))
+        leases.add(tags[-1], job)
+    return board, leases, tags
+
+
 def test_what_was_done_of_the_other_queues_is_told_before_the_error(server: Server) -> None:
     told: list[str] = []
 
@@ -130,12 +141,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("by_hand")
 def test_children_of_a_celery_worker_start_what_was_extended(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    board = children.Board(os.getpid())
-    monkeypatch.setattr(children, "_board", board)
-    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
-    bad, good = tags = [new_tag(job) for job in jobs]
-    for tag, job in zip(tags, jobs, strict=True):
-        leases.add(tag, job)
+    board, leases, tags = a_worker(broker, monkeypatch)
+    bad, good = tags
     spoil(broker, "bad")
     assert isinstance(leases.extend(), StoreError)
     for tag in tags:
@@ -157,12 +164,7 @@ def test_children_of_a_celery_worker_start_what_was_extended(broker: Broker, mon
 
 @pytest.mark.usefixtures("by_hand")
 def test_a_lease_that_is_extended_again_is_sure_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    board = children.Board(os.getpid())
-    monkeypatch.setattr(children, "_board", board)
-    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
-    tags = [new_tag(job) for job in jobs]
-    for tag, job in zip(tags, jobs, strict=True):
-        leases.add(tag, job)
+    board, leases, tags = a_worker(broker, monkeypatch)
     owners = broker.settings.keys("bad").owners
     kept = broker.store.raw("DUMP", owners)
     spoil(broker, "bad")
@@ -182,12 +184,7 @@ def test_a_lease_that_is_extended_again_is_sure_again(broker: Broker, monkeypatc
 def test_a_child_that_looked_before_a_lease_was_set_aside_looks_again(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = children.Board(os.getpid())
-    monkeypatch.setattr(children, "_board", board)
-    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
-    tags = [new_tag(job) for job in jobs]
-    for tag, job in zip(tags, jobs, strict=True):
-        leases.add(tag, job)
+    board, leases, tags = a_worker(broker, monkeypatch)
     spoil(broker, "bad")
     held, found = leases.get(tags[0]), list[object]()
     assert held is not None
@@ -213,12 +210,8 @@ def test_a_child_that_looked_before_a_lease_was_set_aside_looks_again(
 def test_what_comes_while_only_leases_that_are_aside_are_held_is_sure(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = children.Board(os.getpid())
-    monkeypatch.setattr(children, "_board", board)
-    leases, jobs = Leases(broker), one_of_each(broker, "bad", "good")
-    bad, good = tags = [new_tag(job) for job in jobs]
-    for tag, job in zip(tags, jobs, strict=True):
-        leases.add(tag, job)
+    board, leases, tags = a_worker(broker, monkeypatch)
+    bad, good = tags
     spoil(broker, "bad")
     assert isinstance(leases.extend(), StoreError)
     leases.pop(good)
