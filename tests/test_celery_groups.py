@@ -341,13 +341,15 @@ def test_of_a_group_of_which_one_cannot_be_sent_those_before_it_were(app: Celery
 
 def test_of_a_group_of_which_one_is_too_large_those_before_it_were_sent(server: Server, tmp_path: Path) -> None:
     told: list[str] = []
-    app = client_of(server.url, tmp_path, broker_transport_options={"max_payload": 2000})
-    app.send_task("warm-up", queue="other")
 
     def tell(headers: Any = None, **_: Any) -> None:
         told.append(headers["id"])
 
+    # before the app sends anything: a Celery before 5.7 does not call who connects later, once another one died
     after_task_publish.connect(tell)
+    app = client_of(server.url, tmp_path, broker_transport_options={"max_payload": 2000})
+    app.send_task("warm-up", queue="other")
+    told.clear()
     many = [pay(app, "x" * 2000 if n == 3 else n, task_id=f"t{n}") for n in range(6)]
     with pytest.raises(InvalidArgument, match="max_payload"):
         group(many).apply_async()
@@ -395,10 +397,10 @@ def test_plugins_add_their_headers_as_each_task_is_published(server: Server, tmp
     def end(**_: Any) -> None:
         current.clear()
 
-    app = client_of(server.url, tmp_path, broker_transport_options={"plugins": [Adds()]})
-    app.send_task("warm-up", queue="other")
     before_task_publish.connect(begin)
     after_task_publish.connect(end)
+    app = client_of(server.url, tmp_path, broker_transport_options={"plugins": [Adds()]})
+    app.send_task("warm-up", queue="other")
     group(pay(app, n) for n in range(5)).apply_async()
     before_task_publish.disconnect(begin)
     after_task_publish.disconnect(end)
