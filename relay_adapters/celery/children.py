@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from relay_adapters.celery import chords
+
 _ROWS = 128
 """Rows of leases that a process may have: one or two per broker."""
 
@@ -239,6 +241,7 @@ class _Initializer:
         global _child
         _child = os.getpid()
         self._stock(app, hostname)
+        chords.install()  # where it was forked, its main process did
         if _board is None:
             return
         trace = sys.modules["celery.app.trace"]

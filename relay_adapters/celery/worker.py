@@ -14,7 +14,7 @@ from typing import Any
 
 from kombu.utils.functional import maybe_list
 
-from relay_adapters.celery import children, given, revoking, spoiled
+from relay_adapters.celery import children, chords, given, revoking, spoiled
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.ids import ids_of
 from relay_adapters.celery.options import is_relay, safe_text
@@ -51,6 +51,7 @@ def install(**_: Any) -> None:
     from celery.worker.pidbox import gPidbox
 
     children.install(prefork)
+    chords.install()
     if Task.Request == "celery.worker.request:Request":
         Task.Request = _REQUEST
     if not isinstance(Panel.data["revoke"], _Revoke):
