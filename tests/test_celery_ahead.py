@@ -462,8 +462,8 @@ def test_a_channel_that_closes_does_not_wait_for_its_claim(
         loop.until(lambda: loop.watch.ahead is not None, "a claim to be sent")
     monkeypatch.setattr(Ahead, "_settle", settle)
     # its reply is not there at the first looks, and the thread has no other reason to look again
-    monkeypatch.setattr(leases, "leave", lambda now: 3600.0)
-    looks, arrived, leases._next_beat = iter([False] * 3), Sender.arrived, float("inf")
+    monkeypatch.setattr(leases.heartbeat, "_leave", lambda now: 3600.0)
+    looks, arrived, leases.heartbeat._next = iter([False] * 3), Sender.arrived, float("inf")
     monkeypatch.setattr(Sender, "arrived", lambda sender: next(looks, True) and arrived(sender))
     loop.channel.close()
     eventually(lambda: engine.stats(loop.queue).ready == 5, "all that was claimed ahead to be handed back")

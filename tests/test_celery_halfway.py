@@ -218,9 +218,9 @@ def test_leases_are_extended_beside_a_refusal_that_a_full_server_does_not_take(s
         server.cli("CONFIG", "SET", "maxmemory", "1")
         inbox.messages[inbox.bodies.index(2)].reject()
         leases = inbox.channel.leases
-        leases._be_sure(0.0)  # as after a time without the server
-        leases.extend()
-        assert leases._sure > time.monotonic()
+        leases.rows[False].sure(0.0)  # as after a time without the server
+        leases.heartbeat.extend()
+        assert leases.rows[False].until > time.monotonic()
         server.cli("CONFIG", "SET", "maxmemory", "0")
         eventually(lambda: broker.stats(dead).ready == 1, "the refusal")
 
@@ -254,13 +254,13 @@ def test_acks_that_a_claim_could_not_take_along_are_sent_soon(
     """By the thread that keeps the leases, though it saw none meanwhile: its next beat may be long after that, where no
     worker may be told to stop."""
     monkeypatch.setattr(owed, "LINGER", 0.5)
-    monkeypatch.setattr("relay_adapters.celery.leases.is_worker", lambda: False)
+    monkeypatch.setattr("relay_adapters.celery.heartbeat.is_worker", lambda: False)
     with link(server.url, lease=60) as connection:
         loop = Loop(connection, prefetch=1)
         leases = loop.channel.leases
 
         def fails(*_: Any) -> NoReturn:
-            eventually(lambda: not leases._watching, "the thread to see none")
+            eventually(lambda: not leases.heartbeat._watching, "the thread to see none")
             raise Unavailable("away")
 
         send(connection, 1, key=loop.queue)

@@ -25,7 +25,7 @@ from kombu.asynchronous import Hub
 from kombu.common import QoS
 
 import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not load kombu's plugins
-from relay_adapters.celery import leases, owed, transport
+from relay_adapters.celery import heartbeat, owed, transport
 from relay_adapters.celery.envelope import unpack
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.qos import BATCH
@@ -396,7 +396,7 @@ class Loops(RuleBasedStateMachine):
         assert not left, "what is closed leaves the loop"
         self.leave(worker)
         forgotten = transport._forgotten.pop(worker.leases, set())
-        eventually(lambda: worker.leases._held.keys() <= forgotten, f"{worker.name} to hand back what it has", 5)
+        eventually(lambda: worker.leases.held.keys() <= forgotten, f"{worker.name} to hand back what it has", 5)
         worker.leases.end()
 
     def expire(self, queue: str) -> None:
@@ -540,9 +540,11 @@ def test_event_loops_do_what_they_promise(server: Server, monkeypatch: pytest.Mo
     monkeypatch.setattr(Settings, "max_block", 60.0)  # so that a wake-up that is lost is not made good by a look
     monkeypatch.setattr(transport, "_SETTLE", 0.01)
     at = to_socket(server.socket)
-    for module in (leases, owed):
+    for module in (heartbeat, owed):
         monkeypatch.setattr(module, "LINGER", 0.1)  # so that acks go with claims, and the thread sends some
-    monkeypatch.setattr(Leases, "leave", lambda self, now: 60.0)  # both workers have one state of Celery's here
+    monkeypatch.setattr(
+        heartbeat.Heartbeat, "_leave", lambda self, now: 60.0
+    )  # both workers have one state of Celery's here
     with (
         Broker(server.url, lease=LEASE, max_deliveries=10**6) as engine,
         Proxy(at, unix=True) as a,

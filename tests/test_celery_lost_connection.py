@@ -73,9 +73,10 @@ def held(broker: Broker) -> Iterator[Held]:
     job = broker.claim("q")[0]
     tag = new_tag(job)
     leases.add(tag, job)
-    leases._row = board.row()
-    leases._row.sure(job.expires_at)
-    leases._row.held(tag)
+    row = board.row()
+    row.sure(job.expires_at)
+    row.held(tag)
+    leases.rows = row, board.row()
     yield board, leases, tag
     leases.hand_back([tag], started=True)
 

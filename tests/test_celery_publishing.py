@@ -405,14 +405,15 @@ def test_a_handler_of_signals_connects_while_its_thread_takes_a_message(
         for _ in range(2):
             connection.Producer().publish("x", routing_key="celery")
         assert channel.basic_get("celery") is not None
-        sure = channel.leases._be_sure
+        row = channel.leases.rows[False]
+        sure = row.sure
 
         def ringing(until: float) -> None:
             ring()
             sure(until)
 
-        monkeypatch.setattr(channel.leases, "_be_sure", ringing)
-        channel.leases._sure += 60  # the next message is taken for one whose lease ends sooner
+        monkeypatch.setattr(row, "sure", ringing)
+        row.until += 60  # the next message is taken for one whose lease ends sooner
         assert channel.basic_get("celery") is not None
     assert broker.stats("other").ready == 1
 

@@ -19,6 +19,7 @@ from celery.signals import worker_shutting_down
 from celery.worker.request import Request as Stock
 
 from relay_adapters.celery import burial, inhand, worker
+from relay_adapters.celery.heartbeat import Heartbeat
 from relay_adapters.celery.leases import Leases
 from relay_adapters.celery.request import Request
 from relay_adapters.celery.tags import new_tag
@@ -257,7 +258,7 @@ def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
 
         def crossed(*args: Any) -> Any:
             answer = finish(*args)
-            leases.extend()
+            leases.heartbeat.extend()
             return answer
 
         monkeypatch.setattr(broker, "finish", crossed)
@@ -268,7 +269,7 @@ def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
         assert lost == ([] if verdict is Verdict.DONE else ["nack"])
         assert ("while it was held" in caplog.text) is False
         if verdict is Verdict.LOST:
-            leases.extend()
+            leases.heartbeat.extend()
             assert lost == ["nack", "extend"]
         leases.pop(tag)
 
@@ -293,8 +294,8 @@ def test_a_heartbeat_that_comes_late_says_so(
     store.enqueue("q", b"")
     job = store.claim("q")[0]
     leases.add(tag := new_tag(job), job)
-    leases._next_beat -= store.settings.lease
-    leases.work()
+    leases.heartbeat._next -= store.settings.lease
+    leases.heartbeat.work()
     assert "s late" in caplog.text
     leases.hand_back([tag])
 
@@ -311,8 +312,8 @@ def test_a_server_that_is_away_from_held_leases_is_told_of_once_until_it_is_back
         leases.add(tag := new_tag(job), job)
 
         def beat() -> None:
-            leases._next_beat = time.monotonic()
-            leases.work()
+            leases.heartbeat._next = time.monotonic()
+            leases.heartbeat.work()
 
         for told in (1, 2):
             server.kill()
@@ -327,13 +328,13 @@ def test_a_server_that_is_away_from_held_leases_is_told_of_once_until_it_is_back
 def test_the_thread_that_keeps_the_leases_outlives_what_a_hook_raises(
     store: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leases, goes_on, work = Leases(store), threading.Event(), Leases.work
+    leases, goes_on, work = Leases(store), threading.Event(), Heartbeat.work
 
-    def raises(self: Leases) -> float:
-        monkeypatch.setattr(Leases, "work", lambda self: goes_on.set() or work(self))  # type: ignore[func-returns-value]
+    def raises(self: Heartbeat) -> float:
+        monkeypatch.setattr(Heartbeat, "work", lambda self: goes_on.set() or work(self))  # type: ignore[func-returns-value]
         raise SystemExit(3)
 
-    monkeypatch.setattr(Leases, "work", raises)
+    monkeypatch.setattr(Heartbeat, "work", raises)
     store.enqueue("q", b"")
     job = store.claim("q")[0]
     leases.add(tag := new_tag(job), job)

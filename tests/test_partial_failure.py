@@ -144,7 +144,7 @@ def test_children_of_a_celery_worker_start_what_was_extended(broker: Broker, mon
     board, leases, tags = a_worker(broker, monkeypatch)
     bad, good = tags
     spoil(broker, "bad")
-    assert isinstance(leases.extend(), StoreError)
+    assert isinstance(leases.heartbeat.extend(), StoreError)
     for tag in tags:
         held = leases.get(tag)
         assert held is not None
@@ -152,11 +152,11 @@ def test_children_of_a_celery_worker_start_what_was_extended(broker: Broker, mon
     held = leases.get(bad)
     assert held is not None
     held.until = 0.0  # it is over, as far as this process knows
-    assert isinstance(leases.extend(), StoreError)
+    assert isinstance(leases.heartbeat.extend(), StoreError)
     assert board.may_start(good)
     assert not board.may_start(bad), "its lease may be over, and it may run elsewhere"
     broker.store.raw("DEL", broker.settings.keys("bad").owners)
-    assert leases.extend() is None, "the server says of the other one that it is lost"
+    assert leases.heartbeat.extend() is None, "the server says of the other one that it is lost"
     assert held.lost
     for tag in tags:
         leases.pop(tag)
@@ -171,10 +171,10 @@ def test_a_lease_that_is_extended_again_is_sure_again(broker: Broker, monkeypatc
     held = leases.get(tags[0])
     assert held is not None
     held.until = 0.0
-    assert isinstance(leases.extend(), StoreError)
+    assert isinstance(leases.heartbeat.extend(), StoreError)
     assert not board.may_start(tags[0])
     broker.store.raw("RESTORE", owners, 0, kept, "REPLACE")
-    assert leases.extend() is None
+    assert leases.heartbeat.extend() is None
     assert all(map(board.may_start, tags))
     for tag in tags:
         leases.pop(tag)
@@ -189,13 +189,13 @@ def test_a_child_that_looked_before_a_lease_was_set_aside_looks_again(
     held, found = leases.get(tags[0]), list[object]()
     assert held is not None
     held.until = 0.0
-    leases._be_sure(0.0)
+    leases.rows[False].sure(0.0)
 
     def now() -> float:
         """What the child calls between its look at the message and that at its row."""
         if not found:
             found.append(None)
-            found.append(leases.extend())
+            found.append(leases.heartbeat.extend())
         return time.monotonic()
 
     monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
@@ -213,10 +213,10 @@ def test_what_comes_while_only_leases_that_are_aside_are_held_is_sure(
     board, leases, tags = a_worker(broker, monkeypatch)
     bad, good = tags
     spoil(broker, "bad")
-    assert isinstance(leases.extend(), StoreError)
+    assert isinstance(leases.heartbeat.extend(), StoreError)
     leases.pop(good)
-    leases._be_sure(0.0)  # as a lease later
-    assert isinstance(leases.extend(), StoreError)
+    leases.rows[False].sure(0.0)  # as a lease later
+    assert isinstance(leases.heartbeat.extend(), StoreError)
     (job,) = one_of_each(broker, "good")
     leases.add(later := new_tag(job), job)
     assert board.may_start(later), "it need not wait for a heartbeat"

@@ -22,8 +22,8 @@ from typing import Any
 
 from relay_adapters.celery import chords
 
-_ROWS = 128
-"""Rows of leases that a process may have: one or two per broker."""
+_ROWS = 252
+"""Rows of leases that a process may have: two per broker."""
 
 _NUMBERS = 1 << 20
 """Deliveries that are told apart, the latest of the process."""
@@ -127,9 +127,11 @@ class Row:
     def __init__(self, memory: mmap.mmap | None = None, row: int = 0) -> None:
         self._memory = memory
         self._row = row
+        self.until = 0.0
 
     def sure(self, until: float) -> None:
         """All leases last until then, but for those of which something else was said before."""
+        self.until = until
         if self._memory is not None:
             _UNTIL.pack_into(self._memory, (self._row - 1) * _UNTIL.size, until)
 

@@ -40,7 +40,7 @@ def start(leases: Leases) -> None:
     told.acquire()
     ended.acquire()
     _threads.append((os.getpid(), told, ended))
-    spawn(_work, (weakref.ref(leases), leases.thread, told, ended))
+    spawn(_work, (weakref.ref(leases), leases.heartbeat.thread, told, ended))
 
 
 def end() -> None:
@@ -64,16 +64,16 @@ def _work(reference: weakref.ref[Leases], beside: object, told: Any, ended: Any)
 def _keep(reference: weakref.ref[Leases], beside: object, told: Any) -> None:
     store: SyncStore | None = None
     pid, over = os.getpid(), False
-    while not over and (leases := reference()) is not None and leases.thread is beside and os.getpid() == pid:
+    while not over and (leases := reference()) is not None and leases.heartbeat.thread is beside and os.getpid() == pid:
         lease = leases.broker.settings.lease
-        if leases.late() > lease / 6:
+        if leases.heartbeat.late() > lease / 6:
             with suppress(RelayError):  # the server is away, which the other thread will say
                 if store is None:
                     # it tries again soon, and the end of the process waits for it
                     settings = impatient(leases.broker.store.settings, _PATIENCE / 2)
                     store = SyncStore(leases.broker.address(), settings)
                 if _extend(leases, store):
-                    leases.were_extended()
+                    leases.heartbeat.were_extended()
         del leases
         over = told.acquire(True, lease / 6)
     if store is not None:

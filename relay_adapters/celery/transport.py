@@ -129,7 +129,7 @@ class Transport(virtual.Transport):
             channel.leases.cut_off = False
             if channel.leases.holding:
                 try:
-                    channel.leases.extend()
+                    channel.leases.heartbeat.extend()
                 except Unavailable:
                     if channel.broker.url.topology != "cluster":
                         raise  # else others of its servers are there, and the thread goes on trying
