@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -291,23 +292,30 @@ def test_a_plugin_that_is_not_ready_is_told_again_by_another_process_and_there_a
 
 @pytest.mark.usefixtures("looks_always")
 def test_who_is_never_ready_is_told_ever_less_often_and_until_the_job_leaves(site: Site) -> None:
-    unready, seconds, pauses, last = Unready(), 0, [], 0
+    unready, passed = Unready(), 0
     ask(site, unready)
-    while seconds < 7200:
+    died = float(site.operator.store.raw("ZSCORE", site.keys.dead, "poison")) / 1000
+    looks = [(0.0, time.time() - died)]
+    told = looks[:]
+    while passed < 7200:
         advance(site.operator, 10, "q")
-        seconds += 10
+        passed += 10
+        begun = time.time() + passed - died
         ask(site, unready, claims=3)  # three looks at one time are no three times
-        if len(unready.told) > len(pauses) + 1:
-            pauses.append(seconds - last)
-            last = seconds
-    assert pauses[0] in (30, 40)
-    assert all(one <= two <= 610 for one, two in itertools.pairwise(pauses[1:]))
-    assert pauses[-1] in (600, 610)
-    assert len(pauses) < 25
+        looks.append((begun, time.time() + passed - died))
+        if len(unready.told) > len(told):
+            told.append(looks[-1])
+    # half of the time since its death later, seen in the look after that, however long the looks take
+    longest = max(later[1] - before[0] for before, later in itertools.pairwise(looks))
+    for nth, (before, later) in enumerate(itertools.pairwise(told)):
+        least, most = (30 if nth == 0 else max(30, min(600, seconds / 2)) for seconds in before)
+        assert least - 0.01 <= later[1] - before[0]
+        assert later[0] - before[1] <= most + longest
+    assert len(told) <= 25
     site.operator.purge("q", ["dead"])
     site.pass_time()
     ask(site, unready)
-    assert (len(unready.told), site.noted()) == (len(pauses) + 1, 0)
+    assert (len(unready.told), site.noted()) == (len(told), 0)
 
 
 def test_a_plugin_does_its_part_later_and_says_so(site: Site) -> None:
