@@ -99,7 +99,7 @@ class Board:
         def run(task: Any, uuid: Any, request: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
             tag = (request.get("properties") or {}).get("delivery_tag")
             if not self.may_start(tag):
-                from relay_adapters.celery.request import Forgotten
+                from relay_adapters.celery.forgotten import Forgotten
 
                 raise Forgotten(uuid)
             self._running = _number(tag)

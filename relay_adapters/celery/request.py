@@ -10,19 +10,16 @@ from functools import partial
 from typing import Any
 
 from celery.app.task import Task
-from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import TimeLimitExceeded
 from celery.worker.request import Request as Stock
 from celery.worker.state import task_ready
 
+from relay_adapters.celery.forgotten import Forgotten
 from relay_adapters.celery.inhand import LEASE, lease_of, lent
 from relay_adapters.celery.leases import Leases
 from relay_core import Job
 
 logger = logging.getLogger("relay.celery")
-
-
-class Forgotten(TaskRevokedError):
-    """Ends the start of a task that was handed back, or whose lease is over. Celery takes it for a revoked one."""
 
 
 class Request(Stock):
