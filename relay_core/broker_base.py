@@ -73,7 +73,7 @@ class BrokerBase:
         )
         self.plugins = Plugins(plugins)
         self.operations = Operations(self.settings, self.plugins)
-        self.operations.several = self.url.topology == "cluster"
+        self.operations.several = self.url.several
         self._store_settings = StoreSettings(durability=durability, **connection)
         self._quiet = quiet
         # the folder stays the same when this process goes to another one

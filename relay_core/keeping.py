@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from relay_core.broker import Broker
@@ -12,18 +11,11 @@ from relay_core.connection import SyncStore
 from relay_core.errors import RelayError
 from relay_core.job import Job
 from relay_core.operations import Flow
-from relay_core.settings import StoreSettings
 
 T = TypeVar("T")
 
 AGAIN = 0.5
 """Seconds after which what could not be extended is tried again, unless a third of the lease is less."""
-
-
-def impatient(settings: StoreSettings, most: float) -> StoreSettings:
-    """For a connection of which each command is tried once, and waits for at most so many seconds."""
-    connect, answer = (min(most, seconds) for seconds in (settings.connect_timeout, settings.socket_timeout))
-    return replace(settings, retry_for=0.0, connect_timeout=connect, socket_timeout=answer, durability="none")
 
 
 class Keeper:
@@ -36,7 +28,7 @@ class Keeper:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self.operations = broker.operations
-        self._several = broker.url.topology == "cluster"
+        self._several = broker.url.several
         self._store: SyncStore | None = None
 
     def extend(self, jobs: Sequence[Job]) -> list[Verdict | RelayError]:
@@ -68,7 +60,7 @@ class Keeper:
     def _perform(self, step: Any) -> Any:
         if self._store is None:
             shared = self._broker.store
-            self._store = SyncStore(shared.url, impatient(shared.settings, self._broker.settings.lease / 6))
+            self._store = SyncStore(shared.url, shared.settings.impatient(self._broker.settings.lease / 6))
         return self._store.run_many(step) if isinstance(step, list) else self._store.run(step)
 
     def pause(self, failed: bool) -> float:

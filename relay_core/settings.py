@@ -73,6 +73,11 @@ class StoreUrl:
     ssl: tuple[tuple[str, str | bool], ...] = ()
     word: str = "relay"
 
+    @property
+    def several(self) -> bool:
+        """Whether queues may lie on several servers, of which one may be away alone."""
+        return self.topology == "cluster"
+
     def safe(self) -> str:
         """The URL with `***` for every credential: fit for logs and messages."""
         kind = "" if self.topology in ("standalone", "embedded") else f"+{self.topology}"
@@ -372,6 +377,11 @@ class StoreSettings:
             raise InvalidArgument(
                 f"client_name must be 1 to 255 printable ASCII characters without spaces, got {shown!r}"
             )
+
+    def impatient(self, most: float) -> StoreSettings:
+        """For connections of which each command is tried once, and waits for at most so many seconds."""
+        connect, answer = (min(most, seconds) for seconds in (self.connect_timeout, self.socket_timeout))
+        return replace(self, retry_for=0.0, connect_timeout=connect, socket_timeout=answer, durability="none")
 
 
 def _check_seconds(name: str, value: object, least: float) -> None:

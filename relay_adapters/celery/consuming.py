@@ -17,7 +17,7 @@ from relay_adapters.celery.order import in_order
 from relay_adapters.celery.settling import Settling
 from relay_adapters.celery.tags import new_tag
 from relay_core import Job
-from relay_core.connection import Sender
+from relay_core.connection import Bell, Sender
 from relay_core.errors import RelayError, Unavailable
 
 logger = logging.getLogger("relay.celery")
@@ -94,18 +94,21 @@ class Consuming(Settling):
         """The queues of jobs that this channel consumes from."""
         return tuple(dict.fromkeys(queue for queue in self._active_queues if queue not in self.boxes))
 
-    def claim(self, room: int, woken: bool, ahead: Ahead | None = None) -> tuple[list[Delivery], float | None]:
+    def claim(
+        self, room: int, woken: bool, ahead: Ahead | None = None, bell: Bell | None = None
+    ) -> tuple[list[Delivery], float | None]:
         """Claim up to `room` messages, and send the acks that are pending in the same round trip.
 
         Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell. A
         message that may kill this process comes without the others, which are handed back.
 
         :param ahead: what `claim_ahead` made, if it did: of its queue nothing more is claimed
+        :param bell: puts off the queues whose server is away. Default: that is raised
         """
         found: list[Delivery] = []
         again: float | None = None
         failed: RelayError | None = None
-        queues = in_order(self.order, self.consumed)
+        queues = self._there(in_order(self.order, self.consumed), bell)
         if ahead is not None:
             queues = [ahead.queue, *(queue for queue in queues if queue != ahead.queue)]
         for queue in queues:
@@ -122,10 +125,12 @@ class Consuming(Settling):
                     self.order.rotate(queue)
                 enough = self._receive(jobs, tags, found)
             except RelayError as error:
+                if isinstance(error, Unavailable) and bell is not None and bell.put_off(self._marker(queue), error):
+                    continue
                 if found:
                     failed = error
                     break
-                if isinstance(error, Unavailable) and self.broker.url.topology != "cluster":
+                if isinstance(error, Unavailable):
                     raise
                 failed = failed or error  # it may be alone with that
             except BaseException:  # what a signal's handler raises, or gevent's Timeout: nobody will deliver it
@@ -140,11 +145,24 @@ class Consuming(Settling):
             raise failed
         return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
 
-    def claim_ahead(self, room: int, sender: Sender) -> Ahead | None:
+    def claim_ahead(self, room: int, sender: Sender, bell: Bell | None = None) -> Ahead | None:
         """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
-        what is claimed of it ends at once."""
-        queue = in_order(self.order, self.consumed)[0]
-        return None if queue in self._no_ack else Ahead(self.leases, sender, queue, room, self.credit_freed)
+        what is claimed of it ends at once, or no server is there."""
+        queue = next(iter(self._there(in_order(self.order, self.consumed), bell)), None)
+        if queue is None or queue in self._no_ack:
+            return None
+        return Ahead(self.leases, sender, queue, room, self.credit_freed)
+
+    def there(self, bell: Bell | None) -> Sequence[str]:
+        """The consumed queues but those that the bell puts off."""
+        return self._there(self.consumed, bell)
+
+    def _there(self, queues: Sequence[str], bell: Bell | None) -> Sequence[str]:
+        away = frozenset() if bell is None else bell.away
+        return [queue for queue in queues if self._marker(queue) not in away] if away else queues
+
+    def _marker(self, queue: str) -> bytes:
+        return self.broker.settings.keys(queue).marker
 
     def _receive(self, jobs: Sequence[Job], tags: Sequence[str], found: list[Delivery]) -> bool:
         """Add the messages of jobs to what was found. True when a suspect among them keeps the others away.
@@ -208,10 +226,14 @@ class Consuming(Settling):
         self.leases.sent(acks, acked)
         return jobs
 
-    def pass_on(self) -> None:
+    def pass_on(self, bell: Bell) -> None:
         """A wake-up came that this channel has no credit for: let another worker have it."""
-        for queue in self.consumed:
-            self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
+        for queue in self.there(bell):
+            try:
+                self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
+            except Unavailable as error:
+                if not bell.put_off(self._marker(queue), error):
+                    raise
 
     def _received(self, job: Job, tag: str | None = None, asked: bool = False) -> Any:
         """The message of a job; None where it ended here.

@@ -16,7 +16,6 @@ from relay_core import Verdict, commands
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.connection import SyncStore
 from relay_core.errors import RelayError
-from relay_core.keeping import impatient
 
 if TYPE_CHECKING:
     from relay_adapters.celery.held import Held
@@ -70,7 +69,7 @@ def _keep(reference: weakref.ref[Leases], beside: object, told: Any) -> None:
             with suppress(RelayError):  # the server is away, which the other thread will say
                 if store is None:
                     # it tries again soon, and the end of the process waits for it
-                    settings = impatient(leases.broker.store.settings, _PATIENCE / 2)
+                    settings = leases.broker.store.settings.impatient(_PATIENCE / 2)
                     store = SyncStore(leases.broker.address(), settings)
                 if _extend(leases, store):
                     leases.heartbeat.were_extended()

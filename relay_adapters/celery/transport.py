@@ -131,7 +131,7 @@ class Transport(virtual.Transport):
                 try:
                     channel.leases.heartbeat.extend()
                 except Unavailable:
-                    if channel.broker.url.topology != "cluster":
+                    if not channel.broker.url.several:
                         raise  # else others of its servers are there, and the thread goes on trying
         except BaseException as error:
             self.close_connection(connection)
@@ -252,6 +252,7 @@ class Transport(virtual.Transport):
                 if watch.channel.closed or watch not in self._watches.values():
                     continue
                 watch.arm()
+                self._see_who_is_there(watch)
                 self._read(watch)
                 # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
                 busy = busy or delivered > 0 or watch.busy
@@ -263,6 +264,13 @@ class Transport(virtual.Transport):
         if first is not None and not busy:
             # once a second at least: an embedded worker is told to stop by a flag that its loop has to look at
             self._turn_at(min(first, now + _TURN))
+
+    def _see_who_is_there(self, watch: Watch | MailWatch) -> None:
+        """Raises Unavailable where the servers of all that is waited for are away, and not of this watch alone."""
+        if watch.bell is not None and (lost := watch.bell.lost) is not None:
+            bells = [other.bell for other in self._watches.values()]
+            if all(bell is None or bell.lost is not None for bell in bells):
+                raise lost
 
     def _turn_at(self, when: float) -> None:
         """Let the loop turn by then. A timer that is due earlier is left alone: its turn sets the next one."""
@@ -341,6 +349,8 @@ class Transport(virtual.Transport):
             if self._look_at_all():
                 return
             bells = [bell for watch in list(self._watches.values()) if (bell := watch.arm()) is not None]
+            for watch in list(self._watches.values()):
+                self._see_who_is_there(watch)
             if any(watch.starving for watch in list(self._watches.values())):
                 continue
             now = time.monotonic()

@@ -51,18 +51,21 @@ class Watch:
 
     def arm(self) -> Bell | None:
         """Wait for wake-ups where the channel consumes and has credit. Raises Unavailable."""
-        channel, queues = self.channel, self.channel.consumed
+        channel, bell = self.channel, self._listen()
+        if bell is None:
+            return None
+        # while there is more than was claimed, no wake-up has to say so
+        if not self.hungry and not bell.armed and self.ahead is None and channel.qos.room(len(self.waiting)):
+            bell.arm(channel.broker.settings.max_block)
+        return bell
+
+    def _listen(self) -> Bell | None:
+        """The bell of the queues that are consumed by now."""
+        queues, broker = self.channel.consumed, self.channel.broker
         if queues != self.queues and set(queues) != set(self.queues):
             self._silence()
-        if not queues:
-            return None
-        settings = channel.broker.settings
-        if self.bell is None:
-            self.bell = channel.broker.store.bell([settings.keys(queue).marker for queue in queues])
-            self.queues = queues
-        # while there is more than was claimed, no wake-up has to say so
-        if not self.hungry and not self.bell.armed and self.ahead is None and channel.qos.room(len(self.waiting)):
-            self.bell.arm(settings.max_block)
+        if self.bell is None and queues:
+            self.bell, self.queues = broker.store.bell([broker.settings.keys(queue).marker for queue in queues]), queues
         return self.bell
 
     @property
@@ -86,7 +89,7 @@ class Watch:
         if self.hungry:  # acks that are pending go along with the claim that comes
             room = self.channel.qos.room()
             return not room or not self._wants(room, now)
-        if self.channel.leases.owed.pending(self.queues):
+        if self.channel.leases.owed.pending(self.channel.there(bell)):
             return False
         return bell.armed or not self.channel.qos.can_consume()
 
@@ -112,9 +115,9 @@ class Watch:
             return self._deliver()
         if room == 0:
             self.hungry = True
-            if rung:
+            if rung and bell is not None:
                 with self._hurried():
-                    channel.pass_on()
+                    channel.pass_on(bell)
         if now >= self.look_at:
             # without credit there is nothing to look for before an ack
             self.look_at = now + channel.broker.settings.max_block
@@ -128,7 +131,7 @@ class Watch:
         """
         if self.hungry:
             return self._enough(room)
-        return now >= self.look_at or self.channel.leases.owed.pending(self.channel.consumed)
+        return now >= self.look_at or self.channel.leases.owed.pending(self.channel.there(self.bell))
 
     def _enough(self, room: int) -> bool:
         """Whether a claim of so many is worth its round trip by now. Where it is put off, the next look comes soon."""
@@ -145,7 +148,7 @@ class Watch:
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
         with self._hurried():
-            found, retry_after = self.channel.claim(room, True, ahead)
+            found, retry_after = self.channel.claim(room, True, ahead, self._listen())
         self.waiting.extend(found)
         self._put_off_until = None
         # less than was asked for is all there is, and the next message rings
@@ -165,7 +168,7 @@ class Watch:
             return False
         if self._sender is None:
             self._sender = channel.broker.store.sender()
-        self.ahead = channel.claim_ahead(room, self._sender)
+        self.ahead = channel.claim_ahead(room, self._sender, self.bell)
         if self.ahead is None:
             return False
         self._put_off_until = None

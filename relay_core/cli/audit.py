@@ -31,7 +31,7 @@ def audit(ctx: click.Context, session: Session, queues: tuple[str, ...], no_repa
             try:
                 reports.append(broker.audit(name, not no_repair, note))
             except (StoreError, Unavailable) as error:
-                if queues or (isinstance(error, Unavailable) and broker.url.topology != "cluster"):
+                if queues or (isinstance(error, Unavailable) and not broker.url.several):
                     raise
                 left_out[name] = str(error)
     clean = all(report.clean for report in reports)

@@ -24,7 +24,7 @@ def topology(broker: Broker, infos: Infos) -> Iterator[Finding]:
     """How the store is reached, and whether it is whole."""
     url = broker.url
     tls = ", over TLS" if url.tls else ""
-    if url.topology == "cluster":
+    if url.several:
         yield from _cluster(broker, tls)
         return
     ((node, info),) = infos.items()

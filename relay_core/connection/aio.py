@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from relay_core.clock import sent_now
@@ -13,7 +14,9 @@ from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients
 from relay_core.connection.aiobell import AsyncBell
 from relay_core.connection.aiopool import AsyncLink, AsyncPool
+from relay_core.connection.lookout import PATIENCE, Lookout
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
+from relay_core.connection.sync import SyncStore
 from relay_core.connection.topology import Router
 from relay_core.errors import RelayError, Unavailable
 from relay_core.settings import StoreSettings, StoreUrl
@@ -38,6 +41,7 @@ class AsyncStore:
         self._pools: dict[Address, AsyncPool] = {}
         self._home: tuple[asyncio.AbstractEventLoop, int] | None = None
         self._closed = False
+        self.lookout = Lookout(partial(SyncStore, url, self.settings.impatient(PATIENCE)))
 
     async def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""
@@ -77,9 +81,17 @@ class AsyncStore:
         """A bell that rings when one of the markers is set. It has connections of its own."""
         return AsyncBell(self, markers)
 
+    async def find(self, keys: Sequence[bytes]) -> dict[bytes, Address | RelayError]:
+        """See SyncStore.find."""
+        return await self._drive(attempts.find(keys, self._router, self._policy))
+
     async def locate(self, keys: Sequence[bytes]) -> dict[bytes, Address]:
-        """The server of each key, found fit. Tries once and raises what stands in the way."""
+        """See SyncStore.locate."""
         return await self._drive(attempts.locate(keys, self._router, self._policy))
+
+    def where(self, key: bytes) -> Address | None:
+        """See SyncStore.where."""
+        return self._router.address(key)
 
     def doubt(self, address: Address) -> None:
         """A connection of a bell to that server was lost: ask for the topology before the next command."""
@@ -88,6 +100,7 @@ class AsyncStore:
     async def close(self) -> None:
         """Close the connections. Commands under way finish; later ones raise Unavailable."""
         self._closed = True
+        self.lookout.close()
         here = self._home == (asyncio.get_running_loop(), os.getpid())
         pools, self._pools = self._pools, {}
         for pool in pools.values() if here else ():

@@ -207,18 +207,32 @@ def everywhere(args: tuple[Arg, ...], router: Router, policy: Policy, started: f
     return calls
 
 
-def locate(keys: Iterable[bytes], router: Router, policy: Policy) -> Flow[dict[bytes, Address]]:
-    """The server for each key, found fit. Tries once; raises what stands in the way."""
+def find(keys: Iterable[bytes], router: Router, policy: Policy) -> Flow[dict[bytes, Address | RelayError]]:
+    """The server for each key, found fit; what stands in the way in its place. Tries once."""
     error = yield from router.discover()
-    found: dict[bytes, Address] = {}
+    found: dict[bytes, Address | RelayError] = {}
+    looked_at: dict[Address, Address | RelayError] = {}
     for key in keys:
         address = router.address(key)
         if error is not None or address is None:
-            raise error or Unavailable(router.reason())
-        judged = yield from _look_at(address, router, policy)
-        if judged is not None:
-            raise judged.error or Unavailable(f"{address}: {judged.text}")
-        found[key] = address
+            found[key] = error or Unavailable(router.reason())
+            continue
+        if address not in looked_at:
+            judged = yield from _look_at(address, router, policy)
+            looked_at[address] = address
+            if judged is not None:
+                looked_at[address] = judged.error or Unavailable(f"{address}: {judged.text}")
+        found[key] = looked_at[address]
+    return found
+
+
+def locate(keys: Iterable[bytes], router: Router, policy: Policy) -> Flow[dict[bytes, Address]]:
+    """The same, but raises what stands in the way."""
+    found: dict[bytes, Address] = {}
+    for key, place in (yield from find(keys, router, policy)).items():
+        if isinstance(place, RelayError):
+            raise place
+        found[key] = place
     return found
 
 

@@ -8,10 +8,11 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from relay_core.commands.command import Arg
 from relay_core.connection import clients, forks
+from relay_core.connection.absence import Absence
 from relay_core.connection.replies import (
     LOST,
     NOT_OPENED,
@@ -56,7 +57,7 @@ def group_markers(url: StoreUrl, markers: Sequence[bytes]) -> list[tuple[bytes, 
         raise InvalidArgument("a bell needs at least one marker")
     once = tuple(dict.fromkeys(markers))
     # In a cluster each marker is in a slot of its own, and a command takes keys of one slot only.
-    return [(marker,) for marker in once] if url.topology == "cluster" else [once]
+    return [(marker,) for marker in once] if url.several else [once]
 
 
 def refused_error(error: BaseException, address: Address) -> RelayError:
@@ -79,6 +80,9 @@ def _raised(judged: Judgement, address: Address) -> RelayError:
 
 class Channel:
     """One connection that blocks on the markers of one server."""
+
+    missed: RelayError | None = None
+    """Why its server is away, which is looked out for."""
 
     def __init__(self, markers: Sequence[bytes]) -> None:
         self.markers = tuple(markers)
@@ -107,13 +111,13 @@ class Channel:
                 connection.disconnect()
 
 
-class Bell:
+class Bell(Absence[Channel]):
     """Rings when a marker is set. One thread uses it at a time; only `wake` may be called from others.
 
     While it is armed, BZPOPMIN is outstanding at the server: a marker that it takes is this bell's to look
     after, so keep it armed only while somebody waits. Made by `SyncStore.bell`.
 
-    :ivar popped: the markers taken when it rang last
+    :ivar popped: the markers taken when it rang last, or whose server was back
     """
 
     def __init__(self, store: SyncStore, markers: Sequence[bytes]) -> None:
@@ -122,6 +126,7 @@ class Bell:
         self._closed = self._forked = False
         self._wake_in, self._wake_out = _wake_pair()
         self.popped: tuple[bytes, ...] = ()
+        self._begin(store)
         forks.watch(self)
 
     def after_fork(self) -> None:
@@ -129,8 +134,9 @@ class Bell:
 
     @property
     def armed(self) -> bool:
-        """True while every marker is being waited for. No more once an answer is overdue: `arm` and `rung` tell why."""
-        return all(channel.armed and not channel.overdue() for channel in self._channels)
+        """True while every marker is being waited for that is not put off. No more once an answer is overdue: `arm` and
+        `rung` tell why."""
+        return all((one.armed and not one.overdue()) or one.missed is not None for one in self._channels)
 
     def arm(self, timeout: float | None) -> None:
         """Start to wait for the markers, where that is not under way already. Connects if need be.
@@ -142,12 +148,29 @@ class Bell:
         for channel in self._channels:
             if channel.overdue():
                 self._give_up(channel, no_answer())
-        idle = [channel for channel in self._channels if not channel.armed]
+        idle = [channel for channel in self._channels if not channel.armed and channel.missed is None]
         if not idle:
             return
-        found = self._store.locate([channel.markers[0] for channel in idle])
+        found = self._store.find([channel.markers[0] for channel in idle])
         for channel in idle:
-            self._arm(channel, found[channel.markers[0]], block_seconds(timeout))
+            place = found[channel.markers[0]]
+            if isinstance(place, RelayError):
+                self._miss(channel, place)
+                continue
+            self._arm(channel, place, block_seconds(timeout))
+            if channel.missed is not None:  # it may have kept this thread waiting, and is not to do so again
+                found.update({marker: channel.missed for marker, other in found.items() if other == place})
+
+    def put_off(self, marker: bytes, error: Unavailable) -> bool:
+        """Who asked the server of a marker has found it away. False where there are no others to turn to meanwhile."""
+        if self._several:
+            where = self._store.where(marker)
+            for channel in self._channels:
+                if marker in channel.markers or (where and where == self._store.where(channel.markers[0])):
+                    channel.close()
+                    channel.address = where
+                    self._miss(channel, error)
+        return self._several
 
     def _question(self, channel: Channel, timeout: str) -> tuple[Arg, ...]:
         """What blocks at the server until there is something to tell."""
@@ -175,7 +198,8 @@ class Bell:
                 if not isinstance(error, NOT_OPENED):
                     raise
                 self._store.doubt(address)
-                raise refused_error(error, address) from error
+                self._miss(channel, refused_error(error, address), error)
+                return
             channel.connection = made
         packed = clients.checked_pack(self._question(channel, timeout))
         try:
@@ -185,15 +209,15 @@ class Bell:
         except BaseException as error:
             self._give_up(channel, error)
 
-    def _give_up(self, channel: Channel, error: BaseException) -> NoReturn:
-        """Close a connection that is lost, or of which nobody knows what comes next, and raise what says so."""
+    def _give_up(self, channel: Channel, error: BaseException) -> None:
+        """Close a connection that is lost, or of which nobody knows what comes next."""
         address = channel.address
         assert address is not None
         channel.close()
         if not isinstance(error, LOST):
             raise error
         self._store.doubt(address)
-        raise cut_error(error, address) from error
+        self._miss(channel, cut_error(error, address), error)
 
     def sockets(self) -> list[Any]:
         """What to select on for reading: the connections that are armed, and the one of `wake`."""
@@ -205,7 +229,7 @@ class Bell:
         return [socket.fileno() for socket in self.sockets()]
 
     def rung(self) -> bool:
-        """Read what has come, without blocking. True if a marker was taken.
+        """Read what has come, without blocking. True if a marker was taken, or see Absence.
 
         False if nothing came, or if the server gave up waiting: then `armed` is False. Raises Unavailable
         when a connection was cut, or an answer is overdue.
@@ -219,7 +243,7 @@ class Bell:
         for channel in self._channels:
             if channel.armed:
                 self._read(channel)
-        return bool(self.popped)
+        return self._rings()
 
     def _read(self, channel: Channel) -> None:
         connection, address = channel.connection, channel.address
@@ -236,11 +260,12 @@ class Bell:
         except BaseException as error:
             if not self._tolerates(error, address):
                 self._give_up(channel, error)
+                return
             channel.close()
             self._store.doubt(address)
 
     def wait(self, timeout: float) -> bool:
-        """Block this thread until a marker is taken, `wake` is called or `timeout` seconds have passed.
+        """Block this thread until it rings, `wake` is called or `timeout` seconds have passed.
 
         Punctual to about a millisecond: the server's own timeouts come up to 0.1 s late on an idle server, so
         the wait ends here and BZPOPMIN stays outstanding for the next call.
@@ -257,7 +282,7 @@ class Bell:
             if not self.armed:
                 self.arm(left)
                 continue
-            left = min(left, *(channel.answer_by - now for channel in self._channels))
+            left = min([left, *(channel.answer_by - now for channel in self._channels if channel.armed)])
             if self._wake_in.fileno() in readable(self.filenos(), left):
                 self._drain()
                 return self._look()
@@ -266,6 +291,8 @@ class Bell:
         """End a `wait` of another thread, or the next one. May be called from any thread, at any time."""
         with suppress(OSError):  # full: it will wake up anyway. Closed: nobody waits
             self._wake_out.send(b"w")
+
+    _nudge = wake
 
     def _drain(self) -> None:
         with suppress(OSError):
@@ -277,12 +304,14 @@ class Bell:
             raise Unavailable("this bell is closed")
         if self._forked:
             self._forked = False
+            self._begin_anew()
             self._channels = [Channel(channel.markers) for channel in self._channels]
             self._wake_in, self._wake_out = _wake_pair()
 
     def close(self) -> None:
         """Close the connections; the server forgets that this bell waited."""
         self._closed = True
+        self._store.lookout.forget(self)
         for channel in self._channels:
             channel.close()
         self._wake_in.close()

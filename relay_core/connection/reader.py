@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay_core.commands.command import Arg
 from relay_core.connection.bell import Bell, Channel
@@ -83,6 +83,6 @@ class Reader(Bell):
         self._unsure = True  # a tolerated error, too, closes the connection
         return super()._tolerates(error, address)
 
-    def _give_up(self, channel: Channel, error: BaseException) -> NoReturn:
+    def _give_up(self, channel: Channel, error: BaseException) -> None:
         self._unsure = True
         super()._give_up(channel, error)

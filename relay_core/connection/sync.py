@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from relay_core.clock import sent_now
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
+from relay_core.connection.lookout import PATIENCE, Lookout
 from relay_core.connection.pool import Link, Pool
 from relay_core.connection.reader import Reader
 from relay_core.connection.sender import Sender
@@ -41,6 +43,7 @@ class SyncStore:
         self._router = Router(url)
         self._pools: dict[Address, Pool] = {}
         self._closed = False
+        self.lookout = Lookout(partial(SyncStore, url, self.settings.impatient(PATIENCE)))
         forks.watch(self)
 
     def run(self, command: Command[T]) -> T:
@@ -92,6 +95,12 @@ class SyncStore:
         self._drive(attempts.settle([call], self._router, self._patience(), time.monotonic()))
         return call.outcome()
 
+    def raw_many(self, wires: Sequence[tuple[Arg, ...]]) -> list[Any]:
+        """The same for several, in one pipeline per server. The errors of single commands stand in their places."""
+        calls = [attempts.raw_call(args) for args in wires]
+        self._drive(attempts.settle(calls, self._router, self._patience(), time.monotonic()))
+        return [call.result if call.error is None else call.error for call in calls]
+
     def raw_all(self, *args: Arg) -> dict[str, Any]:
         """The same on every primary of a cluster, by `host:port`; one entry for other stores."""
         flow = attempts.everywhere(args, self._router, self._policy, time.monotonic())
@@ -142,9 +151,17 @@ class SyncStore:
         """
         return Reader(self, streams, group, consumer, last or {})
 
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, Address | RelayError]:
+        """The server of each key, found fit; what stands in the way in its place. Tries once."""
+        return self._drive(attempts.find(keys, self._router, self._policy))
+
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Address]:
-        """The server of each key, found fit. Tries once and raises what stands in the way."""
+        """The same, but raises what stands in the way."""
         return self._drive(attempts.locate(keys, self._router, self._policy))
+
+    def where(self, key: bytes) -> Address | None:
+        """The server of a key, as far as is known without asking."""
+        return self._router.address(key)
 
     def doubt(self, address: Address) -> None:
         """A connection of a bell to that server was lost: ask for the topology before the next command."""
@@ -153,6 +170,7 @@ class SyncStore:
     def close(self) -> None:
         """Close the connections. Commands under way finish; later ones raise Unavailable."""
         self._closed = True
+        self.lookout.close()
         pools, self._pools = self._pools, {}
         for pool in pools.values():
             pool.close()

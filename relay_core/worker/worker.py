@@ -41,9 +41,8 @@ _FAREWELL = 1.0
 """Seconds for which a worker that stops tries to tell what is left to tell, where the server is away."""
 
 
-_TURN, _LONGEST_PUT_OFF = 1.0, 5.0
-"""Seconds for which a queue's claim is repeated where others may lie on another server, and for which these then have
-the worker to themselves at most."""
+_TURN = 1.0
+"""Seconds for which a queue's claim is repeated where others may lie on another server."""
 
 
 class _Cut(BaseException):
@@ -119,7 +118,7 @@ class Worker:
         self._until = math.inf  # monotonic; from then on nothing is repeated
         self._away_at: float | None = None  # monotonic; when the server was asked last, if it was away
         self._asked: float | None = None  # monotonic; since when a command is under way
-        self._ask_at: dict[str, float] = {}  # monotonic, of queues whose server is away alone
+        self._markers = {queue: broker.settings.keys(queue).marker for queue in self.queues}
         self._idle = False
         self._mean = 0.0
         self._bell: Bell | None = None
@@ -139,8 +138,7 @@ class Worker:
             pool: Pool = (LoopPool if is_async(self._handler) else ThreadPool)(
                 self._handler, self.concurrency, self._held, self._done, self.broker.plugins
             )
-            markers = [self.broker.settings.keys(queue).marker for queue in self.queues]
-            self._bell = self.broker.store.bell(markers)
+            self._bell = bell = self.broker.store.bell(list(self._markers.values()))
             if self._metrics:
                 self._metrics.start()
             heartbeat.start()
@@ -150,7 +148,7 @@ class Worker:
             )
             try:
                 try:
-                    self._work(pool)
+                    self._work(pool, bell)
                 finally:  # also when claims are refused for good: what runs may end, and need not run again
                     self._drain()
             finally:
@@ -183,28 +181,25 @@ class Worker:
 
     # on the thread of `run`
 
-    def _work(self, pool: Pool) -> None:
+    def _work(self, pool: Pool, bell: Bell) -> None:
         woken = False
         while not self._stops:
             self._news.forget()
             self._sort_ended()
             wait: float | None = None
             busy = False
+            if bell.away:  # a worker that is busy does not wait for it
+                woken = bell.rung() or woken
             for queue in self.queues:
-                began = time.monotonic()
-                if (put_off := self._ask_at.get(queue, began) - began) > 0:
-                    wait = put_off if wait is None else min(wait, put_off)
+                if self._markers[queue] in bell.away:
                     continue
-                # the marker of one that was put off may have been taken in the meantime
-                back = self._ask_at.pop(queue, None) is not None
                 room = max(0, self._capacity() - len(self._held))
                 try:
                     with self._turning():
-                        got, retry_after = self._exchange(queue, room, woken or back)
+                        got, retry_after = self._exchange(queue, room, woken)
                 except Unavailable as error:
                     logger.warning("the server cannot be reached, held jobs go on: %s", error)
-                    got, retry_after = [], 1.0
-                    self._put_off(queue, began)
+                    got, retry_after = [], None if bell.put_off(self._markers[queue], error) else 1.0
                 for job in got:
                     self._held.add(job)
                     if self.broker.settings.is_suspect(job):
@@ -221,21 +216,10 @@ class Worker:
             if self._alone:
                 self._run_alone(pool)
 
-    @property
-    def _elsewhere(self) -> bool:
-        """Whether queues may lie on other servers than one that is away."""
-        return len(self.queues) > 1 and self.broker.url.topology == "cluster"
-
     def _turning(self) -> AbstractContextManager[None]:
         """Around what is asked of one queue: where others may lie elsewhere, it is soon their turn."""
         hurried = self.broker.store.hurried
-        return hurried(_TURN, until=lambda: self._until) if self._elsewhere else nullcontext()
-
-    def _put_off(self, queue: str, began: float) -> None:
-        """Its server is away: the others have some time to themselves."""
-        now = time.monotonic()
-        if self._elsewhere:
-            self._ask_at[queue] = now + min(_LONGEST_PUT_OFF, max(_TURN, 3 * (now - began)))
+        return hurried(_TURN, until=lambda: self._until) if self.broker.url.several else nullcontext()
 
     def _run_alone(self, pool: Pool) -> None:
         """Run suspects one at a time with nothing else held, so that a poison job takes no neighbour to dead.
@@ -347,9 +331,10 @@ class Worker:
         assert self._bell is not None
         self._bell.close()
         self._hand_back(started=False)
-        with suppress(RelayError):
-            for queue in () if self._hopeless else self.queues:
-                self._exchange(queue, 0, woken=True)  # a wake-up that came too late is for another worker
+        for queue in self.queues:
+            if not (self._hopeless or self._markers[queue] in self._bell.away):
+                with suppress(RelayError):
+                    self._exchange(queue, 0, woken=True)  # a wake-up that came too late is for another worker
         if (running := len(self._held)) and self._stops < 2:
             run, them = ("runs", "it") if running == 1 else ("run", "them")
             told = f"{_jobs(running)} {run}, up to {self.grace:g} s; stop again to hand {them} back"
