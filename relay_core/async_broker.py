@@ -16,7 +16,7 @@ from relay_core.connection import AsyncBell, AsyncStore, RestingBells
 from relay_core.errors import RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
-from relay_core.operations import Flow, Raw, Wait
+from relay_core.operations import Flow, Raw, Wait, Waited
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
 from relay_core.schedule.plan import Scheduled
@@ -67,12 +67,12 @@ class AsyncBroker(BrokerBase):
 
     async def drive(self, flow: Flow[T]) -> T:
         """Carry out a flow, step by step."""
-        rung: bool | None = None
+        waited: Waited | None = None
         while True:
-            end = await self._until_wait(flow, rung)
+            end = await self._until_wait(flow, waited)
             if not isinstance(end, Wait):
                 return end
-            rung = await self._wait(end)
+            waited = await self._wait(end)
 
     async def _until_wait(self, flow: Flow[T], answer: Any) -> T | Wait:
         """Carry out a flow up to its end, or to where it waits for work."""
@@ -97,22 +97,22 @@ class AsyncBroker(BrokerBase):
             return await self.store.raw(*step.args)
         return await self.store.run_many(step)
 
-    async def _wait(self, step: Wait) -> bool:
+    async def _wait(self, step: Wait) -> Waited:
         store = self.store
         resting = self._bells
         bell = resting.take(step.markers) or store.bell(step.markers)
         try:
-            rung = await bell.wait(step.timeout)
+            waited = Waited(await bell.wait(step.timeout), frozenset() if bell.lost else bell.away)
         except Unavailable:
             await bell.close()
             await asyncio.sleep(min(0.1, step.timeout))
-            return True  # the next command finds out whether the server is there, and waits for it
+            return Waited(True)  # the next command finds out whether the server is there, and waits for it
         except BaseException:
             await bell.close()
             raise
         if unused := resting.put(step.markers, bell):
             await unused.close()
-        return rung
+        return waited
 
     # one line per operation, in the order of a job's life
 
@@ -139,13 +139,13 @@ class AsyncBroker(BrokerBase):
     async def claim(self, queues: Sequence[str] | str, count: int = 1, wait: float = 0.0) -> Claimed:
         """See Broker.claim."""
         flow = self.operations.claim(names(queues), count, wait)
-        rung: bool | None = None
+        waited: Waited | None = None
         while True:
-            asking = self._until_wait(flow, rung)
+            asking = self._until_wait(flow, waited)
             end = await self._to_its_end(asking, lambda end: [] if isinstance(end, Wait) else end)
             if not isinstance(end, Wait):
                 return end
-            rung = await self._wait(end)
+            waited = await self._wait(end)
 
     async def _to_its_end(self, asking: Coroutine[Any, Any, T], leased: Callable[[T], Sequence[Job]]) -> T:
         """Carry out what leases jobs. Where its task is cancelled meanwhile, nobody else knows of the leases that it

@@ -17,7 +17,7 @@ from relay_core.connection import Bell, RestingBells, Sender, SyncStore
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Arrival, Claimed, Enqueued, Job, State, StoredJob
 from relay_core.maintenance import AuditReport, Progress
-from relay_core.operations import Flow, Raw, Step, Wait
+from relay_core.operations import Flow, Raw, Step, Wait, Waited
 from relay_core.schedule import flows as schedule_flows
 from relay_core.schedule.flows import Round
 from relay_core.schedule.plan import Scheduled
@@ -116,22 +116,22 @@ class Broker(BrokerBase):
             return self.store.raw(*step.args)
         return self._wait(step)
 
-    def _wait(self, step: Wait) -> bool:
+    def _wait(self, step: Wait) -> Waited:
         store = self.store
         resting = self._bells
         bell = resting.take(step.markers) or store.bell(step.markers)
         try:
-            rung = bell.wait(step.timeout)
+            waited = Waited(bell.wait(step.timeout), frozenset() if bell.lost else bell.away)
         except Unavailable:
             bell.close()
             time.sleep(min(0.1, step.timeout))
-            return True  # the next command finds out whether the server is there, and waits for it
+            return Waited(True)  # the next command finds out whether the server is there, and waits for it
         except BaseException:
             bell.close()
             raise
         if unused := resting.put(step.markers, bell):
             unused.close()
-        return rung
+        return waited
 
     # one line per operation, in the order of a job's life
 

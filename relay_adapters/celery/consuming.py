@@ -42,6 +42,8 @@ class Consuming(Settling):
     _receivers: dict[str, dict[str, Receiver]]
     order: Any
     boxes: dict[str, Any]
+    bell: Bell | None = None
+    """Of the queues that it consumes from. It puts off those whose server is away alone."""
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
         super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
@@ -94,21 +96,19 @@ class Consuming(Settling):
         """The queues of jobs that this channel consumes from."""
         return tuple(dict.fromkeys(queue for queue in self._active_queues if queue not in self.boxes))
 
-    def claim(
-        self, room: int, woken: bool, ahead: Ahead | None = None, bell: Bell | None = None
-    ) -> tuple[list[Delivery], float | None]:
+    def claim(self, room: int, woken: bool, ahead: Ahead | None = None) -> tuple[list[Delivery], float | None]:
         """Claim up to `room` messages, and send the acks that are pending in the same round trip.
 
         Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell. A
-        message that may kill this process comes without the others, which are handed back.
+        message that may kill this process comes without the others, which are handed back. A queue whose server is away
+        alone is put off.
 
         :param ahead: what `claim_ahead` made, if it did: of its queue nothing more is claimed
-        :param bell: puts off the queues whose server is away. Default: that is raised
         """
         found: list[Delivery] = []
         again: float | None = None
         failed: RelayError | None = None
-        queues = self._there(in_order(self.order, self.consumed), bell)
+        queues = self._there(in_order(self.order, self.consumed))
         if ahead is not None:
             queues = [ahead.queue, *(queue for queue in queues if queue != ahead.queue)]
         for queue in queues:
@@ -125,7 +125,7 @@ class Consuming(Settling):
                     self.order.rotate(queue)
                 enough = self._receive(jobs, tags, found)
             except RelayError as error:
-                if isinstance(error, Unavailable) and bell is not None and bell.put_off(self._marker(queue), error):
+                if isinstance(error, Unavailable) and self._put_off(queue, error):
                     continue
                 if found:
                     failed = error
@@ -145,23 +145,27 @@ class Consuming(Settling):
             raise failed
         return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
 
-    def claim_ahead(self, room: int, sender: Sender, bell: Bell | None = None) -> Ahead | None:
+    def claim_ahead(self, room: int, sender: Sender) -> Ahead | None:
         """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
         what is claimed of it ends at once, or no server is there."""
-        queue = next(iter(self._there(in_order(self.order, self.consumed), bell)), None)
+        queue = next(iter(self._there(in_order(self.order, self.consumed))), None)
         if queue is None or queue in self._no_ack:
             return None
         return Ahead(self.leases, sender, queue, room, self.credit_freed)
 
-    def there(self, bell: Bell | None) -> Sequence[str]:
-        """The consumed queues but those that the bell puts off."""
-        return self._there(self.consumed, bell)
+    @property
+    def there(self) -> Sequence[str]:
+        """The consumed queues but those that are put off."""
+        return self._there(self.consumed)
 
-    def _there(self, queues: Sequence[str], bell: Bell | None) -> Sequence[str]:
-        away = frozenset() if bell is None else bell.away
-        return [queue for queue in queues if self._marker(queue) not in away] if away else queues
+    def _there(self, queues: Sequence[str]) -> Sequence[str]:
+        away = self.bell.away if self.bell is not None else None
+        return [queue for queue in queues if self.marker(queue) not in away] if away else queues
 
-    def _marker(self, queue: str) -> bytes:
+    def _put_off(self, queue: str, error: Unavailable) -> bool:
+        return self.bell is not None and self.bell.put_off(self.marker(queue), error)
+
+    def marker(self, queue: str) -> bytes:
         return self.broker.settings.keys(queue).marker
 
     def _receive(self, jobs: Sequence[Job], tags: Sequence[str], found: list[Delivery]) -> bool:
@@ -226,13 +230,13 @@ class Consuming(Settling):
         self.leases.sent(acks, acked)
         return jobs
 
-    def pass_on(self, bell: Bell) -> None:
+    def pass_on(self) -> None:
         """A wake-up came that this channel has no credit for: let another worker have it."""
-        for queue in self.there(bell):
+        for queue in self.there:
             try:
                 self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
             except Unavailable as error:
-                if not bell.put_off(self._marker(queue), error):
+                if not self._put_off(queue, error):
                     raise
 
     def _received(self, job: Job, tag: str | None = None, asked: bool = False) -> Any:

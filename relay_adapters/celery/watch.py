@@ -35,7 +35,6 @@ class Watch:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.queues: tuple[str, ...] = ()
-        self.bell: Bell | None = None
         self.look_at = 0.0
         """Monotonic time of the next look even without a wake-up."""
         self.hungry = True
@@ -49,6 +48,10 @@ class Watch:
         self._put_off_until: float | None = None
         """Monotonic time, where a claim of few was put off."""
 
+    @property
+    def bell(self) -> Bell | None:
+        return self.channel.bell
+
     def arm(self) -> Bell | None:
         """Wait for wake-ups where the channel consumes and has credit. Raises Unavailable."""
         channel, bell = self.channel, self._listen()
@@ -61,11 +64,12 @@ class Watch:
 
     def _listen(self) -> Bell | None:
         """The bell of the queues that are consumed by now."""
-        queues, broker = self.channel.consumed, self.channel.broker
+        queues = self.channel.consumed
         if queues != self.queues and set(queues) != set(self.queues):
             self._silence()
         if self.bell is None and queues:
-            self.bell, self.queues = broker.store.bell([broker.settings.keys(queue).marker for queue in queues]), queues
+            self.channel.bell = self.channel.broker.store.bell([self.channel.marker(queue) for queue in queues])
+            self.queues = queues
         return self.bell
 
     @property
@@ -89,7 +93,7 @@ class Watch:
         if self.hungry:  # acks that are pending go along with the claim that comes
             room = self.channel.qos.room()
             return not room or not self._wants(room, now)
-        if self.channel.leases.owed.pending(self.channel.there(bell)):
+        if self.channel.leases.owed.pending(self.channel.there):
             return False
         return bell.armed or not self.channel.qos.can_consume()
 
@@ -115,9 +119,9 @@ class Watch:
             return self._deliver()
         if room == 0:
             self.hungry = True
-            if rung and bell is not None:
+            if rung:
                 with self._hurried():
-                    channel.pass_on(bell)
+                    channel.pass_on()
         if now >= self.look_at:
             # without credit there is nothing to look for before an ack
             self.look_at = now + channel.broker.settings.max_block
@@ -131,7 +135,7 @@ class Watch:
         """
         if self.hungry:
             return self._enough(room)
-        return now >= self.look_at or self.channel.leases.owed.pending(self.channel.there(self.bell))
+        return now >= self.look_at or self.channel.leases.owed.pending(self.channel.there)
 
     def _enough(self, room: int) -> bool:
         """Whether a claim of so many is worth its round trip by now. Where it is put off, the next look comes soon."""
@@ -147,8 +151,9 @@ class Watch:
         return False
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
+        self._listen()
         with self._hurried():
-            found, retry_after = self.channel.claim(room, True, ahead, self._listen())
+            found, retry_after = self.channel.claim(room, True, ahead)
         self.waiting.extend(found)
         self._put_off_until = None
         # less than was asked for is all there is, and the next message rings
@@ -168,7 +173,7 @@ class Watch:
             return False
         if self._sender is None:
             self._sender = channel.broker.store.sender()
-        self.ahead = channel.claim_ahead(room, self._sender, self.bell)
+        self.ahead = channel.claim_ahead(room, self._sender)
         if self.ahead is None:
             return False
         self._put_off_until = None
@@ -270,7 +275,7 @@ class Watch:
     def _silence(self) -> None:
         if self.bell is not None:
             self.bell.close()
-            self.bell = None
+            self.channel.bell = None
         self.queues = ()
         self.hungry = True
 

@@ -21,7 +21,7 @@ from relay_adapters.dramatiq.message import Holding, Lease, RelayMessage, delive
 from relay_core import Broker, Job
 from relay_core.commands import Nack
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.operations import Flow, Wait
+from relay_core.operations import Flow, Wait, Waited
 from relay_core.operations.ending import safe_repr
 
 logger = logging.getLogger("relay.dramatiq")
@@ -34,8 +34,8 @@ MAX_RETRIES = 2**31
 
 
 def _wait(marker: bytes, timeout: float) -> Flow[bool]:
-    rung: bool = yield Wait((marker,), timeout)
-    return rung
+    waited: Waited = yield Wait((marker,), timeout)
+    return waited.rung
 
 
 class RelayConsumer(Consumer):

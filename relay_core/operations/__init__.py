@@ -9,9 +9,9 @@ from relay_core.operations.claiming import Claiming
 from relay_core.operations.ending import error_text
 from relay_core.operations.enqueueing import Enqueueing
 from relay_core.operations.settings import Settings
-from relay_core.operations.steps import Flow, Raw, Step, Wait
+from relay_core.operations.steps import Flow, Raw, Step, Wait, Waited
 
-__all__ = ["Flow", "Operations", "Raw", "Settings", "Step", "Wait", "error_text"]
+__all__ = ["Flow", "Operations", "Raw", "Settings", "Step", "Wait", "Waited", "error_text"]
 
 
 class Operations(Enqueueing, Claiming):

@@ -13,7 +13,7 @@ from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Claimed, Job
 from relay_core.operations.burials import Burials
 from relay_core.operations.ending import Ending, ack_of, are_plain
-from relay_core.operations.steps import Flow, Wait
+from relay_core.operations.steps import Flow, Wait, Waited
 from relay_core.validation import seconds, whole
 
 _PUT_OFF = 5.0
@@ -36,11 +36,13 @@ class Claiming(Ending, Burials):
         whole("count", count, least=1, most=MAX_BATCH)
         seconds("wait", wait)
         deadline = time.monotonic() + wait
-        markers = tuple(self.settings.keys(queue).marker for queue in queues)
+        markers = {self.settings.keys(queue).marker: queue for queue in queues}
+        away: set[str] = set()
         while True:
             found, now = Claimed(), time.monotonic()
             # one whose server is away alone, or that is at fault itself, keeps no other from being asked
-            for queue in sorted(queues, key=lambda queue: now < self.seen(queue).away_until):
+            there = [queue for queue in queues if queue not in away]
+            for queue in sorted(there, key=lambda queue: now < self.seen(queue).away_until):
                 seen = self.seen(queue)
                 if found and now < seen.away_until:
                     break
@@ -67,7 +69,8 @@ class Claiming(Ending, Burials):
             if found or left <= 0:
                 return found
             hint = self.settings.max_block if found.retry_after is None else found.retry_after
-            yield Wait(markers, max(0.001, min(left, hint, self.settings.max_block)))
+            waited: Waited = yield Wait(tuple(markers), max(0.001, min(left, hint, self.settings.max_block)))
+            away = {markers[marker] for marker in waited.away}
             # whoever waited may have taken the marker, and must put it back while work remains
             woken = True
 
