@@ -12,6 +12,7 @@ import pytest
 
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import AsyncBell, AsyncStore, SyncStore
+from relay_core.errors import RelayError
 from relay_core.scripts import Script
 from relay_core.settings import StoreSettings, StoreUrl, parse_url
 
@@ -21,7 +22,16 @@ KINDS: tuple[Kind, ...] = ("sync", "async")
 
 class BellFace(Protocol):
     @property
+    def popped(self) -> tuple[bytes, ...]: ...
+
+    @property
     def armed(self) -> bool: ...
+
+    @property
+    def away(self) -> frozenset[bytes]: ...
+
+    @property
+    def lost(self) -> RelayError | None: ...
 
     def arm(self, timeout: float) -> None: ...
 
@@ -100,8 +110,20 @@ class _AwaitedBell:
         self._bell, self._loop = bell, loop
 
     @property
+    def popped(self) -> tuple[bytes, ...]:
+        return self._bell.popped
+
+    @property
     def armed(self) -> bool:
         return self._bell.armed
+
+    @property
+    def away(self) -> frozenset[bytes]:
+        return self._bell.away
+
+    @property
+    def lost(self) -> RelayError | None:
+        return self._bell.lost
 
     def arm(self, timeout: float) -> None:
         self._loop.run_until_complete(self._bell.arm(timeout))

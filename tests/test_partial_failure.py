@@ -21,6 +21,7 @@ from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.line import Line
 from relay_adapters.dramatiq.message import Holding, Lease
 from relay_core import Broker, Job, hookimpl
+from relay_core.connection import Bell
 from relay_core.errors import StoreError, Unavailable
 from relay_core.worker import Worker
 from relay_core.worker.held import Heartbeat, Held
@@ -375,8 +376,10 @@ def test_a_server_that_hangs_leaves_a_worker_to_the_queues_of_the_others(
 def test_a_queue_that_was_put_off_is_asked_as_if_this_worker_had_taken_its_marker(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it may have, while it had no time for the queue: then it is this worker that has to wake others again."""
+    """As it may have, over a connection that was lost: then it is this worker that has to wake others again. A worker
+    that has other queues to look after looks for it in between."""
     worker, asked = Worker(broker, lambda job: None, ["back", "other"]), list[tuple[str, bool]]()
+    away = [{broker.settings.keys("back").marker}] * 3
 
     def exchange(queue: str, _room: int, woken: bool) -> Any:
         asked.append((queue, woken))
@@ -384,8 +387,13 @@ def test_a_queue_that_was_put_off_is_asked_as_if_this_worker_had_taken_its_marke
             worker.stop()
         return [], None
 
+    def rung(_bell: object) -> bool:
+        away.pop()
+        return not away
+
+    monkeypatch.setattr(Bell, "away", property(lambda _bell: away[0] if away else frozenset()))
+    monkeypatch.setattr(Bell, "rung", rung)
     monkeypatch.setattr(worker, "_exchange", exchange)
     monkeypatch.setattr(worker, "_rest", lambda _wait: False)
-    worker._ask_at["back"] = time.monotonic() - 1
     worker.run()
-    assert asked[:4] == [("back", True), ("other", False), ("back", False), ("other", False)]
+    assert asked[:4] == [("other", False), ("other", False), ("back", True), ("other", True)]

@@ -1,16 +1,24 @@
 """One server of a cluster is away: workers go on with the queues of the others, and with its own once it is back."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from relay_core import Broker
+from relay_core import AsyncBroker, Broker, Job
+from relay_core.errors import Unavailable
 from relay_core.keys import queue_keys
+from relay_core.worker import Worker
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
+from tests.shells import Open, kind, store_at  # noqa: F401 (fixtures)
 from tests.topologies import Cluster
 
 pytestmark = pytest.mark.slow
@@ -39,8 +47,11 @@ def server_of(cluster: Cluster, key: bytes) -> Server:
 
 def queue_at(cluster: Cluster, server: Server) -> str:
     """A queue that lies there."""
-    names = (f"q{n}" for n in range(1000))
-    return next(name for name in names if server_of(cluster, queue_keys("relay", name).marker) is server)
+    return next(name for n in range(1000) if queue_is_at(cluster, server, name := f"q{n}"))
+
+
+def queue_is_at(cluster: Cluster, server: Server, name: str) -> bool:
+    return server_of(cluster, queue_keys("relay", name).marker) is server
 
 
 def two_without_mail(cluster: Cluster) -> tuple[Server, Server]:
@@ -55,6 +66,145 @@ def lose(server: Server, how: str) -> None:
 
 def regain(server: Server, how: str) -> None:
     server.start() if how == "killed" else server.resume()
+
+
+def looks_out() -> bool:
+    return any(thread.name == "relay-lookout" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def apart(parted: Cluster) -> tuple[Server, str, str]:
+    """A server, a queue that lies there, and one that lies elsewhere."""
+    server, other = two_without_mail(parted)
+    return server, queue_at(parted, server), queue_at(parted, other)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_bell_rings_for_the_servers_that_are_there_and_for_one_that_is_back(
+    parted: Cluster, apart: tuple[Server, str, str], store_at: Open, how: str
+) -> None:
+    server, *queues = apart
+    gone, there = (queue_keys("relay", queue).marker for queue in queues)
+    bell = store_at(parted.url, socket_timeout=1.0).bell([gone, there])
+    assert not bell.wait(0.01)
+    assert bell.armed
+    lose(server, how)
+    try:
+        eventually(lambda: not bell.wait(0.01) and bell.away == {gone}, "it to be missed")
+        for _ in range(9):
+            server_of(parted, there).cli("ZADD", there, 0, "w")
+            assert bell.wait(30)
+            assert bell.popped == (there,)
+        assert bell.away == {gone}
+        assert bell.lost is None
+    finally:
+        regain(server, how)
+    assert bell.wait(60)
+    assert bell.popped == (gone,)
+    assert not bell.away
+    parted.wait_until_ok()
+    server.cli("ZADD", gone, 0, "w")
+    assert bell.wait(30)
+    assert bell.popped == (gone,)
+    bell.close()
+    eventually(lambda: not looks_out(), "nobody to look out any more")
+
+
+def test_a_bell_of_which_all_servers_are_away_rings_once(
+    parted: Cluster, apart: tuple[Server, str, str], store_at: Open
+) -> None:
+    server, gone, _there = apart
+    bell = store_at(parted.url).bell([queue_keys("relay", gone).marker])
+    assert not bell.wait(0.01)
+    lose(server, "killed")
+    try:
+        assert bell.wait(30)
+        assert bell.popped == ()
+        assert isinstance(bell.lost, Unavailable)
+        assert not bell.wait(0.01)
+        assert bell.armed, "there is nothing to be armed"
+    finally:
+        regain(server, "killed")
+    assert bell.wait(60)
+    assert bell.lost is None
+    bell.close()
+
+
+def test_who_finds_a_server_away_has_all_its_queues_put_off(parted: Cluster, apart: tuple[Server, str, str]) -> None:
+    server, gone, there = apart
+    same = next(name for n in range(1000) if queue_is_at(parted, server, name := f"other{n}"))
+    with Broker(parted.url, retry_for=0.0) as broker:
+        markers = [broker.settings.keys(queue).marker for queue in (gone, same, there)]
+        bell = broker.store.bell(markers)
+        lose(server, "killed")
+        try:
+            with pytest.raises(Unavailable) as raised:
+                broker.claim(gone)
+            assert bell.put_off(markers[0], raised.value)
+            assert bell.away == set(markers[:2])
+        finally:
+            regain(server, "killed")
+        eventually(lambda: bell.wait(1) and not bell.away, "both to be back", 60)
+        bell.close()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_an_idle_worker_goes_on_without_a_server(
+    parted: Cluster, apart: tuple[Server, str, str], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    server, gone, there = apart
+    done: list[str] = []
+    with Broker(parted.url, socket_timeout=1.0, lease=1.5) as broker, Broker(parted.url) as other:
+        worker = Worker(broker, lambda job: done.append(job.queue), [gone, there])
+        working = threading.Thread(target=worker.run)
+        working.start()
+        try:
+            other.enqueue(gone, b"")
+            eventually(lambda: done == [gone], "the worker to be at work")
+            lose(server, how)
+            eventually(lambda: "are put off" in caplog.text, "the worker to notice", 60)
+            for n in range(1, 10):
+                other.enqueue(there, b"")
+                eventually(lambda n=n: done[1:] == [there] * n, "the next job")
+            regain(server, how)
+            parted.wait_until_ok()
+            other.enqueue(gone, b"")
+            eventually(lambda: done[-1] == gone, "it to be taken up again")
+            tries = [record for record in caplog.records if "cannot be reached" in record.getMessage()]
+            assert len(tries) <= 2, "one by one it is asked only once it answers"
+        finally:
+            regain(server, how) if not server.running or how == "stopped" else None
+            worker.stop()
+            working.join(60)
+    assert not working.is_alive()
+
+
+@pytest.mark.parametrize("face", ["blocking", "asyncio"])
+def test_a_claim_that_waits_hears_of_the_servers_that_are_there(
+    parted: Cluster, apart: tuple[Server, str, str], face: str
+) -> None:
+    server, gone, there = apart
+
+    async def claim() -> list[Job]:
+        async with AsyncBroker(parted.url, lease=60.0) as broker:
+            return await broker.claim([gone, there], wait=60.0)
+
+    def claim_blocking() -> list[Job]:
+        with Broker(parted.url, lease=60.0) as broker:
+            return broker.claim([gone, there], wait=60.0)
+
+    with Broker(parted.url) as other, ThreadPoolExecutor(1) as pool:
+        claiming = pool.submit(claim_blocking if face == "blocking" else lambda: asyncio.run(claim()))
+        for queue in (gone, there):
+            at = server_of(parted, queue_keys("relay", queue).marker)
+            eventually(lambda at=at: at.info("clients")["blocked_clients"] == "1", "it to wait")
+        lose(server, "killed")
+        try:
+            eventually(looks_out, "it to notice")
+            other.enqueue(there, b"")
+            assert [job.queue for job in claiming.result(60)] == [there]
+        finally:
+            regain(server, "killed")
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
