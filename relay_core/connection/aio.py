@@ -14,7 +14,7 @@ from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients
 from relay_core.connection.aiobell import AsyncBell
 from relay_core.connection.aiopool import AsyncLink, AsyncPool
-from relay_core.connection.lookout import PATIENCE, Lookout
+from relay_core.connection.lookout import ASK_EVERY, PATIENCE, Lookout
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
 from relay_core.connection.sync import SyncStore
 from relay_core.connection.topology import Router
@@ -41,7 +41,7 @@ class AsyncStore:
         self._pools: dict[Address, AsyncPool] = {}
         self._home: tuple[asyncio.AbstractEventLoop, int] | None = None
         self._closed = False
-        self.lookout = Lookout(partial(SyncStore, url, self.settings.impatient(PATIENCE)))
+        self.lookout = Lookout(partial(SyncStore, url, self.settings.impatient(PATIENCE), ASK_EVERY))
 
     async def run(self, command: Command[T]) -> T:
         """Run one command and return what its `parse` makes of the reply."""

@@ -22,6 +22,10 @@ PATIENCE = 0.5
 is known soon after its return."""
 
 
+ASK_EVERY = 2.0
+"""Seconds from one question for the topology to the next: to look at a server that is dead costs the others nothing."""
+
+
 class Misses(Protocol):
     def is_back(self, key: bytes) -> None:
         """The server of a key that it misses answers again. Called on the lookout's thread."""

@@ -14,7 +14,7 @@ from relay_core.clock import sent_now
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
-from relay_core.connection.lookout import PATIENCE, Lookout
+from relay_core.connection.lookout import ASK_EVERY, PATIENCE, Lookout
 from relay_core.connection.pool import Link, Pool
 from relay_core.connection.reader import Reader
 from relay_core.connection.sender import Sender
@@ -34,16 +34,17 @@ class SyncStore:
     UnsafeStore, ServerTooOld, LayoutError, StoreError.
     """
 
-    def __init__(self, url: StoreUrl, settings: StoreSettings | None = None) -> None:
+    def __init__(self, url: StoreUrl, settings: StoreSettings | None = None, pause: float = 0.0) -> None:
+        """:param pause: see Router"""
         self.url = url
         self.settings = settings or StoreSettings()
         clients.check(url, self.settings)
         self._policy = attempts.Policy(self.settings)
         self._hurry = threading.local()
-        self._router = Router(url)
+        self._router = Router(url, pause)
         self._pools: dict[Address, Pool] = {}
         self._closed = False
-        self.lookout = Lookout(partial(SyncStore, url, self.settings.impatient(PATIENCE)))
+        self.lookout = Lookout(partial(SyncStore, url, self.settings.impatient(PATIENCE), ASK_EVERY))
         forks.watch(self)
 
     def run(self, command: Command[T]) -> T:

@@ -31,8 +31,11 @@ class Router:
     :ivar why: what stood in the way when it was last asked for
     """
 
-    def __init__(self, url: StoreUrl) -> None:
+    def __init__(self, url: StoreUrl, pause: float = 0.0) -> None:
+        """:param pause: seconds for which what the nodes of a cluster said last is believed, even in doubt"""
         self.url = url
+        self._pause = pause
+        self._believed_until = 0.0
         self.kind = url.topology
         seeds = [Address(host, port) for host, port in url.hosts]
         self._seeds = seeds if self.kind != "unix" else [Address(url.path, 0)]
@@ -103,6 +106,8 @@ class Router:
         again = time.monotonic() > self._ask_at
         if not self.doubtful and not again:
             return None
+        if self._slots and time.monotonic() < self._believed_until:
+            return None
         before = set(self.primaries())
         error = None
         if not self.doubtful:
@@ -169,6 +174,7 @@ class Router:
             refused = error or refused
             if isinstance(reply, list) and reply:
                 self._slots = _slot_map(reply, node)
+                self._believed_until = time.monotonic() + self._pause
                 self.doubtful, self.why = False, ""
                 return None
             notes.append(note or f"{node}: serves no slots")
