@@ -232,30 +232,3 @@ def test_a_celery_worker_goes_on_without_a_server(parted: Cluster, tmp_path: Pat
         assert not worker.logged("Connection to broker lost"), worker.text
         assert worker.stop() == 0
     client.close()
-
-
-@pytest.mark.parametrize("pool", ["prefork", "solo", "gevent"])
-def test_a_celery_worker_goes_on_without_its_mailboxes(parted: Cluster, tmp_path: Path, pool: str) -> None:
-    server, there = server_of(parted, MAIL), queue_at(parted, two_without_mail(parted)[0])
-    with (
-        client_of(parted.url, tmp_path) as client,
-        Broker(parted.url) as broker,
-        CeleryWorker(parted.url, tmp_path, *POOLS[pool], "-Q", there) as worker,
-    ):
-        keys = ["before", "first", "second"]
-        for key in keys:  # a client has to ask that server, too, so they are written before
-            client.send_task("tests.celery_app.run", (key,), queue="written")
-        written = broker.claim("written", 3)
-        broker.enqueue(there, written.pop(0).payload)
-        lose(server, "killed")
-        try:
-            eventually(lambda: worker.logged("are put off"), "the worker to notice", 60)
-            for key, job in zip(keys[1:], written, strict=True):
-                broker.enqueue(there, job.payload)
-                eventually(lambda key=key: lines(tmp_path, start=f"{key} "), f"run of {key}", 60)
-        finally:
-            regain(server, "killed")
-        parted.wait_until_ok()
-        eventually(lambda: client.control.ping(timeout=5, limit=1), "the worker to answer")
-        assert not worker.logged("Connection to broker lost"), worker.text
-        assert worker.stop() == 0

@@ -266,10 +266,11 @@ class Transport(virtual.Transport):
             self._turn_at(min(first, now + _TURN))
 
     def _see_who_is_there(self, watch: Watch | MailWatch) -> None:
-        """Raises Unavailable where the servers of all that is waited for are away, and not of this watch alone."""
+        """Raises Unavailable where the servers of all that is waited for are away, or that of the mailboxes: Celery
+        sends events there all the time, and waits for that."""
         if watch.bell is not None and (lost := watch.bell.lost) is not None:
             bells = [other.bell for other in self._watches.values()]
-            if all(bell is None or bell.lost is not None for bell in bells):
+            if isinstance(watch, MailWatch) or all(bell is None or bell.lost is not None for bell in bells):
                 raise lost
 
     def _turn_at(self, when: float) -> None:
