@@ -1,4 +1,8 @@
-"""After a fork, the child lets go of its parent's connections: it sends nothing on them and ends nothing."""
+"""After a fork, the child lets go of its parent's connections: it sends nothing on them and ends nothing.
+
+Python tells of its own forks. A server that forks in C, such as uWSGI, has Python hear of nothing unless it is told to:
+there the child finds out by its process id, before it sends, locks or makes anything of what is here.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,39 @@ from typing import Protocol
 
 class Forked(Protocol):
     def after_fork(self) -> None:
-        """Called in a fresh child, before anything else of it runs."""
+        """Called in a fresh child, before it uses what its parent had."""
 
 
 _watched: weakref.WeakSet[Forked] = weakref.WeakSet()
+_here = os.getpid()
+"""The process that all these belong to."""
+_turns: dict[int, threading.RLock] = {}
+"""By process id, so that a child never waits for a thread of its parent."""
+_turning = 0
+"""The process whose turn it is."""
 
 
 def watch(owner: Forked) -> None:
     """Have `owner.after_fork()` called in children of this process, for as long as it lives."""
+    look()  # or it would be taken for the parent's
     _watched.add(owner)
+
+
+def look() -> None:
+    """To be called before anything is used that may be the parent's."""
+    if os.getpid() != _here:
+        _turn(os.getpid())
+
+
+def _turn(pid: int) -> None:
+    global _here, _turning
+    with _turns.setdefault(pid, threading.RLock()):  # its other threads wait
+        if pid not in (_here, _turning):  # those that are told may look, too
+            _turning = pid
+            for owner in list(_watched):
+                owner.after_fork()
+            _here, _turning = pid, 0
+            _turns.clear()
 
 
 class Lock:
@@ -35,6 +63,7 @@ class Lock:
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
+        look()
         self._lock.acquire()
 
     def __exit__(self, *_error: object) -> None:
@@ -54,10 +83,5 @@ def let_go(descriptor: int) -> None:
         os.close(nothing)
 
 
-def _in_child() -> None:
-    for owner in list(_watched):
-        owner.after_fork()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=look)

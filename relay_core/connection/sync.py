@@ -204,6 +204,7 @@ class SyncStore:
         return None
 
     def _exchange(self, address: Address, blocks: list[bytes], count: int) -> Outcome:
+        forks.look()
         pool = self._pools.get(address) or self._pool(address)
         link = pool.take()
         if link is None:
