@@ -481,6 +481,12 @@ def test_in_multiprocess_mode_one_scrape_sums_all_processes(server: Server, tmp_
     assert found.stderr.count("counting for whoever serves PROMETHEUS_MULTIPROC_DIR") == 2, "one port for all"
 
 
+def test_a_multiprocess_folder_that_cannot_be_written_to_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/proc/self/task")  # not even root may
+    with pytest.raises(InvalidArgument, match="PROMETHEUS_MULTIPROC_DIR='/proc/self/task' cannot be written to: "):
+        Recorder()
+
+
 # --- depths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
 
@@ -51,13 +52,18 @@ _TIMES = {
 def multiprocess_folder() -> Path | None:
     """Where prometheus-client keeps the values of all processes, if the user asked it to.
 
-    Raises InvalidArgument when there is no such folder.
+    Raises InvalidArgument when there is no such folder, or none that this process may write to: then every count would
+    be an error of its own.
     """
     named = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if named is None:
         return None
     if not Path(named).is_dir():
         raise InvalidArgument(f"PROMETHEUS_MULTIPROC_DIR={named!r} is not a folder; make it, empty, before the start")
+    try:
+        TemporaryFile(dir=named).close()
+    except OSError as error:
+        raise InvalidArgument(f"PROMETHEUS_MULTIPROC_DIR={named!r} cannot be written to: {error}") from error
     return Path(named)
 
 
