@@ -40,14 +40,19 @@ _guard = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
+    global _guard
     for fd in _held:
         os.close(fd)  # without LOCK_UN, which would release the parent's lock too
     _held.clear()
-    _guard.release()
+    _guard = threading.RLock()  # a server that forks in C may have Python hear of it only now, when nobody took it
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=lambda: _guard.acquire(),
+        after_in_parent=lambda: _guard.release(),
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class Lease:

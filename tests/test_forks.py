@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -177,3 +178,15 @@ def test_what_such_a_child_makes_first_is_not_taken_for_its_parents() -> None:
         return owner.calls == 0
 
     assert ends_well(in_child(make))
+
+
+def test_a_child_that_python_hears_of_only_afterwards_takes_that_well() -> None:
+    """So does uWSGI with `py-call-osafterfork`: nothing was called before the fork."""
+
+    def hear() -> bool:
+        raised: list[object] = []
+        sys.unraisablehook = raised.append
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return raised == []
+
+    assert ends_well(in_child(hear))
