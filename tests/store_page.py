@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from relay_adapters.celery import places
+from relay_adapters.celery.queues import places
 from relay_core import keys
 from tests.pages import ROOT
 

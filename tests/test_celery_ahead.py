@@ -13,8 +13,8 @@ from typing import Any
 import kombu
 import pytest
 
-from relay_adapters.celery import watch
-from relay_adapters.celery.ahead import Ahead
+from relay_adapters.celery.receiving import watch
+from relay_adapters.celery.receiving.ahead import Ahead
 from relay_core import Broker
 from relay_core.connection import Sender, readable
 from relay_core.errors import Unavailable
@@ -252,7 +252,7 @@ def test_a_solo_task_that_holds_up_the_loop_costs_what_was_claimed_ahead_nothing
 
 @pytest.fixture
 def loop(tcp: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
-    monkeypatch.setattr("relay_adapters.celery.watch.waiting_in_pool", lambda: 1)
+    monkeypatch.setattr("relay_adapters.celery.receiving.watch.waiting_in_pool", lambda: 1)
     with link(tcp.url, lease=60) as connection:
         yield Loop(connection, 4)
 
@@ -338,7 +338,7 @@ def test_where_nobody_tells_when_tasks_start_none_is_put_off(loop: Loop, engine:
 def test_a_prefetch_of_more_than_one_claim_can_bring_is_claimed_ahead_too(
     tcp: Server, engine: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay_adapters.celery.watch.waiting_in_pool", lambda: 1)
+    monkeypatch.setattr("relay_adapters.celery.receiving.watch.waiting_in_pool", lambda: 1)
     with link(tcp.url, lease=60) as connection:
         loop = Loop(connection, 100)
         for n in range(120):

@@ -11,8 +11,8 @@ from typing import Any
 import kombu
 import pytest
 
-from relay_adapters.celery import deadletters, upkeep
-from relay_adapters.celery.deadletters import SWEEP
+from relay_adapters.celery.sending import deadletters, upkeep
+from relay_adapters.celery.sending.deadletters import SWEEP
 from relay_core import Broker
 from relay_core.errors import RelayError, Unavailable
 from tests.celery_links import BOX, Inbox, got, link, send

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relay_adapters.celery.envelope import head_of
+from relay_adapters.celery.messages.envelope import head_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
 from relay_core import Broker
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines

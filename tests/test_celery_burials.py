@@ -17,7 +17,7 @@ from celery import chord
 from celery.result import AsyncResult
 
 from relay_adapters import telling
-from relay_adapters.celery import burial
+from relay_adapters.celery.outcomes import burial
 from relay_core import Broker, Job, NotYet
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of

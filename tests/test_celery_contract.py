@@ -17,9 +17,10 @@ import pytest
 from amqp.exceptions import PreconditionFailed
 from kombu.common import itermessages
 
-from relay_adapters.celery import routing, topology, upkeep
-from relay_adapters.celery.terms import Terms
-from relay_adapters.celery.upkeep import attendance_of
+from relay_adapters.celery.queues import topology
+from relay_adapters.celery.queues.terms import Terms
+from relay_adapters.celery.sending import routing, upkeep
+from relay_adapters.celery.sending.upkeep import attendance_of
 from relay_core import Broker
 from relay_core.errors import Unavailable
 from relay_core.job import Arrival

@@ -12,8 +12,8 @@ import kombu
 import pytest
 from amqp.exceptions import NotFound
 
-from relay_adapters.celery import moves, remembered, topology
-from relay_adapters.celery.places import Places
+from relay_adapters.celery.queues import moves, remembered, topology
+from relay_adapters.celery.queues.places import Places
 from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually

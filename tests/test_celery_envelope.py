@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relay_adapters.celery.envelope import head_of, pack, pack_stored, unpack
+from relay_adapters.celery.messages.envelope import head_of, pack, pack_stored, unpack
 
 
 def message(**changed: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from celery import Celery
 from kombu.common import Broadcast
 
 from benchmarks.idle import commands_within
-from relay_adapters.celery import moves
-from relay_adapters.celery.places import Places
+from relay_adapters.celery.queues import moves
+from relay_adapters.celery.queues.places import Places
 from relay_core import Broker
 from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send

@@ -16,8 +16,8 @@ from celery import Celery
 from celery._state import _task_stack
 from celery.utils.nodenames import gethostname
 
-from relay_adapters.celery import inhand
-from relay_adapters.celery.envelope import head_of
+from relay_adapters.celery.holding import inhand
+from relay_adapters.celery.messages.envelope import head_of
 from relay_core import Broker, Job, Verdict
 from relay_core.testing.times import advance
 from tests.aging import age_by

@@ -13,8 +13,8 @@ import pytest
 from celery import Celery
 from celery.utils.nodenames import gethostname
 
-from relay_adapters.celery.forgotten import Forgotten
-from relay_adapters.celery.request import Request
+from relay_adapters.celery.holding.forgotten import Forgotten
+from relay_adapters.celery.workers.request import Request
 from relay_core import Broker
 from tests.celery_workers import STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually

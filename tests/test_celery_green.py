@@ -72,8 +72,8 @@ _HOLDS_SOMETHING = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import atexit, sys
-from relay_adapters.celery import greenbeat
-from relay_adapters.celery.leases import leases_of
+from relay_adapters.celery.holding import greenbeat
+from relay_adapters.celery.holding.leases import leases_of
 from relay_core import Broker
 
 atexit.register(lambda: print([ended.acquire(False) for _pid, _told, ended in greenbeat._threads]))

@@ -20,10 +20,10 @@ from celery.signals import after_task_publish, before_task_publish
 from kombu import Exchange, Queue
 from kombu.exceptions import EncodeError, OperationalError
 
-from relay_adapters.celery import groups
-from relay_adapters.celery.batching import _Entry
-from relay_adapters.celery.publishing import Publishing
-from relay_adapters.celery.topology import Topology
+from relay_adapters.celery.queues.topology import Topology
+from relay_adapters.celery.sending import groups
+from relay_adapters.celery.sending.batching import _Entry
+from relay_adapters.celery.sending.publishing import Publishing
 from relay_core import Broker, JobSpec, hookimpl
 from relay_core.commands import NewJob
 from relay_core.errors import InvalidArgument, Unavailable

@@ -19,12 +19,12 @@ import celery.worker.state
 import kombu
 import pytest
 
-from relay_adapters.celery import owed
-from relay_adapters.celery.apart import Apart
-from relay_adapters.celery.consuming import Consuming
-from relay_adapters.celery.owed import Owed
-from relay_adapters.celery.settling import Settling
-from relay_adapters.celery.workerstate import running_tags
+from relay_adapters.celery.holding import owed
+from relay_adapters.celery.holding.apart import Apart
+from relay_adapters.celery.holding.owed import Owed
+from relay_adapters.celery.holding.workerstate import running_tags
+from relay_adapters.celery.receiving.consuming import Consuming
+from relay_adapters.celery.receiving.settling import Settling
 from relay_core import Broker, Verdict
 from relay_core.errors import InvalidArgument, StoreError, Unavailable
 from tests.celery_links import Inbox, Loop, fresh, link, send
@@ -241,7 +241,7 @@ def test_a_handler_of_signals_tells_what_is_owed_while_its_thread_adds_to_it(mon
         ring()
         return 0.0
 
-    monkeypatch.setattr("relay_adapters.celery.owed.time", SimpleNamespace(monotonic=now))
+    monkeypatch.setattr("relay_adapters.celery.holding.owed.time", SimpleNamespace(monotonic=now))
     with handled_by(pay) as ring:
         owed.ack(cast(Any, SimpleNamespace(tag="1.a", job=SimpleNamespace(id="a", queue="q"))))
     pay()
@@ -254,7 +254,7 @@ def test_acks_that_a_claim_could_not_take_along_are_sent_soon(
     """By the thread that keeps the leases, though it saw none meanwhile: its next beat may be long after that, where no
     worker may be told to stop."""
     monkeypatch.setattr(owed, "LINGER", 0.5)
-    monkeypatch.setattr("relay_adapters.celery.heartbeat.is_worker", lambda: False)
+    monkeypatch.setattr("relay_adapters.celery.holding.heartbeat.is_worker", lambda: False)
     with link(server.url, lease=60) as connection:
         loop = Loop(connection, prefetch=1)
         leases = loop.channel.leases

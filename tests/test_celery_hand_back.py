@@ -14,9 +14,9 @@ import kombu
 import pytest
 from celery import Celery
 
-from relay_adapters.celery.envelope import unpack
-from relay_adapters.celery.leases import Leases
-from relay_adapters.celery.request import Request
+from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.messages.envelope import unpack
+from relay_adapters.celery.workers.request import Request
 from relay_core import Broker
 from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.servers import Server, eventually

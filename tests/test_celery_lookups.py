@@ -12,7 +12,7 @@ from celery import Celery
 from celery.app.defaults import _OLD_SETTING_KEYS, SETTING_KEYS
 from celery.app.utils import Settings
 
-from relay_adapters.celery import lookups
+from relay_adapters.celery.sending import lookups
 
 lookups.install()
 STOCK = Settings.__getitem__.relay_stock

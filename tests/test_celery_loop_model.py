@@ -25,10 +25,11 @@ from kombu.asynchronous import Hub
 from kombu.common import QoS
 
 import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not load kombu's plugins
-from relay_adapters.celery import heartbeat, owed, transport
-from relay_adapters.celery.envelope import unpack
-from relay_adapters.celery.leases import Leases
-from relay_adapters.celery.qos import BATCH
+from relay_adapters.celery import transport
+from relay_adapters.celery.holding import heartbeat, owed
+from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.messages.envelope import unpack
+from relay_adapters.celery.receiving.qos import BATCH
 from relay_core import Broker
 from relay_core.operations.settings import Settings
 from relay_core.testing import advance

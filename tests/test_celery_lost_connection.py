@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from celery.utils.nodenames import gethostname
 
-from relay_adapters.celery import children
-from relay_adapters.celery.leases import _DECISION, Leases
-from relay_adapters.celery.tags import new_tag
+from relay_adapters.celery.holding import children
+from relay_adapters.celery.holding.leases import _DECISION, Leases
+from relay_adapters.celery.messages.tags import new_tag
 from relay_core import Broker
 from tests.celery_workers import STARTS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually

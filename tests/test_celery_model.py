@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import relay_adapters.celery  # noqa: F401 - a bare kombu.Connection does not load kombu's plugins
-from relay_adapters.celery.qos import BATCH
+from relay_adapters.celery.receiving.qos import BATCH
 from relay_core import Broker
 from relay_core.operations.settings import Settings
 from tests.histories import histories

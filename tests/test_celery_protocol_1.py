@@ -19,9 +19,10 @@ from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.nodenames import gethostname
 from kombu import Queue
 
-from relay_adapters.celery import due, groups
-from relay_adapters.celery.envelope import unpack
-from relay_adapters.celery.protocol import body_of, protocol_1, told_of
+from relay_adapters.celery.messages import due
+from relay_adapters.celery.messages.envelope import unpack
+from relay_adapters.celery.messages.protocol import body_of, protocol_1, told_of
+from relay_adapters.celery.sending import groups
 from relay_core import Broker
 from relay_core.errors import InvalidArgument
 from relay_core.testing import advance

@@ -19,7 +19,10 @@ from celery import Celery
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from relay_adapters.celery import envelope, leases, options, upkeep
+from relay_adapters.celery import options
+from relay_adapters.celery.holding import leases
+from relay_adapters.celery.messages import envelope
+from relay_adapters.celery.sending import upkeep
 from relay_core import Broker
 from relay_core.errors import InvalidArgument, Unavailable
 from tests.aging import age_by

@@ -14,7 +14,7 @@ from celery.app import trace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay_adapters.celery import reprs
+from relay_adapters.celery.messages import reprs
 
 with Celery("reprs", broker="relay://127.0.0.1:1").connection_for_write() as connection:
     OURS: Any = connection.transport and sys.modules["celery.app.amqp"].saferepr  # type: ignore[attr-defined]

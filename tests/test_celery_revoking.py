@@ -16,7 +16,7 @@ from celery.events.state import State
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.nodenames import gethostname
 
-from relay_adapters.celery.revoking import Revoker
+from relay_adapters.celery.workers.revoking import Revoker
 from relay_core import Broker
 from tests.celery_workers import CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually

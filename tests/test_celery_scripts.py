@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from relay_adapters.celery import moves
-from relay_adapters.celery.places import Places
+from relay_adapters.celery.queues import moves
+from relay_adapters.celery.queues.places import Places
 from relay_core import scripts
 from relay_core.clock import sent_now
 from relay_core.commands import Command

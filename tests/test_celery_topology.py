@@ -15,7 +15,7 @@ from kombu.exceptions import ChannelError
 from kombu.transport.virtual import NotEquivalentError, UndeliverableWarning
 from redis.crc import key_slot
 
-from relay_adapters.celery.exchanges import TYPES
+from relay_adapters.celery.queues.exchanges import TYPES
 from relay_core.errors import InvalidArgument, Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually

@@ -18,11 +18,13 @@ from celery import Celery
 from celery.signals import worker_shutting_down
 from celery.worker.request import Request as Stock
 
-from relay_adapters.celery import burial, inhand, worker
-from relay_adapters.celery.heartbeat import Heartbeat
-from relay_adapters.celery.leases import Leases
-from relay_adapters.celery.request import Request
-from relay_adapters.celery.tags import new_tag
+from relay_adapters.celery.holding import inhand
+from relay_adapters.celery.holding.heartbeat import Heartbeat
+from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.messages.tags import new_tag
+from relay_adapters.celery.outcomes import burial
+from relay_adapters.celery.workers import worker
+from relay_adapters.celery.workers.request import Request
 from relay_core import Broker, Job, NotYet, Verdict, hookimpl
 from relay_core.connection import forks
 from relay_core.errors import Unavailable

@@ -21,7 +21,7 @@ import pytest
 from celery import Celery
 from dramatiq.middleware import Middleware, SkipMessage
 
-from relay_adapters.celery import monitoring
+from relay_adapters.celery.monitors import monitoring
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, Job, hookimpl
 from relay_core.errors import InvalidArgument

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from relay_adapters.celery import children, greenbeat
-from relay_adapters.celery.leases import Leases
-from relay_adapters.celery.tags import new_tag
+from relay_adapters.celery.holding import children, greenbeat
+from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.messages.tags import new_tag
 from relay_adapters.dramatiq import heartbeat as dramatiq_heartbeat
 from relay_adapters.dramatiq.gate import Gate
 from relay_adapters.dramatiq.line import Line

@@ -7,14 +7,14 @@ from typing import Any
 
 from kombu.transport import virtual
 
-from relay_adapters.celery.consuming import Consuming, Receiver
-from relay_adapters.celery.leases import leases_of
-from relay_adapters.celery.mailing import Mailing
+from relay_adapters.celery.holding.leases import leases_of
+from relay_adapters.celery.mail.mailing import Mailing
 from relay_adapters.celery.options import shared_broker
-from relay_adapters.celery.order import order_of
-from relay_adapters.celery.publishing import Publishing
-from relay_adapters.celery.qos import QoS
-from relay_adapters.celery.upkeep import attendance_of
+from relay_adapters.celery.receiving.consuming import Consuming, Receiver
+from relay_adapters.celery.receiving.order import order_of
+from relay_adapters.celery.receiving.qos import QoS
+from relay_adapters.celery.sending.publishing import Publishing
+from relay_adapters.celery.sending.upkeep import attendance_of
 
 
 class Channel(Mailing, Consuming, Publishing):

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from kombu.utils.imports import symbol_by_name
 
-from relay_adapters.celery.burial import Burial
+from relay_adapters.celery.outcomes.burial import Burial
 from relay_adapters.celery.plugin import prefix_of
 from relay_core import Broker, RetryPolicy
 from relay_core.connection import forks

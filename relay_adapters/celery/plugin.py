@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from relay_adapters.celery.protocol import protocol_1
+from relay_adapters.celery.messages.protocol import protocol_1
 from relay_core.hooks import hookimpl
 from relay_core.job import Job, JobSummary, StoredJob
 

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 from kombu.utils.json import object_hook
 
-from relay_adapters.celery.due import wait_of
-from relay_adapters.celery.envelope import pack_stored, unpack
-from relay_adapters.celery.ids import job_id_of
+from relay_adapters.celery.messages.due import wait_of
+from relay_adapters.celery.messages.envelope import pack_stored, unpack
+from relay_adapters.celery.messages.ids import job_id_of
+from relay_adapters.celery.messages.protocol import told_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
-from relay_adapters.celery.protocol import told_of
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import Arrival, ArrivalState, new_id
 from relay_core.keys import LEVELS

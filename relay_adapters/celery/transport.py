@@ -15,23 +15,17 @@ from kombu.transport import virtual
 
 import relay_core
 from relay_adapters.celery import channel as channels
-from relay_adapters.celery import (
-    exporter_name,
-    flower_queues,
-    groups,
-    lookups,
-    monitoring,
-    ports,
-    producers,
-    reprs,
-    worker,
-)
+from relay_adapters.celery import ports
 from relay_adapters.celery.failover import Pace, answers, keep_whole
-from relay_adapters.celery.leases import Leases
-from relay_adapters.celery.mailwatch import MailWatch
+from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.holding.workerstate import shutting_down
+from relay_adapters.celery.mail.mailwatch import MailWatch
+from relay_adapters.celery.messages import reprs
+from relay_adapters.celery.monitors import exporter_name, flower_queues, monitoring
 from relay_adapters.celery.options import safe_url
-from relay_adapters.celery.watch import Watch
-from relay_adapters.celery.workerstate import shutting_down
+from relay_adapters.celery.receiving.watch import Watch
+from relay_adapters.celery.sending import groups, lookups, producers
+from relay_adapters.celery.workers import worker
 from relay_core.connection import readable
 from relay_core.errors import AuthError, StoreError, Unavailable, UnsafeStore
 

@@ -1,0 +1,1 @@
+"""What this process holds, and how its leases are kept in every pool."""

@@ -1,0 +1,1 @@
+"""Control, replies and events, which are streams and no jobs."""

@@ -1,0 +1,1 @@
+"""What a Celery message is: read and written without Celery."""

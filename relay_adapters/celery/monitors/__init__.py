@@ -1,0 +1,1 @@
+"""For the tools that look at Celery."""

@@ -1,0 +1,1 @@
+"""From claims to messages, and to what becomes of them."""

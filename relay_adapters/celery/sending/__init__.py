@@ -1,0 +1,1 @@
+"""From a publish, or a dead letter, to jobs in the store and messages in mailboxes."""

@@ -1,0 +1,1 @@
+"""What Celery's workers have to know of a store in which tasks wait."""
