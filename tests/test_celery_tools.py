@@ -171,6 +171,7 @@ def test_redbeat_sends_what_is_due(site: Site) -> None:
     conf = {
         "redbeat_redis_url": database,
         "beat_max_loop_interval": 1,
+        "redbeat_lock_timeout": 3600,  # else 5 s, and it ends once the machine gives it no time for so long
         "beat_schedule": {"often": {"task": "tests.celery_app.run", "schedule": 0.5, "args": ["redbeat"]}},
     }
     arguments = ("beat", "-S", "redbeat.RedBeatScheduler", "--pidfile=", "-l", "INFO")
