@@ -30,9 +30,7 @@ def ring(server: Server, marker: str = "m") -> None:
 def test_a_marker_that_is_there_already_rings_at_once(server: Server, store_at: Open) -> None:
     ring(server)
     bell = store_at(server.url).bell([b"m"])
-    began = time.monotonic()
-    assert bell.wait(5)
-    assert time.monotonic() - began < 1
+    assert bell.wait(3600)
     assert server.cli("EXISTS", "m") == 0
     bell.close()
 
@@ -46,9 +44,7 @@ def test_a_marker_set_later_wakes_the_one_who_waits(server: Server, store_at: Op
 
     ringer = threading.Thread(target=ring_once_blocked)
     ringer.start()
-    began = time.monotonic()
-    assert bell.wait(20)
-    assert time.monotonic() - began < 10
+    assert bell.wait(3600)
     ringer.join()
     bell.close()
 
@@ -69,16 +65,19 @@ def test_two_bells_are_not_rung_by_one_marker(server: Server, store_at: Open) ->
 
 def test_a_wait_ends_on_time(server: Server, store_at: Open) -> None:
     bell = store_at(server.url).bell([b"m"])
-    bell.wait(0.01)
-    late = []
-    for seconds in (0.003, 0.017, 0.05) * 5:
+
+    def late(seconds: float) -> float:
         began = time.monotonic()
         assert not bell.wait(seconds)
-        passed = time.monotonic() - began
-        assert passed >= seconds - 0.001
-        late.append(passed - seconds)
-    # Half of them: the machine may be busy now and then, a server's own timeouts are always late.
-    assert sorted(late)[len(late) // 2] < 0.01
+        return time.monotonic() - began - seconds
+
+    waits = (0.003, 0.017, 0.05)
+    assert all(late(seconds) >= -0.001 for seconds in waits * 5)
+    bell.arm(3600)
+    server.pause()  # no wait ends because the server gives up, which is late
+    for seconds in waits:
+        eventually(lambda: late(seconds) < 0.01, "a moment in which the machine is not busy")  # noqa: B023
+    server.resume()
     bell.close()
 
 
@@ -134,11 +133,9 @@ def test_arming_twice_blocks_once(server: Server, store_at: Open) -> None:
 def test_looking_never_blocks(server: Server, store_at: Open) -> None:
     bell = store_at(server.url).bell([b"m"])
     assert not bell.rung()
-    bell.arm(20)
-    began = time.monotonic()
-    for _ in range(20):
+    bell.arm(3600)
+    for _ in range(2000):  # a look that waits for a tenth of a second makes this test run out of its time
         assert not bell.rung()
-    assert time.monotonic() - began < 1
     bell.close()
 
 
@@ -151,9 +148,7 @@ def test_another_thread_can_end_a_wait(server: Server, store_at: Open) -> None:
 
     waker = threading.Thread(target=wake_once_blocked)
     waker.start()
-    began = time.monotonic()
-    assert not bell.wait(20)
-    assert time.monotonic() - began < 10
+    assert not bell.wait(3600)
     waker.join()
     assert bell.armed
     ring(server)
@@ -165,9 +160,7 @@ def test_a_wake_that_comes_before_the_wait_ends_the_wait(server: Server, store_a
     bell = store_at(server.url).bell([b"m"])
     bell.arm(20)
     bell.wake()
-    began = time.monotonic()
-    assert not bell.wait(20)
-    assert time.monotonic() - began < 10
+    assert not bell.wait(3600)
     bell.close()
 
 
@@ -198,12 +191,10 @@ def test_a_cut_connection_is_unavailable_and_the_next_arming_connects_anew(serve
 
 def test_a_bell_at_a_server_that_is_down_is_unavailable_at_once(server: Server, store_at: Open) -> None:
     with Proxy(to_socket(server.socket), unix=True) as proxy:
-        bell = store_at(proxy.url, retry_for=30).bell([b"m"])
+        bell = store_at(proxy.url, retry_for=3600).bell([b"m"])
         proxy.refuse()
-        began = time.monotonic()
         with pytest.raises(Unavailable):
-            bell.wait(5)
-        assert time.monotonic() - began < 5
+            bell.wait(3600)
         proxy.refuse(False)
         assert not bell.wait(0.01)
         bell.close()

@@ -18,6 +18,7 @@ import relay_core
 from relay_adapters.dramatiq import RelayBroker
 from relay_adapters.dramatiq.message import RelayMessage
 from relay_core.job import Options, StoredJob
+from relay_core.operations import Settings
 from tests.servers import Server, eventually
 
 
@@ -57,56 +58,61 @@ def test_a_consumer_holds_no_more_than_its_prefetch(broker: RelayBroker) -> None
 
 def test_next_returns_within_its_timeout_when_there_is_nothing(broker: RelayBroker) -> None:
     consumer = broker.consume("default", timeout=200)
-    started = time.monotonic()
-    assert next(consumer) is None
-    assert 0.15 < time.monotonic() - started < 0.6
+
+    def waited() -> float:
+        started = time.monotonic()
+        assert next(consumer) is None
+        return time.monotonic() - started
+
+    assert waited() > 0.15
+    eventually(lambda: waited() < 0.6, "a moment in which the machine is not busy")
     consumer.close()
 
 
-def test_a_waiting_consumer_gets_a_new_message_at_once(broker: RelayBroker) -> None:
-    consumer = broker.consume("default", timeout=10_000)
+def test_a_waiting_consumer_gets_a_new_message_at_once(broker: RelayBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "max_block", 3600.0)  # no look in passing shall find it
+    consumer = broker.consume("default", timeout=3_600_000)
     timer = threading.Timer(0.2, send, (broker, 1))
-    started = time.monotonic()
     timer.start()
     assert next(consumer) is not None
-    assert time.monotonic() - started < 1.0
+    timer.join()
     consumer.close()
 
 
 def test_a_full_consumer_gets_its_next_message_as_soon_as_one_is_acked(broker: RelayBroker) -> None:
     send(broker, 2)
-    consumer = broker.consume("default", prefetch=1, timeout=10_000)
+    consumer = broker.consume("default", prefetch=1, timeout=3_600_000)
     first = taken(consumer)
     timer = threading.Timer(0.2, consumer.ack, (first,))
-    started = time.monotonic()
     timer.start()
     assert taken(consumer).args == (1,)
-    assert time.monotonic() - started < 1.0
+    timer.join()
     consumer.close()
 
 
-def test_one_wake_up_starts_all_who_wait_while_work_remains(broker: RelayBroker, server: Server) -> None:
+def test_one_wake_up_starts_all_who_wait_while_work_remains(
+    broker: RelayBroker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "max_block", 3600.0)  # nobody finds out by a look in passing
     brokers = [RelayBroker(url=server.url, lease=15) for _ in range(3)]
     got: list[int] = []
 
     def wait(own: RelayBroker) -> None:
         own.declare_queue("default")
-        consumer = own.consume("default", prefetch=1, timeout=10_000)
+        consumer = own.consume("default", prefetch=1, timeout=3_600_000)
         message = taken(consumer)
         got.append(message.args[0])
         consumer.ack(message)
         consumer.close()
 
-    threads = [threading.Thread(target=wait, args=(own,)) for own in brokers]
+    threads = [threading.Thread(target=wait, args=(own,), daemon=True) for own in brokers]
     for thread in threads:
         thread.start()
     eventually(lambda: int(server.info("clients")["blocked_clients"]) == 3, "all three wait for a wake-up")
     payloads = [dramatiq.Message("default", "any", (x,), {}, {}).encode() for x in range(3)]
-    started = time.monotonic()
     broker.core.enqueue_many("default", payloads)
     for thread in threads:
-        thread.join()
-    assert time.monotonic() - started < 3.0, "somebody found out by looking after five seconds"
+        thread.join(60)
     assert sorted(got) == [0, 1, 2]
     for own in brokers:
         own.close()

@@ -530,22 +530,21 @@ def test_a_plugin_that_spoils_a_tick_does_not_lose_it(server: Server, caplog: py
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
 def test_a_waiting_runner_learns_of_a_new_schedule_at_once_and_stops_when_it_is_told(
-    server: Server, broker: Broker
+    server: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("relay_core.schedule.runner._LONGEST", 3600.0)  # no look in passing shall find it
     broker.schedule("later", "q", every=3600.0)
     runner = ScheduleRunner(broker)
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
         eventually(lambda: b"bzpopmin" in server.cli("CLIENT", "LIST"), "it waits")
-        began = time.monotonic()
         with Broker(server.url) as other:
             other.schedule("soon", "q", every=0.1)
         eventually(lambda: ready(broker), "its first tick")
-        assert time.monotonic() - began < 4, "sooner than it would have looked by itself"
     finally:
         runner.stop()
-        thread.join(5)
+        thread.join(30)
     assert not thread.is_alive()
 
 

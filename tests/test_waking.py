@@ -15,7 +15,7 @@ from relay_core import AsyncBroker
 from relay_core.broker import Broker
 from relay_core.connection.resting import MOST, RestingBells
 from relay_core.job import Claimed
-from relay_core.operations import Wait
+from relay_core.operations import Settings, Wait
 from relay_core.testing import advance
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
@@ -24,24 +24,32 @@ from tests.signals import handled_by
 
 @pytest.fixture
 def broker(server: Server) -> Iterator[Broker]:
-    """Leases of 60 s: an idle claim looks by itself every 5 s only, so whatever is sooner was woken."""
     with Broker(server.url, lease=60.0) as broker:
         yield broker
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No idle claim looks by itself, as it else does every 5 s: whatever it finds it was woken for."""
+    monkeypatch.setattr(Settings, "max_block", 3600.0)
+
+
+needs_waking = pytest.mark.usefixtures("unasked")
 
 
 class Waiter(threading.Thread):
     """A worker that waits for one job."""
 
-    def __init__(self, broker: Broker, wait: float = 30.0) -> None:
+    def __init__(self, broker: Broker) -> None:
         super().__init__(daemon=True)
-        self.broker, self.wait = broker, wait
+        self.broker = broker
         self.found: Claimed | None = None
-        self.began = self.ended = time.monotonic()
+        self.ended, self.busy = time.monotonic(), 0.0
         self.start()
 
     def run(self) -> None:
-        self.found = self.broker.claim("q", wait=self.wait)
-        self.ended = time.monotonic()
+        self.found = self.broker.claim("q", wait=3600.0)
+        self.ended, self.busy = time.monotonic(), time.thread_time()
 
     def result(self) -> Claimed:
         self.join(40)
@@ -74,25 +82,24 @@ def test_an_idle_worker_sends_less_than_a_command_a_second(server: Server, broke
     waiter = Waiter(broker)
     blocked(server)
     server.cli("CONFIG", "RESETSTAT")
-    busy = time.process_time()
+    began = time.monotonic()
     waiter.join(3.0)
     assert waiter.is_alive()
-    busy = time.process_time() - busy
-    assert calls(server, "evalsha", "bzpopmin") <= 3
-    assert busy < 1.0
+    assert calls(server, "evalsha", "bzpopmin") <= time.monotonic() - began
     broker.enqueue("q", b"x")
     assert len(waiter.result()) == 1
+    assert waiter.busy < 1.0
 
 
+@needs_waking
 def test_a_waiting_worker_starts_new_work_at_once(server: Server, broker: Broker) -> None:
     waiter = Waiter(broker)
     blocked(server)
-    sent = time.monotonic()
     broker.enqueue("q", b"x")
     assert len(waiter.result()) == 1
-    assert waiter.ended - sent < 2.5
 
 
+@needs_waking
 @pytest.mark.parametrize("known", [None, 3600.0], ids=["first due time", "earlier due time"])
 def test_a_waiting_worker_starts_a_delayed_job_when_it_is_due(
     server: Server, broker: Broker, known: float | None
@@ -104,9 +111,10 @@ def test_a_waiting_worker_starts_a_delayed_job_when_it_is_due(
     sent = time.monotonic()
     broker.enqueue("q", b"x", delay=0.5)
     assert [job.payload for job in waiter.result()] == [b"x"]
-    assert 0.49 <= waiter.ended - sent < 3.0
+    assert waiter.ended - sent >= 0.49
 
 
+@needs_waking
 @pytest.mark.parametrize("how", ["nack", "release", "requeue", "resume", "expiry"])
 def test_a_waiting_worker_hears_of_work_that_comes_back(server: Server, broker: Broker, how: str) -> None:
     broker.enqueue("q", b"x")
@@ -121,7 +129,6 @@ def test_a_waiting_worker_hears_of_work_that_comes_back(server: Server, broker: 
             short.extend(job, 60.0)
         waiter = Waiter(broker)
         blocked(server)
-        began = time.monotonic()
         if how == "nack":
             short.nack(job, delay=0.0)
         elif how == "release":
@@ -131,7 +138,6 @@ def test_a_waiting_worker_hears_of_work_that_comes_back(server: Server, broker: 
         elif how == "resume":
             short.resume("q")
         assert len(waiter.result()) == 1
-        assert waiter.ended - began < 4.0
 
 
 def test_a_retry_that_is_due_before_all_else_wakes_a_worker_which_has_to_look_earlier(broker: Broker) -> None:
@@ -169,14 +175,13 @@ def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(server: Ser
     assert server.cli("EXISTS", broker.settings.keys("q").marker) == 1
 
 
+@needs_waking
 def test_wakes_chain_through_many_workers_without_a_herd(server: Server, broker: Broker) -> None:
     waiters = [Waiter(broker) for _ in range(20)]
     blocked(server, 20)
     server.cli("CONFIG", "RESETSTAT")
-    began = time.monotonic()
     broker.enqueue_many("q", [b"x"] * 5)
-    eventually(lambda: sum(waiter.found is not None for waiter in waiters) == 5, "five workers")
-    assert time.monotonic() - began < 3.5, "five workers did not wake one another"
+    eventually(lambda: sum(waiter.found is not None for waiter in waiters) == 5, "five workers to wake one another")
     # each of five claims, perhaps in two steps; one more may look in vain
     assert calls(server, "evalsha") <= 16
     blocked(server, 15)
@@ -185,7 +190,8 @@ def test_wakes_chain_through_many_workers_without_a_herd(server: Server, broker:
     assert broker.stats("q").ready == 0
 
 
-def test_a_wake_up_that_a_killed_worker_took_is_made_good(server: Server, broker: Broker) -> None:
+def test_a_wake_up_that_a_killed_worker_took_is_made_good(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay_core.operations.settings._MAX_BLOCK", 3600.0)
     with Broker(server.url, lease=1.5) as brisk:  # looks by itself every half second
         waiter = Waiter(brisk)
         blocked(server)
@@ -195,26 +201,28 @@ def test_a_wake_up_that_a_killed_worker_took_is_made_good(server: Server, broker
         brisk.enqueue("q", b"x", delay=3600.0)  # the queue's level is known, and no one is blocked on the marker
         server.cli("EVAL", take, 2, q.ready[0], q.jobs, b"1 0 0 \nx")
         assert [job.id for job in waiter.result()] == ["it"]
-        assert waiter.ended - waiter.began < 5.0
 
 
+@needs_waking
 def test_a_wait_ends_in_time_when_nothing_comes(broker: Broker) -> None:
     began = time.monotonic()
     assert broker.claim("q", wait=0.4) == []
-    assert 0.39 <= time.monotonic() - began < 3.0
+    assert time.monotonic() - began >= 0.39
 
 
+@needs_waking
 def test_a_worker_of_several_queues_wakes_for_each(server: Server, broker: Broker) -> None:
     for queue in ("b", "a"):
         found: list[Claimed] = []
-        thread = threading.Thread(target=lambda: found.append(broker.claim(["a", "b"], wait=30.0)))  # noqa: B023
+        thread = threading.Thread(
+            target=lambda: found.append(broker.claim(["a", "b"], wait=3600.0)),  # noqa: B023
+            daemon=True,
+        )
         thread.start()
         blocked(server)
-        began = time.monotonic()
         broker.enqueue(queue, b"x")
         thread.join(40)
         assert [job.queue for job in found[0]] == [queue]
-        assert time.monotonic() - began < 3.0
 
 
 def test_a_claim_takes_its_queues_from_whatever_they_come_in_however_often_it_looks(broker: Broker) -> None:
