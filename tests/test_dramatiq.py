@@ -49,7 +49,7 @@ def test_messages_run_once_each_and_leave_nothing_in_the_store(broker: RelayBrok
     with running(broker):
         for x in range(200):
             note.send(x)
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert sorted(ran) == list(range(200))
     assert broker.get_queue_message_counts("default") == (0, 0, 0)
     assert broker.core.stats("default").counters["processed"] == 200
@@ -85,15 +85,16 @@ def test_a_delay_waits_in_the_store_and_the_delivered_message_is_to_run_at_once(
 
     with running(broker) as worker:
         started = time.monotonic()
-        sent = note.send_with_options(delay=400)
+        sent = note.send_with_options(delay=3_600_400)
         assert broker.get_queue_message_counts("default") == (0, 1, 0)
         assert list(worker.consumers) == ["default"]
-        broker.join("default", timeout=5_000)
+        advance(broker.core, 3600, "default")
+        broker.join("default", timeout=30_000)
     assert sent.queue_name == "default"
-    assert sent.options["eta"] >= sent.message_timestamp + 400
+    assert sent.options["eta"] >= sent.message_timestamp + 3_600_400
     [(at, options, queue_name)] = ran
-    assert 0.4 <= at - started < 0.7
-    assert "eta" not in options
+    assert at - started >= 0.4
+    assert "eta" not in options, "the worker would have waited for it"
     assert queue_name == "default"
     assert broker.core.stats("default").counters["enqueued"] == 1, "the worker parked it, and sent it anew"
 
@@ -141,11 +142,12 @@ def test_an_eta_that_the_user_set_waits_in_the_store_too(broker: RelayBroker) ->
     def note() -> None:
         ran.set()
 
-    note.send_with_options(eta=int(time.time() * 1000) + 300)
+    note.send_with_options(eta=int(time.time() * 1000) + 3_600_000)
     assert broker.get_queue_message_counts("default") == (0, 1, 0)
     with running(broker):
         assert not ran.is_set()
-        assert ran.wait(5)
+        advance(broker.core, 3600, "default")
+        assert ran.wait(30)
 
 
 def test_a_delayed_message_that_a_redis_broker_returned_is_sent_to_the_queue_that_workers_read(
@@ -164,7 +166,7 @@ def test_a_delayed_message_that_a_redis_broker_returned_is_sent_to_the_queue_tha
     assert message.queue_name == "default.DQ"
     assert broker.enqueue(message).queue_name == "default"
     with running(broker):
-        assert ran.wait(5)
+        assert ran.wait(30)
 
 
 def test_a_queue_that_is_declared_keeps_its_name_whatever_that_ends_with(broker: RelayBroker) -> None:
@@ -185,7 +187,7 @@ def test_an_eta_that_is_none_or_past_or_no_number_means_now(broker: RelayBroker,
 
     note.send_with_options(eta=eta)
     with running(broker):
-        assert ran.wait(5)
+        assert ran.wait(30)
 
 
 def test_broker_priority_orders_in_the_store_higher_first(broker: RelayBroker) -> None:
@@ -204,7 +206,7 @@ def test_broker_priority_orders_in_the_store_higher_first(broker: RelayBroker) -
     note.send_with_options(args=("message",), broker_priority=255)
     urgent.send_with_options(args=("lowered",), broker_priority=1)
     with running(broker, threads=1):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert ran == ["message", "actor", "lowered", "plain"]
 
 
@@ -232,7 +234,7 @@ def test_a_failing_message_is_retried_in_place_with_its_count_and_traceback(brok
 
     sent = flaky.send()
     with running(broker):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert [options.get("retries", 0) for options in tries] == [0, 1, 2, 3]
     assert "ValueError: try 3" in tries[3]["traceback"]
     assert {options["relay_job_id"] for options in tries} == {sent.options["relay_job_id"]}
@@ -248,7 +250,7 @@ def test_a_retry_emits_the_signals_of_an_enqueue_and_an_ack_as_ever(broker: Rela
     seen = signals_of(broker)
     fail.send()
     with running(broker, threads=1):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     per_message = [name for name in seen if name.split("_", 1)[1] in ("enqueue", "process_message", "ack", "nack")]
     assert per_message == [
         "before_enqueue", "after_enqueue",
@@ -270,7 +272,7 @@ def test_more_retries_than_relays_own_policy_allows_are_up_to_dramatiq(server: S
 
     fail.send()
     with running(broker):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert len(tries) == 6
     broker.close()
 
@@ -282,7 +284,7 @@ def test_used_up_retries_end_in_dead_with_the_reason_error_and_traceback(broker:
 
     fail.send(7)
     with running(broker):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert broker.get_queue_message_counts("default") == (0, 0, 1)
     [dead] = broker.core.dead("default")
     assert dead.reason == "failed"
@@ -308,7 +310,7 @@ def test_a_message_that_a_middleware_rejects_goes_to_dead_as_rejected(broker: Re
 
     note.send()
     with running(broker):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert [job.reason for job in broker.core.dead("default")] == ["rejected"]
 
 
@@ -316,7 +318,7 @@ def test_a_message_for_an_unknown_actor_goes_to_dead(broker: RelayBroker) -> Non
     broker.declare_queue("default")
     message = broker.enqueue(dramatiq.Message("default", "nobody", (), {}, {}))
     with running(broker):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     [dead] = broker.core.dead("default")
     assert dead.id == message.options["relay_job_id"]
     assert "ActorNotFound" in (dead.error or "")
@@ -334,7 +336,7 @@ def test_a_body_that_does_not_decode_goes_to_dead_and_its_neighbours_run(broker:
     broker.core.enqueue("default", b'{"actor_name": "note"}')
     note.send(2)
     with running(broker, threads=1):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert ran == [1, 2]
     assert [job.reason for job in broker.core.dead("default")] == ["undecodable", "undecodable"]
 
@@ -360,7 +362,7 @@ def test_an_encoder_may_make_text(broker: RelayBroker) -> None:
         note.send("é")
         dramatiq.group([note.message("ü")]).run()
         with running(broker):
-            broker.join("default", timeout=10_000)
+            broker.join("default", timeout=30_000)
     finally:
         set_encoder(before)
     assert sorted(ran) == ["é", "é", "ü", "ü"]
@@ -389,8 +391,8 @@ def test_a_message_that_killed_its_workers_fails_through_the_middleware(broker: 
     with running(broker):
         eventually(lambda: broker.get_queue_message_counts("risky")[2] == 1, "the message goes to dead")
         with pytest.raises(ResultFailure, match="WorkerLost"):
-            sent.get_result(backend=backend, block=True, timeout=5_000)
-        assert told.wait(5)
+            sent.get_result(backend=backend, block=True, timeout=30_000)
+        assert told.wait(30)
     assert [name for name in seen if name.endswith("nack")] == ["before_nack", "after_nack"]
     assert [job.reason for job in broker.core.dead("risky")] == ["max_deliveries"]
     gone.close()
@@ -428,7 +430,7 @@ def test_a_result_backend_that_is_away_as_a_message_goes_to_dead_is_told_later(
         backend.away = False
         advance(broker.core, 600, "risky")
         with pytest.raises(ResultFailure, match="WorkerLost"):
-            sent.get_result(backend=backend, block=True, timeout=20_000)
+            sent.get_result(backend=backend, block=True, timeout=30_000)
         noted = broker.core.settings.keys("risky").untold
         eventually(lambda: not broker.core.store.raw("ZCARD", noted), "no note is left")
     assert [name for name in seen if name.endswith("nack")] == ["before_nack", "after_nack"]
@@ -440,7 +442,7 @@ def test_join_counts_what_is_delayed_and_what_runs(broker: RelayBroker) -> None:
     @dramatiq.actor
     def slow() -> None:
         started.set()
-        let_go.wait(10)
+        let_go.wait(60)
 
     slow.send_with_options(delay=60_000)
     with pytest.raises(QueueJoinTimeout):
@@ -449,11 +451,11 @@ def test_join_counts_what_is_delayed_and_what_runs(broker: RelayBroker) -> None:
     broker.join("default", timeout=50)
     slow.send()
     with running(broker):
-        assert started.wait(5)
+        assert started.wait(30)
         with pytest.raises(QueueJoinTimeout):
             broker.join("default", timeout=50)
         let_go.set()
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
 
 
 def test_flush_all_drops_ready_delayed_and_dead_of_every_queue(broker: RelayBroker) -> None:
@@ -466,7 +468,7 @@ def test_flush_all_drops_ready_delayed_and_dead_of_every_queue(broker: RelayBrok
 
     one.send()
     with running(broker):
-        broker.join("one", timeout=5_000)
+        broker.join("one", timeout=30_000)
     one.send()
     two.send()
     two.send_with_options(delay=60_000)
@@ -502,14 +504,14 @@ def test_leases_are_kept_while_the_worker_is_paused(broker: RelayBroker, server:
     @dramatiq.actor
     def slow(x: int) -> None:
         started.set()
-        let_go.wait(20)
+        let_go.wait(60)
         ran.append(x)
 
     for x in range(4):
         slow.send(x)
     rival = relay_core.Broker(server.url)
     with running(broker, threads=1) as worker:  # one runs, one is prefetched
-        assert started.wait(5)
+        assert started.wait(30)
         eventually(lambda: broker.core.stats("default").inflight == 2, "one runs, one is prefetched")
         pausing = threading.Thread(target=worker.pause)
         pausing.start()
@@ -532,11 +534,11 @@ def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(broker: Rel
     def note(x: int) -> None:
         ran.append(x)
         started.set()
-        let_go.wait(10)
+        let_go.wait(60)
 
     first, second = note.send(0), note.send(1)
     with running(broker, threads=1):
-        assert started.wait(5)
+        assert started.wait(30)
         eventually(lambda: broker.core.stats("default").inflight == 2, "the second is prefetched")
         # the store takes it away, as it does from a process that slept
         assert broker.core.cancel("default", second.options["relay_job_id"]) == "inflight"
@@ -544,7 +546,7 @@ def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(broker: Rel
         server.cli("HSET", owners, second.options["relay_job_id"], "2:99:other 0 h")
         time.sleep(0.5)  # one heartbeat, at which it is found out
         let_go.set()
-        first.get_result(backend=backend, block=True, timeout=5_000)
+        first.get_result(backend=backend, block=True, timeout=30_000)
     assert ran == [0]
     with pytest.raises(dramatiq.results.ResultMissing):
         second.get_result(backend=backend)
@@ -608,8 +610,8 @@ def test_two_brokers_in_one_process_keep_apart(server: Server) -> None:
         for _ in range(20):
             of_one.send()
             of_two.send()
-        one.join("default", timeout=5_000)
-        two.join("default", timeout=5_000)
+        one.join("default", timeout=30_000)
+        two.join("default", timeout=30_000)
     assert (ran.count("one"), ran.count("two")) == (20, 20)
     one.close()
     two.close()
@@ -623,7 +625,7 @@ def test_a_child_of_a_fork_sends_and_works_on_its_own_connections(broker: RelayB
     note.send()
     broker.declare_queue("child")
     with running(broker, queues={"default"}):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
         pid = os.fork()
         if pid == 0:
             status = 1
@@ -667,10 +669,10 @@ def test_nothing_is_lost_when_the_store_is_cut_between_a_failure_and_its_retry(
 
     flaky.send()
     with running(broker, threads=1) as worker:
-        assert cut.wait(5)
+        assert cut.wait(30)
         message = eventually_pending(worker)
         server.resume()
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert message.pending is None
     assert len(tries) == 2
     assert broker.core.stats("default").counters["retried"] == 1
@@ -707,6 +709,6 @@ def test_an_actor_that_enqueues_its_own_message_by_hand_makes_a_new_job(broker: 
 
     again.send()
     with running(broker):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert len(set(ids)) == 2
     assert broker.core.stats("default").counters["processed"] == 2

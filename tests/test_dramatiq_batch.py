@@ -140,8 +140,8 @@ def test_a_group_is_stored_in_one_round_trip_and_runs_to_its_callbacks(server: S
     assert group.run() is group
     assert scripts_run(server) == before + 1
     with running(broker):
-        assert list(group.get_results(block=True, timeout=10_000)) == [*range(0, 100, 2), 4, 6]
-        assert called.wait(10)
+        assert list(group.get_results(block=True, timeout=30_000)) == [*range(0, 100, 2), 4, 6]
+        assert called.wait(30)
 
 
 def test_groups_in_a_group_are_stored_with_it(server: Server, broker: RelayBroker, note: Any) -> None:
@@ -318,7 +318,7 @@ def test_a_message_whose_follow_up_group_cannot_be_stored_runs_again(server: Ser
     broker.add_middleware(FollowUp())
     work.send()
     with running(broker, queues={"default"}):
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=30_000)
     assert len(runs) == 2
     assert waiting(broker, "after") == [1, 2]
 
@@ -397,7 +397,7 @@ def test_a_retry_in_a_block_is_no_part_of_it(broker: RelayBroker) -> None:
     broker.add_middleware(Around())
     flaky.send()
     with running(broker):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert len(runs) == 2
     assert broker.core.stats("default").counters["retried"] == 1
 

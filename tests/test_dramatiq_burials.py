@@ -77,8 +77,8 @@ def test_a_queue_goes_on_while_a_result_backend_answers_nothing(
         assert not mourned.is_set()
         results.resume()
         with pytest.raises(ResultFailure, match="WorkerLost"):
-            sent.get_result(block=True, timeout=20_000)
-        assert mourned.wait(20)
+            sent.get_result(block=True, timeout=30_000)
+        assert mourned.wait(30)
         eventually(lambda: not noted(broker, "risky"), "no note is left")
     assert ran == [1, 2]
     client.close()
@@ -104,7 +104,7 @@ def test_a_result_backend_that_can_store_no_failure_keeps_nobody_else_from_heari
 
     doom(server, deadly)
     with running(broker):
-        assert mourned.wait(20)
+        assert mourned.wait(30)
         eventually(lambda: not noted(broker, "risky"), "no note is left")
 
 

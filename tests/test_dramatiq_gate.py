@@ -126,7 +126,7 @@ def test_a_suspect_that_waits_goes_back_uncounted_when_its_worker_ends(broker: R
     send(broker, "there", "t0")
     worker = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
     worker.start()
-    assert started.wait(10)
+    assert started.wait(30)
     broker.core.resume("here")
     eventually(lambda: broker.core.stats("here").inflight == 1, "the suspect to be claimed")
     stop = threading.Thread(target=worker.stop)

@@ -41,7 +41,7 @@ def client(server: Server) -> Iterator[redis.Redis]:
 def finish(broker: dramatiq.Broker, threads: int = 2) -> None:
     """Run all that is queued, and all that comes of it."""
     with running(broker, threads=threads) as worker:
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=30_000)
         worker.join()
 
 
@@ -264,10 +264,10 @@ def test_callbacks_pipelines_with_a_delay_and_groups_run_to_their_end(broker: Re
         pipe.run()
         group.run()
         broker.enqueue(add.message_with_options(args=(1, 1), on_success="after"))
-        assert pipe.get_result(block=True, timeout=10_000) == 113
+        assert pipe.get_result(block=True, timeout=30_000) == 113
         assert time.monotonic() - started >= 0.3
-        assert sorted(group.get_results(block=True, timeout=10_000)) == [0, 2, 4, 6, 8]
-        broker.join("default", timeout=10_000)
+        assert sorted(group.get_results(block=True, timeout=30_000)) == [0, 2, 4, 6, 8]
+        broker.join("default", timeout=30_000)
     assert ("group",) in done
     assert next(args for args in done if args != ("group",))[1] == 2
 
@@ -299,7 +299,7 @@ def test_a_time_limit_ends_a_message_that_takes_too_long(broker: RelayBroker) ->
     slow.send()
     with running(broker, threads=1):
         broker.emit_after("process_boot")  # starts the thread that watches the limits, as the command line does
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=30_000)
     assert [(job.error or "").split("(")[0] for job in broker.core.dead("default")] == ["TimeLimitExceeded"]
 
 
@@ -314,7 +314,7 @@ def test_a_shutdown_interrupts_who_asked_for_it_and_the_message_is_retried_later
 
     long.send()
     with running(broker, threads=1):
-        assert started.wait(5)
+        assert started.wait(30)
     assert broker.get_queue_message_counts("default") == (0, 1, 0)
     (job,) = broker.core.jobs("default", "delayed")
     assert (job.error or "").splitlines()[-1].endswith("Shutdown")
@@ -351,7 +351,7 @@ def test_actor_priority_orders_what_one_worker_has_fetched_lower_first(broker: R
     @dramatiq.actor(priority=0)
     def first() -> None:
         started.set()
-        let_go.wait(10)
+        let_go.wait(60)
 
     @dramatiq.actor(priority=10)
     def later(x: int) -> None:
@@ -363,7 +363,7 @@ def test_actor_priority_orders_what_one_worker_has_fetched_lower_first(broker: R
 
     first.send()
     with running(broker, threads=1) as worker:
-        assert started.wait(5)
+        assert started.wait(30)
         worker.consumers["default"].consumer.prefetch = 7  # it asks for more than one thread's two
         for x in range(3):
             later.send(x)
@@ -373,7 +373,7 @@ def test_actor_priority_orders_what_one_worker_has_fetched_lower_first(broker: R
         while worker.work_queue.qsize() < 6 and time.monotonic() < deadline:
             time.sleep(0.01)
         let_go.set()
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert ran == ["sooner 0", "sooner 1", "sooner 2", "later 0", "later 1", "later 2"]
 
 

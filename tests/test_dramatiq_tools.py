@@ -47,7 +47,7 @@ def test_dead_letters_are_listed_by_actor_shown_whole_and_requeued_in_bulk(broke
     for x in range(5, 8):
         bill.send(x)
     with running(broker):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         listed = cli.json("dlq", "ls", "-q", "default", "--task", "mail")["jobs"]
         assert {job["task"] for job in listed} == {"mail"}
         assert len(listed) == 5
@@ -61,7 +61,7 @@ def test_dead_letters_are_listed_by_actor_shown_whole_and_requeued_in_bulk(broke
         assert shown["headers"] == {"relay_adapter": "dramatiq"}
         well.set()
         assert cli.json("dlq", "requeue", "-q", "default", "--task", "mail")["requeued"] == 5
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         assert sorted(ran) == [0, 1, 2, 3, 4]
         assert broker.get_queue_message_counts("default") == (0, 0, 3)
 
@@ -74,11 +74,11 @@ def test_cancel_takes_out_a_waiting_and_a_delayed_message_and_says_that_one_runs
     def note(name: str) -> None:
         ran.append(name)
         started.set()
-        let_go.wait(10)
+        let_go.wait(60)
 
     first = note.send("first")
     with running(broker, threads=1, queues={"default"}):
-        assert started.wait(5)
+        assert started.wait(30)
         eventually(lambda: broker.core.stats("default").inflight == 1, "it runs")
         broker.core.pause("default")
         waiting, delayed = note.send("waiting"), note.send_with_options(args=("delayed",), delay=60_000)
@@ -89,7 +89,7 @@ def test_cancel_takes_out_a_waiting_and_a_delayed_message_and_says_that_one_runs
         assert f"job {ids[2]} of queue 'default': is running and was left alone" in told.stderr
         broker.core.resume("default")
         let_go.set()
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert ran == ["first"]
 
 
@@ -128,7 +128,7 @@ def test_hooks_see_dramatiq_messages_as_any_other_jobs(server: Server) -> None:
 
     flaky.send_with_options(delay=100)
     with running(broker):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     broker.close()
     # the thread that retried may be told of it later than others of the next claim, and even of its ack
     watch.seen.remove("retried ValueError: first")
@@ -171,7 +171,7 @@ def test_an_idle_worker_asks_nothing_until_there_is_something_to_do(broker: Rela
 
     note.send()
     with running(broker) as worker:
-        assert ran.wait(5)
+        assert ran.wait(30)
         eventually(lambda: broker.core.stats("default").inflight == 0, "the ack arrives")
         worker.join()
         before = scripts()
@@ -181,4 +181,4 @@ def test_an_idle_worker_asks_nothing_until_there_is_something_to_do(broker: Rela
         assert asked <= 5, f"{asked} scripts within 1.5 s"
         ran.clear()
         note.send()
-        assert ran.wait(5)
+        assert ran.wait(30)

@@ -136,7 +136,7 @@ def test_an_error_that_cannot_be_printed_is_retried_as_any_other(server: Server)
 
     fail.send()
     with running(broker, threads=1):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert len(tries) == 2
     assert broker.core.stats("default").counters["retried"] == 1
     broker.close()
@@ -239,7 +239,7 @@ def test_a_worker_goes_on_when_the_server_takes_its_commands_again(
     for x in range(4):
         note.send(x)
     with running(guarded, threads=1) as worker:
-        assert started.wait(10)
+        assert started.wait(30)
         eventually(lambda: guarded.held() == 2, "as many as it may hold")
         thread = worker.consumers["default"]
         first = thread.consumer
@@ -247,7 +247,7 @@ def test_a_worker_goes_on_when_the_server_takes_its_commands_again(
         let_go.set()  # the consumer is to send the ack, and is refused
         eventually(lambda: thread.consumer is not first or not thread.is_alive(), "it was refused")
         refusal.end()
-        guarded.join("default", timeout=10_000)
+        guarded.join("default", timeout=30_000)
         assert thread.is_alive()
     assert sorted(ran) == [0, 1, 2, 3]
 
@@ -269,7 +269,7 @@ def test_a_message_that_failed_during_a_refusal_is_retried_without_waiting_for_a
     with running(guarded, threads=1):
         eventually(lambda: seen.count("before_ack") > 1, "its end is told once more", seconds=10)
         refusal.end()
-        guarded.join("default", timeout=10_000)
+        guarded.join("default", timeout=30_000)
     assert len(tries) == 2
     assert guarded.core.stats("default").counters["retried"] == 1
 
@@ -293,7 +293,7 @@ def test_the_next_step_of_a_pipeline_is_not_lost_in_a_refusal(guarded: RelayBrok
     with running(guarded, threads=1):
         eventually(lambda: seen.count("before_ack") > 1, "its end is told once more", seconds=10)
         refusal.end()
-        guarded.join("default", timeout=10_000)
+        guarded.join("default", timeout=30_000)
     assert steps == ["first", "first", "second"]
 
 
@@ -306,7 +306,7 @@ def test_who_sends_is_told_of_a_refusal_by_its_name(
     with pytest.raises(error):
         guarded.enqueue(message())
     with pytest.raises(error):
-        guarded.join("default", timeout=5_000)
+        guarded.join("default", timeout=30_000)
 
 
 @pytest.mark.parametrize("error", [AuthError("refused"), Unavailable("away"), RuntimeError("a bug")])
@@ -427,7 +427,7 @@ def test_a_worker_that_ends_waits_once_for_a_store_that_is_away_and_not_once_for
     monkeypatch.setattr(broker.core, "release", recorded)
     worker = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
     worker.start()
-    assert started.wait(10)
+    assert started.wait(30)
     eventually(lambda: broker.held() == 2 * len(queues), "all are prefetched")
     server.pause()
     worker.stop(timeout=1_000)
@@ -493,7 +493,7 @@ def test_a_worker_that_ends_leaves_to_others_what_it_has_not_started(server: Ser
     old.enqueue(message("fetched", name="note"))
     worker = dramatiq.Worker(old, worker_threads=1, worker_timeout=100)
     worker.start()
-    assert started.wait(10)
+    assert started.wait(30)
     eventually(lambda: old.held() == 2, "one runs, one is fetched")
     stop = threading.Thread(target=worker.stop)
     stop.start()
@@ -539,7 +539,7 @@ def test_middleware_that_heard_of_a_message_hears_that_it_is_skipped_though_its_
     broker.add_middleware(Skip())
     broker.enqueue(message())
     with running(broker, threads=1):
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=30_000)
     ours = ("before_process_message", "after_skip_message", "run", "after_process_message")
     assert [name for name in heard if name in ours] == [ours[0], ours[1], ours[0], ours[2], ours[3]]
 
@@ -552,5 +552,5 @@ def test_a_worker_that_has_ended_takes_nothing_of_a_queue_that_is_declared_later
     for n in range(6):
         broker.enqueue(message(n, queue="later"))
     with running(broker, threads=1):
-        broker.join("later", timeout=20_000)
+        broker.join("later", timeout=30_000)
     assert sorted(ran) == list(range(6))
