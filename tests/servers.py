@@ -66,6 +66,21 @@ def eventually(check: Callable[[], object], what: str, seconds: float = 30.0) ->
     raise TimeoutError(f"{what}: not within {seconds:g} s; last look: {last!r}")
 
 
+def seconds_until(check: Callable[[], object], what: str, seconds: float = 30.0) -> float:
+    """As `eventually`, and how long it took: without the time for which a busy machine let this process stand still, as
+    it may have let whoever was waited for."""
+    passed, last = 0.0, time.monotonic()
+
+    def look() -> object:
+        nonlocal passed, last
+        now = time.monotonic()
+        passed, last = passed + min(now - last, 0.03), now
+        return check()
+
+    eventually(look, what, seconds)
+    return passed
+
+
 def free_port() -> int:
     """A port that nobody listens on now. Another process may be faster: `Server.start` then tries again."""
     while True:
