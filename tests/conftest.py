@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Protocol, TypeVar, cast
 
 import pytest
+from celery import _state as celery_state
 
 from relay_core import Broker
 from tests.command_line import Cli
@@ -54,12 +55,22 @@ def _root_logger_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_counts_into_files_ever_after() -> Iterator[None]:
-    """As Dramatiq's Prometheus middleware, before 2.0, has each do that makes a worker."""
-    names = [name for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir") if name not in os.environ]
+def _current_app_as_before() -> Iterator[None]:
+    """Such a worker makes its app the current one, and the default one: the adapter asks that one for its backend."""
+    default, current = celery_state.default_app, celery_state._tls.current_app
     yield
-    for name in names:
-        os.environ.pop(name, None)
+    celery_state.default_app, celery_state._tls.current_app = default, current
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """Such a worker leaves there how its children are to log, and Dramatiq's Prometheus middleware, before 2.0, that
+    all processes count into files: none that a later test starts is to hear of it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 class Resettable(Protocol):

@@ -32,7 +32,7 @@ Flavour = Literal["valkey", "redis"]
 FLAVOURS: tuple[Flavour, ...] = ("valkey", "redis")
 
 # Below the range from which the kernel takes ports for outgoing connections, so that a port stays free
-# while its server is down for a moment.
+# while its server is down for a moment. Each process of a test run has some of them to itself.
 PORTS = range(20000, 32000)
 
 S = TypeVar("S", bound="Server")
@@ -81,16 +81,25 @@ def seconds_until(check: Callable[[], object], what: str, seconds: float = 30.0)
     return passed
 
 
-def free_port() -> int:
-    """A port that nobody listens on now. Another process may be faster: `Server.start` then tries again."""
+def free_port(count: int = 1) -> int:
+    """A port that nobody listens on now, the first of so many in a row. Another process may be faster: `Server.start`
+    then tries again."""
+    runs, own = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    share = len(PORTS) // runs
+    first = int(own.removeprefix("gw")) % runs * share
     while True:
-        port = random.choice(PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        port = random.choice(PORTS[first : first + share - count + 1])
+        if all(_is_free(port + n) for n in range(count)):
             return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 class Server:

@@ -479,7 +479,7 @@ def test_a_channel_that_closes_puts_back_what_it_had_in_one_go(tcp_server: Serve
 
 def test_a_hundred_nodes_answer_a_ping_and_get_a_broadcast_exactly_once(tcp_server: Server) -> None:
     """100 real pidbox nodes in four processes, as many workers' control sides are."""
-    app = Celery("shop", broker=tcp_server.url)
+    app = Celery("shop", broker=tcp_server.url, set_as_current=False)
     command = [sys.executable, "-m", "tests.celery_nodes", tcp_server.url]
     nodes = [
         subprocess.Popen([*command, str(first), "25"], stdout=subprocess.PIPE, text=True) for first in range(0, 100, 25)

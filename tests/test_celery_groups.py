@@ -75,7 +75,7 @@ def test_a_group_is_stored_in_few_round_trips_and_in_its_order(app: Celery, serv
 
 
 def test_so_are_chunks_and_the_header_of_a_chord(app: Celery, server: Server, broker: Broker) -> None:
-    @app.task(name="pay")
+    @app.task(name="pay", shared=False)
     def paid(n: int) -> None: ...
 
     assert calls(server, lambda: paid.chunks(((n,) for n in range(200)), 2).apply_async()) <= 100 // 10

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from relay_adapters.celery.messages import reprs
 
-with Celery("reprs", broker="relay://127.0.0.1:1").connection_for_write() as connection:
+with Celery("reprs", broker="relay://127.0.0.1:1", set_as_current=False).connection_for_write() as connection:
     OURS: Any = connection.transport and sys.modules["celery.app.amqp"].saferepr  # type: ignore[attr-defined]
 STOCK = OURS.relay_stock
 

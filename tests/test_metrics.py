@@ -662,7 +662,7 @@ def test_a_port_in_use_is_logged_and_the_worker_works_without_metrics(
 
 def test_of_a_range_of_ports_the_first_free_one_is_taken(server: Server) -> None:
     with Broker(server.url) as broker:
-        low = free_port()
+        low = free_port(21)
         servers = [MetricsServer(f"127.0.0.1:{low}-{low + 20}", broker, ["mail"]) for _ in range(2)]
         for one in servers:
             one.start()

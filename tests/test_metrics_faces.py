@@ -145,7 +145,7 @@ def celery_worker(folder: Path, store: Server, address: str, name: str, **more: 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_late_acked_task_that_retries_loses_no_lease(store: Server, core: Broker, folder: Path, pool: str) -> None:
     port = free_port()
-    app = Celery(broker=store.url)
+    app = Celery(broker=store.url, set_as_current=False)
     with celery_worker(folder, store, f"127.0.0.1:{port}", "one", SITE_CONF=json.dumps({"worker_pool": pool})):
         for _ in range(3):
             app.send_task("again")
@@ -162,7 +162,7 @@ def test_a_celery_worker_serves_metrics_of_all_its_children_until_they_have_drai
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}/metrics"
-    app = Celery(broker=store.url)
+    app = Celery(broker=store.url, set_as_current=False)
     with celery_worker(folder, store, f"127.0.0.1:{port}", "one") as worker:
         eventually(lambda: faces(core) == ["celery"], "the worker in the roster", 60)
         for task in ("fine", "fine", "fail", "parent"):
@@ -206,7 +206,7 @@ def test_in_multiprocess_mode_the_children_of_a_celery_worker_count_what_their_t
     store: Server, core: Broker, folder: Path, tmp_path: Path, conf: Mapping[str, Any]
 ) -> None:
     port = free_port()
-    app = Celery(broker=store.url)
+    app = Celery(broker=store.url, set_as_current=False)
     more = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "SITE_CONF": json.dumps(conf)}
     with celery_worker(folder, store, f"127.0.0.1:{port}", "many", **more):
         for _ in range(4):
@@ -227,7 +227,7 @@ class Controller:
 
 
 def started(store: Server, **options: Any) -> tuple[Any, SimpleNamespace]:
-    app = Celery(broker=store.url, broker_transport_options=options)
+    app = Celery(broker=store.url, broker_transport_options=options, set_as_current=False)
     controller = Controller()
     consumer = SimpleNamespace(connection=app.connection_for_read(), controller=controller, task_consumer=None)
     consumer.connection.connect()
@@ -283,7 +283,8 @@ def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_an
         controller, _consumer = started(store)
     assert "metrics" not in caplog.text
     monitoring._shutdown(controller)
-    other = SimpleNamespace(connection=Celery(broker="memory://").connection_for_read(), controller=Controller())
+    elsewhere = Celery(broker="memory://", set_as_current=False)
+    other = SimpleNamespace(connection=elsewhere.connection_for_read(), controller=Controller())
     monitoring._ready(other)
     assert core.workers() == []
 
@@ -295,7 +296,7 @@ def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_an
 def test_dramatiq_s_processes_serve_metrics_each_on_a_port_until_they_have_drained(
     store: Server, core: Broker, folder: Path, tmp_path: Path
 ) -> None:
-    low = free_port()
+    low = free_port(2)
     urls = [f"http://127.0.0.1:{port}/metrics" for port in (low, low + 1)]
     command = ["dramatiq", "dramatiq_site", "--processes", "2", "--threads", "2", "--worker-shutdown-timeout", "30000"]
     sender = RelayBroker(url=store.url)
