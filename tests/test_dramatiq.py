@@ -524,9 +524,11 @@ def test_leases_are_kept_while_the_worker_is_paused(broker: RelayBroker, server:
     rival.close()
 
 
-def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(broker: RelayBroker, server: Server) -> None:
+def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(server: Server) -> None:
     ran: list[int] = []
     backend = StubBackend()
+    broker = RelayBroker(url=server.url, lease=3.0)
+    dramatiq.set_broker(broker)
     broker.add_middleware(Results(backend=backend))  # type: ignore[no-untyped-call]
     started, let_go = threading.Event(), threading.Event()
 
@@ -537,19 +539,21 @@ def test_a_message_whose_lease_was_lost_before_it_started_is_not_run(broker: Rel
         let_go.wait(60)
 
     first, second = note.send(0), note.send(1)
-    with running(broker, threads=1):
+    with running(broker, threads=1) as worker:
         assert started.wait(30)
         eventually(lambda: broker.core.stats("default").inflight == 2, "the second is prefetched")
         # the store takes it away, as it does from a process that slept
         assert broker.core.cancel("default", second.options["relay_job_id"]) == "inflight"
         owners = broker.core.settings.keys("default").owners
         server.cli("HSET", owners, second.options["relay_job_id"], "2:99:other 0 h")
-        time.sleep(0.5)  # one heartbeat, at which it is found out
+        line = worker.consumers["default"].consumer._line
+        eventually(lambda: any(lease.lost for lease in line.leases()), "a heartbeat to find out")
         let_go.set()
         first.get_result(backend=backend, block=True, timeout=30_000)
     assert ran == [0]
     with pytest.raises(dramatiq.results.ResultMissing):
         second.get_result(backend=backend)
+    broker.close()
 
 
 @pytest.mark.parametrize(

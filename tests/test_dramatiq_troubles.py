@@ -163,9 +163,9 @@ def test_a_message_that_does_not_decode_is_dead_though_the_error_cannot_be_print
 def test_what_cannot_be_settled_for_an_unknown_reason_is_given_up_and_comes_again(
     server: Server, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = new_broker(server.url, lease=0.6)
+    broker = new_broker(server.url, lease=3.0)
     broker.enqueue(message())
-    consumer = broker.consume("default", timeout=10_000)
+    consumer = broker.consume("default", timeout=30_000)
     held = taken(consumer)
     held.pending = broker.core.operations.nack_of(held.lease.job, "a retry that could not be sent")
 
