@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Protocol, TypeVar, cast
@@ -19,7 +20,7 @@ from celery import _state as celery_state
 
 from relay_core import Broker
 from tests.command_line import Cli
-from tests.servers import FLAVOURS, AclServer, Flavour, MissingServer, Server, TlsServer
+from tests.servers import FLAVOURS, AclServer, Flavour, MissingServer, Near, Server, TlsServer
 from tests.topologies import Cluster, SentinelTrio
 
 # Threads of an adapter live as long as their process. What they log when pytest has ended shall not follow its summary.
@@ -71,6 +72,13 @@ def _environment_as_before() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+@pytest.fixture
+def near() -> Near:
+    """Equal to what is nearer to a number of seconds than 2 and those that the test has taken by then."""
+    began = time.monotonic()
+    return lambda expected: pytest.approx(expected, abs=2 + time.monotonic() - began)
 
 
 class Resettable(Protocol):

@@ -37,6 +37,9 @@ PORTS = range(20000, 32000)
 
 S = TypeVar("S", bound="Server")
 
+Near = Callable[[float], object]
+"""What the fixture `near` gives."""
+
 
 class MissingServer(Exception):
     """A program that the tests need is not installed."""

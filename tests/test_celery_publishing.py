@@ -28,7 +28,7 @@ from relay_core.errors import InvalidArgument, Unavailable
 from tests.aging import age_by
 from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
 from tests.celery_workers import client_of
-from tests.servers import Server
+from tests.servers import Near, Server
 from tests.signals import handled_by
 
 
@@ -264,7 +264,7 @@ def test_an_eta_that_no_message_waits_for_is_refused_in_the_words_of_a_task(app:
 
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_an_eta_waits_in_the_store_and_without_a_time_zone_is_utc_as_to_celerys_workers(
-    server: Server, tmp_path: Path, protocol: int
+    server: Server, tmp_path: Path, protocol: int, near: Near
 ) -> None:
     options = {"client_name": f"protocol-{protocol}-{uuid.uuid4().hex}"}
     app = client_of(server.url, tmp_path, task_protocol=protocol, broker_transport_options=options)
@@ -275,13 +275,13 @@ def test_an_eta_waits_in_the_store_and_without_a_time_zone_is_utc_as_to_celerys_
     app.send_task("pay", eta=soon, expires=60, queue="expiring")
     with Broker(server.url) as broker:
         (job,) = broker.jobs("aware", "delayed")
-        assert job.due_at == pytest.approx(soon.timestamp(), abs=2)
+        assert job.due_at == near(soon.timestamp())
         if protocol == 2:
             assert envelope.head_of(job.payload)["headers"]["eta"] == soon.isoformat()
             (expiring,) = broker.jobs("expiring", "delayed")
             assert expiring.due_at < soon.timestamp() - 3000
         (naive,) = broker.jobs("naive", "delayed")
-        assert naive.due_at == pytest.approx(soon.timestamp(), abs=2)
+        assert naive.due_at == near(soon.timestamp())
         assert broker.stats("past").ready == 1
     app.close()
 

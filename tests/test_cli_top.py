@@ -27,7 +27,7 @@ from relay_core.cli.top import Looks, _left_out, render
 from relay_core.keys import LAYOUT, worker_keys
 from relay_core.worker import Worker
 from tests.command_line import Cli, environment, working
-from tests.servers import Server, eventually
+from tests.servers import Near, Server, eventually
 
 
 @pytest.fixture(params=["valkey"])
@@ -46,11 +46,12 @@ def beat(broker: Broker, name: str, face: str, *queues: str, inflight: int = 0) 
     """A worker process that tells of itself."""
     host, pid, _random = name.split(":")
     says = {"host": host, "pid": int(pid), "face": face, "queues": queues, "concurrency": 4, "inflight": inflight}
-    broker.store.run(commands.beat(worker_keys("relay"), name, says, age_ms=90_000, alive_ms=16_000))
+    broker.store.run(commands.beat(worker_keys("relay"), name, says, age_ms=90_000, alive_ms=3_600_000))
 
 
 def test_live_workers_of_every_face_are_listed_and_picked(cli: Cli, broker: Broker) -> None:
     assert "No such workers" in cli.run("worker", "ls").stdout
+    began = time.monotonic()
     beat(broker, "web1:12:a", "celery", "mail", "other", inflight=7)
     beat(broker, "web2:34:b", "dramatiq", "mail")
     beat(broker, "web3:56:c", "worker", "reports")
@@ -59,7 +60,7 @@ def test_live_workers_of_every_face_are_listed_and_picked(cli: Cli, broker: Brok
         ("web1", 12, "celery"), ("web2", 34, "dramatiq"), ("web3", 56, "worker"),
     ]  # fmt: skip
     assert (listed[0]["queues"], listed[0]["inflight"], listed[0]["concurrency"]) == (["mail", "other"], 7, 4)
-    assert 0 <= listed[0]["silence"] < 5
+    assert 0 <= listed[0]["silence"] < 1 + time.monotonic() - began
     assert listed[0]["beat_at"] - listed[0]["started_at"] == pytest.approx(90)
     assert [one["pid"] for one in cli.json("worker", "ls", "-q", "mail")["workers"]] == [12, 34]
     assert [one["pid"] for one in cli.json("worker", "ls", "--face", "worker")["workers"]] == [56]
@@ -105,7 +106,7 @@ def test_rates_are_what_was_counted_between_two_looks(broker: Broker) -> None:
     assert second.failed == pytest.approx(5 / passed)
 
 
-def test_p99_of_the_wait_leaves_out_one_in_a_hundred(server: Server, broker: Broker) -> None:
+def test_p99_of_the_wait_leaves_out_one_in_a_hundred(server: Server, broker: Broker, near: Near) -> None:
     q = broker.settings.keys("mail")
     now = int(server.cli("TIME")[0]) * 1000
 
@@ -116,9 +117,9 @@ def test_p99_of_the_wait_leaves_out_one_in_a_hundred(server: Server, broker: Bro
             server.cli("RPUSH", q.ready[level], id)
 
     ready(0, [3600, 1800] + [20] * 198)
-    assert Looks(broker, ["mail"]).look().rows[0].wait == pytest.approx(20, abs=3)
+    assert Looks(broker, ["mail"]).look().rows[0].wait == near(20)
     ready(5, [40])
-    assert Looks(broker, ["mail"]).look().rows[0].wait == pytest.approx(40, abs=3), "of several priorities the longest"
+    assert Looks(broker, ["mail"]).look().rows[0].wait == near(40), "of several priorities the longest"
     assert broker.stats("mail").oldest_at == pytest.approx(now / 1000 - 3600)
 
 
