@@ -539,7 +539,8 @@ def test_an_idle_worker_with_gossip_mingle_heartbeat_and_events_sends_two_comman
         eventually(lambda: "ready." in log("one@h"), "the worker is ready", 60)
         # what it does once, at its start, may still be on its way
         eventually(lambda: commands_within(worker_server, 2.0) <= 6, "the start to be over", 30)
-        assert commands_within(worker_server, 10.0) <= 20
+        began = time.monotonic()
+        assert commands_within(worker_server, 10.0) <= 2 * (time.monotonic() - began)
         second = worker("two@h")
         eventually(lambda: "ready." in log("two@h"), "the second worker is ready", 60)
         assert "mingle: sync with 1 nodes" in log("two@h")
