@@ -434,7 +434,7 @@ def test_a_reason_that_is_no_text_still_ends_in_dead(broker: Broker) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
 def test_the_heartbeat_keeps_jobs_that_run_and_jobs_that_wait_for_many_leases(kind: str, server: Server) -> None:
-    lease = 0.6
+    lease = 2.0
     seen: list[tuple[bytes, int]] = []
 
     def handle(job: Job) -> None:
@@ -470,7 +470,7 @@ def test_the_heartbeat_outlives_what_is_no_error_of_the_server(
 
     original = Heartbeat.beat
     monkeypatch.setattr(Heartbeat, "beat", beat)
-    with Broker(server.url, lease=0.3) as broker:
+    with Broker(server.url, lease=3.0) as broker:
         broker.enqueue("mail", b"")
         with running(broker, gate):
             gate.wait_for(1)
