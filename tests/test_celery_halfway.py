@@ -34,7 +34,7 @@ from tests.signals import handled_by
 
 @pytest.fixture
 def connection(server: Server) -> Iterator[kombu.Connection]:
-    with link(server.url, lease=0.6, max_payload=600) as connection:
+    with link(server.url, lease=3.0, max_payload=600) as connection:
         yield connection
 
 

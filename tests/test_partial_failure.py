@@ -326,7 +326,7 @@ def by_celery(broker: Broker, jobs: list[Job]) -> Iterator[None]:
 def test_a_server_that_hangs_holds_up_no_heartbeat_of_the_others(slow_to_judge: Cluster, keep: Keep) -> None:
     cluster = slow_to_judge
     cluster.reset()
-    with Broker(cluster.url, lease=1.5) as broker, Broker(cluster.url) as other:
+    with Broker(cluster.url, lease=4.0) as broker, Broker(cluster.url) as other:
         hangs, there, server = apart(cluster, broker)
         assert other.claim(there) == []
         jobs = one_of_each(broker, hangs, there)
