@@ -311,6 +311,10 @@ class AclServer(Server):
     def connection(self) -> dict[str, Any]:
         return super().connection() | {"username": self.admin[0], "password": self.admin[1]}
 
+    def reset(self) -> None:
+        super().reset()
+        self.cli("ACL", "LOAD")  # the users and rights of its file
+
 
 class TlsServer(Server):
     """A server that speaks TLS only, with a certificate for `localhost` and 127.0.0.1 by a CA of its own.

@@ -137,11 +137,11 @@ def test_a_solo_worker_keeps_the_leases_of_a_task_that_is_longer_than_them(
 ) -> None:
     for name in ("one", "two"):
         running.enter_context(
-            CeleryWorker(kept.url, tmp_path, "-P", "solo", name=name, options={"lease": 0.6}, ready=False)
+            CeleryWorker(kept.url, tmp_path, "-P", "solo", name=name, options={"lease": 2.0}, ready=False)
         )
     send(client, "celery", "hold", "long", "go")
     started(tmp_path, "long")
-    time.sleep(2.5)
+    time.sleep(5)
     (tmp_path / "go").touch()
     empty(broker, "celery")
     assert len(lines(tmp_path, "started", "long")) == 1
