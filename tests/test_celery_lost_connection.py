@@ -125,7 +125,7 @@ def test_a_child_that_is_frozen_as_it_is_about_to_start_holds_nobody_up(held: He
 
 def test_to_hand_back_a_server_that_was_just_away_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that stops does so channel by channel, and would wait for each."""
-    with Server("redis", tcp=True) as own, Broker(own.url, retry_for=0.1, socket_timeout=0.1) as broker:
+    with Server("redis", tcp=True) as own, Broker(own.url, retry_for=0.1, socket_timeout=1.0) as broker:
         leases, here, flush, waited = Leases(broker), threading.get_ident(), Leases.flush, []
         broker.enqueue_many("q", [b"1", b"2"])
         tags = []

@@ -658,7 +658,7 @@ def test_nothing_is_lost_when_the_store_is_cut_between_a_failure_and_its_retry(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dramatiq.worker.POST_PROCESS_MESSAGE_RETRY_DELAY_SECS", 0.1)
-    broker = RelayBroker(url=server.url, lease=5, socket_timeout=0.1, retry_for=0.1)
+    broker = RelayBroker(url=server.url, lease=5, socket_timeout=1.0, retry_for=0.1)
     dramatiq.set_broker(broker)
     tries: list[int] = []
     cut = threading.Event()

@@ -275,7 +275,7 @@ def test_a_message_of_another_broker_is_left_alone(broker: RelayBroker) -> None:
 
 
 def test_acks_that_could_not_be_sent_are_sent_when_the_store_is_back(server: Server) -> None:
-    broker = RelayBroker(url=server.url, lease=5, socket_timeout=0.1, retry_for=0.1)
+    broker = RelayBroker(url=server.url, lease=5, socket_timeout=1.0, retry_for=0.1)
     broker.declare_queue("default")
     send(broker, 1)
     consumer = broker.consume("default")

@@ -405,7 +405,7 @@ def test_an_interrupt_among_the_acks_keeps_none_of_them_from_the_store(server: S
 def test_a_worker_that_ends_waits_once_for_a_store_that_is_away_and_not_once_for_each_queue(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = new_broker(server.url, lease=2.0, socket_timeout=0.1, retry_for=0.1)
+    broker = new_broker(server.url, lease=2.0, socket_timeout=1.0, retry_for=0.1)
     queues = ("default", "q1", "q2", "q3")
     started, let_go = threading.Event(), threading.Event()
 
@@ -442,7 +442,7 @@ def test_a_worker_that_ends_waits_once_for_a_store_that_is_away_and_not_once_for
 def test_acks_that_a_worker_could_not_send_when_it_ended_are_sent_when_its_broker_is_closed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = new_broker(server.url, socket_timeout=0.1, retry_for=0.1)
+    broker = new_broker(server.url, socket_timeout=1.0, retry_for=0.1)
     broker.declare_queue("other")
     consumers = [broker.consume(queue, prefetch=2) for queue in ("default", "other")]
     for consumer in consumers:

@@ -102,7 +102,7 @@ def test_a_server_that_is_gone_is_told_of_when_the_reply_is_taken() -> None:
 def test_a_server_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait for the reply is a part of the time for which a command is repeated."""
     again: list[Any] = []
-    with Server("valkey", tcp=True) as own, Broker(own.url, retry_for=0.2, socket_timeout=0.2) as broker:
+    with Server("valkey", tcp=True) as own, Broker(own.url, retry_for=1.0, socket_timeout=1.0) as broker:
         sender = broker.store.sender()
         broker.stats("q")
         begun(broker, sender)()
