@@ -82,6 +82,7 @@ def test_before_its_process_ends_acks_that_are_under_way_are_waited_for(
         return stock(jobs)
 
     monkeypatch.setattr(leases.broker, "ack_many", slow)
+    monkeypatch.setattr("relay_adapters.celery.holding.leases._UNDER_WAY", 60.0)
     send(loop.channel.connection.client, 1, key=loop.queue)
     loop.until(lambda: loop.got, "the message")
     leases.ack_later(loop.got[0].delivery_tag)
