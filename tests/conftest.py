@@ -27,9 +27,15 @@ from tests.topologies import Cluster, SentinelTrio
 logging.getLogger("relay").addHandler(logging.NullHandler())
 
 
+# What whoever runs the tests may have exported: a broker or proxy of theirs, and colours where text is looked for.
+_EXPORTED = re.compile("RELAY_(URL|PREFIX)|CELERY_.*|(FORCE|NO)_COLOR|.*_PROXY", re.IGNORECASE)
+
+
 def pytest_configure() -> None:
     """Shells have what they start in the background ignore interrupts, and so would all that tests start, and send
     interrupts to."""
+    for name in filter(_EXPORTED.fullmatch, list(os.environ)):
+        del os.environ[name]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
