@@ -15,7 +15,7 @@ from relay_core import AsyncBroker
 from relay_core.broker import Broker
 from relay_core.connection.resting import MOST, RestingBells
 from relay_core.job import Claimed
-from relay_core.operations import Settings, Wait
+from relay_core.operations import Settings, Wait, Waited
 from relay_core.testing import advance
 from relay_core.validation import JobSpec
 from tests.servers import Server, eventually
@@ -245,7 +245,7 @@ def test_who_waits_for_several_queues_looks_at_once_again_where_one_of_them_asks
     broker.claim("busy")
     waits: list[float] = []
     with Broker(server.url, lease=60.0, max_deliveries=1) as strict:
-        monkeypatch.setattr(strict, "_wait", lambda step: waits.append(step.timeout))
+        monkeypatch.setattr(strict, "_wait", lambda step: waits.append(step.timeout) or Waited(False))
         (job,) = strict.claim(queues, wait=30.0)
     assert job.payload == b"good"
     assert waits == [0.001]
@@ -288,12 +288,12 @@ def test_a_wake_up_of_one_queue_is_passed_on_by_who_finds_enough_in_another(
 ) -> None:
     marker = broker.settings.keys("b").marker
 
-    def both_come(step: Wait) -> bool:
+    def both_come(step: Wait) -> Waited:
         assert marker in step.markers
         broker.enqueue("a", b"x")
         broker.enqueue("b", b"y")
         assert broker.store.raw("ZPOPMIN", marker), "the server wakes who waits with one of the markers, this one"
-        return True
+        return Waited(True)
 
     monkeypatch.setattr(broker, "_wait", both_come)
     assert [job.queue for job in broker.claim(["a", "b"], wait=30.0)] == ["a"]
