@@ -14,6 +14,7 @@ import pytest
 from relay_core.connection import SyncStore
 from relay_core.errors import PermissionDenied, Unavailable
 from relay_core.settings import StoreSettings, parse_url
+from tests.forking import child_of, code_of
 from tests.proxy import Proxy, to_socket
 from tests.servers import AclServer, Server, eventually
 from tests.shells import Open, count, kind, store_at  # noqa: F401 (fixtures)
@@ -242,12 +243,13 @@ def test_a_child_of_fork_has_a_bell_of_its_own(server: Server) -> None:
     bell = store.bell([b"m", b"n"])
     bell.arm(50)
     eventually(lambda: blocked(server) == 1, "parent's bell is armed")
-    child = os.fork()
-    if child == 0:
+
+    def look() -> bool:
         fine = not bell.armed and not bell.wait(0.01) and bell.armed
         bell.close()
-        os._exit(0 if fine else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return fine
+
+    assert code_of(child_of(look)) == 0
     eventually(lambda: blocked(server) == 1, "only the parent's bell is left")
     ring(server)
     assert bell.wait(5)
@@ -258,16 +260,19 @@ def test_a_child_of_fork_has_a_bell_of_its_own(server: Server) -> None:
 def test_a_bell_does_not_outlive_its_process_in_a_forked_child(server: Server) -> None:
     """A child that never uses the bell must not hold the parent's connection open after the parent's end."""
     ready, go = os.pipe()
-    parent = os.fork()
-    if parent == 0:
+
+    def live_on() -> bool:
+        os.close(go)
+        os.read(ready, 1)  # until the test ends
+        return True
+
+    def end() -> bool:
         bell = SyncStore(parse_url(server.url), StoreSettings()).bell([b"m"])
         bell.arm(100)
         eventually(lambda: blocked(server) == 1, "bell is armed")
-        if os.fork() == 0:
-            os.close(go)
-            os.read(ready, 1)  # until the test ends
-        os._exit(0)
-    os.waitpid(parent, 0)
+        return child_of(live_on) > 0
+
+    assert code_of(child_of(end)) == 0
     try:
         eventually(lambda: blocked(server) == 0, "server forgets the bell", 5)
     finally:

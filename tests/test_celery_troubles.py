@@ -31,6 +31,7 @@ from relay_core.errors import Unavailable
 from relay_core.job import Options
 from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.forking import child_of, code_of
 from tests.proxy import Proxy, to_port
 from tests.servers import AclServer, Server, eventually
 
@@ -214,14 +215,15 @@ def test_a_child_of_a_fork_waits_for_no_lock_of_another_thread_of_its_parent() -
 
     threading.Thread(target=hold).start()
     held.wait(30)
-    child = os.fork()
-    if not child:
+
+    def take() -> bool:
         signal.alarm(20)
         with lock:
-            os._exit(0)
-    _pid, status = os.waitpid(child, 0)
+            return True
+
+    code = code_of(child_of(take))
     done.set()
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert code == 0
 
 
 def test_a_suspect_that_celery_does_not_start_lets_others_through_after_a_while(store: Broker) -> None:

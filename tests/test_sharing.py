@@ -9,8 +9,9 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -22,6 +23,7 @@ from relay_core.connection import AsyncStore, SyncStore
 from relay_core.connection.pool import Link, Pool
 from relay_core.errors import InvalidArgument, Unavailable
 from relay_core.settings import StoreSettings, StoreUrl, parse_url
+from tests.forking import child_of, code_of
 from tests.proxy import Proxy, to_socket
 from tests.servers import Flavour, Server, eventually
 from tests.shells import count, script
@@ -45,17 +47,6 @@ def store(server: Server) -> Iterator[SyncStore]:
 def clients(server: Server) -> int:
     """How many connections the server has besides this one."""
     return int(server.info("clients")["connected_clients"]) - 1
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run it in a child of fork; the child's exit code, 0 if it returned something true."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if work() else 1)
-        except BaseException:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # --- threads
@@ -208,21 +199,19 @@ def test_an_embedded_url_is_refused_until_its_server_runs() -> None:
 
 def test_a_child_of_fork_uses_connections_of_its_own(server: Server, store: SyncStore) -> None:
     mine = store.raw("CLIENT", "ID")
-    assert in_child(lambda: store.raw("CLIENT", "ID") != mine) == 0
+    assert code_of(child_of(lambda: store.raw("CLIENT", "ID") != mine)) == 0
     assert store.raw("CLIENT", "ID") == mine, "the parent's session went on"
 
 
 def test_children_of_fork_and_their_parent_never_get_each_others_replies(server: Server, store: SyncStore) -> None:
     store.run(count("parent"))
-    children = []
-    for i in range(8):
-        child = os.fork()
-        if child == 0:
-            results = [store.run(count(f"child{i}"))[0] for _ in range(100)]
-            os._exit(0 if results == list(range(1, 101)) else 1)
-        children.append(child)
+
+    def counts(name: str) -> bool:
+        return [store.run(count(name))[0] for _ in range(100)] == list(range(1, 101))
+
+    children = [child_of(partial(counts, f"child{i}")) for i in range(8)]
     assert [store.run(count("parent"))[0] for _ in range(100)] == list(range(2, 102))
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 8
+    assert [code_of(child) for child in children] == [0] * 8
 
 
 def test_a_fork_while_another_thread_uses_the_store_leaves_no_lock_behind(server: Server, store: SyncStore) -> None:
@@ -235,7 +224,7 @@ def test_a_fork_while_another_thread_uses_the_store_leaves_no_lock_behind(server
     with ThreadPoolExecutor(4) as threads:
         busy = [threads.submit(work) for _ in range(4)]
         try:
-            assert [in_child(lambda: store.run(count("child"))) for _ in range(20)] == [0] * 20
+            assert [code_of(child_of(lambda: store.run(count("child")))) for _ in range(20)] == [0] * 20
         finally:
             stop.set()
         for one in busy:

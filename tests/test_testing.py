@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from relay_core.testing import (
     enqueued,
 )
 from relay_core.worker import Reject, Retry
+from tests.forking import child_of, code_of
 from tests.servers import Server, eventually
 
 
@@ -286,11 +286,7 @@ def test_a_private_server_is_alone_and_ends_with_its_block() -> None:
             one.clear()
             assert first.queues() == []
         folder = Path(one.url.removeprefix("relay+unix://").partition("?")[0])
-        child = os.fork()
-        if child == 0:
-            one.close()
-            os._exit(0)
-        os.waitpid(child, 0)
+        code_of(child_of(one.close))
         with Broker(one.url) as first:
             first.enqueue("q", b"still there")
     assert not folder.exists()
