@@ -148,6 +148,38 @@ def test_who_finds_a_server_away_has_all_its_queues_put_off(parted: Cluster, apa
         bell.close()
 
 
+def test_a_queue_that_is_on_its_way_elsewhere_holds_up_no_other_of_its_server(
+    parted: Cluster, apart: tuple[Server, str, str]
+) -> None:
+    """While its keys are parted, each of its scripts is refused with TRYAGAIN, though the server is there."""
+    source, moving, there = apart
+    same = next(name for n in range(1000) if queue_is_at(parted, source, name := f"other{n}"))
+    slot = parted.slot_of(queue_keys("relay", moving).marker)
+    target = server_of(parted, queue_keys("relay", there).marker)
+    done: list[str] = []
+    with Broker(parted.url, lease=60.0) as broker, Broker(parted.url) as other:
+        other.enqueue(moving, b"")
+        target.cli("CLUSTER", "SETSLOT", str(slot), "IMPORTING", source.cli("CLUSTER", "MYID"))
+        source.cli("CLUSTER", "SETSLOT", str(slot), "MIGRATING", target.cli("CLUSTER", "MYID"))
+        keys = source.cli("CLUSTER", "GETKEYSINSLOT", str(slot), "99")
+        source.cli("MIGRATE", "127.0.0.1", str(target.port), keys[0], "0", "5000")
+        worker = Worker(broker, lambda job: done.append(job.queue), [moving, same])
+        working = threading.Thread(target=worker.run)
+        working.start()
+        try:
+            for n in range(1, 4):
+                other.enqueue(same, b"")
+                eventually(lambda n=n: done == [same] * n, "the next job")
+        finally:
+            for key in source.cli("CLUSTER", "GETKEYSINSLOT", str(slot), "99"):
+                source.cli("MIGRATE", "127.0.0.1", str(target.port), key, "0", "5000")
+            parted.hand_over(slot, source, target)
+            eventually(lambda: moving in done, "what has moved")
+            worker.stop()
+            working.join(60)
+    assert not working.is_alive()
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_an_idle_worker_goes_on_without_a_server(
     parted: Cluster, apart: tuple[Server, str, str], caplog: pytest.LogCaptureFixture, how: str

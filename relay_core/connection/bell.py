@@ -165,8 +165,10 @@ class Bell(Absence[Channel]):
         """Who asked the server of a marker has found it away. False where there are no others to turn to meanwhile."""
         if self._several:
             where = self._store.where(marker)
+            # one that answers may refuse what is asked of this queue alone, whose slot is on its way elsewhere
+            away = where is not None and self._store.doubts(where)
             for channel in self._channels:
-                if marker in channel.markers or (where and where == self._store.where(channel.markers[0])):
+                if marker in channel.markers or (away and where == self._store.where(channel.markers[0])):
                     channel.close()
                     channel.address = where
                     self._miss(channel, error)

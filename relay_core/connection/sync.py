@@ -168,6 +168,10 @@ class SyncStore:
         """A connection of a bell to that server was lost: ask for the topology before the next command."""
         self._router.doubt(address)
 
+    def doubts(self, address: Address) -> bool:
+        """Whether that server was lost, or told to ask elsewhere, and was not found fit since."""
+        return address not in self._router.checked
+
     def close(self) -> None:
         """Close the connections. Commands under way finish; later ones raise Unavailable."""
         self._closed = True
