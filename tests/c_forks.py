@@ -6,7 +6,9 @@ thread asks for the interpreter's lock just then, the child may stand still, who
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -14,12 +16,18 @@ import threading
 from collections.abc import Callable
 
 from relay_core import embedded
-from relay_core.connection import SyncStore, forks
+from relay_core.connection import AsyncStore, SyncStore, forks
 from relay_core.settings import StoreSettings, parse_url
 from tests.forking import child_of, code_of
+from tests.servers import eventually
+from tests.shells import count
 
 SECONDS = 60
 """After which the kernel ends a child that stands still."""
+
+
+def c_fork() -> int:
+    return ctypes.PyDLL(None).fork()
 
 
 def in_child(told: Callable[[], object]) -> bool:
@@ -27,7 +35,7 @@ def in_child(told: Callable[[], object]) -> bool:
         signal.alarm(SECONDS)
         return told()
 
-    return code_of(child_of(work, ctypes.PyDLL(None).fork)) == 0
+    return code_of(child_of(work, c_fork)) == 0
 
 
 class Owner:
@@ -47,6 +55,84 @@ def has_connections_of_its_own(url: str) -> bool:
     store = SyncStore(parse_url(url), StoreSettings(retry_for=0))
     parents = store.raw("CLIENT", "ID")
     return in_child(lambda: store.raw("CLIENT", "ID") != parents) and bool(store.raw("CLIENT", "ID") == parents)
+
+
+def waits_with_a_bell_of_its_own(url: str) -> bool:
+    store = SyncStore(parse_url(url), StoreSettings(retry_for=0))
+    bell = store.bell([b"bell"])
+    bell.arm(100)
+
+    def waits() -> bool:
+        bell.arm(100)
+        eventually(lambda: b"blocked_clients:2" in store.raw("INFO", "clients"), "both to wait")
+        return True
+
+    if not in_child(waits):
+        return False
+    store.raw("ZADD", "bell", "1", "x")
+    return bell.wait(60)
+
+
+def takes_no_reply_of_its_parents_sender(url: str) -> bool:
+    store = SyncStore(parse_url(url), StoreSettings(retry_for=5))
+    sender, command = store.sender(), count("sender")
+    store.run(command)
+    sender.send(command)
+    assert sender.result(command) == (2, False)
+    sender.send(command)  # its reply is the parent's to take
+    return in_child(lambda: sender.result(command)[0] != 3) and sender.result(command) == (3, False)
+
+
+def leaves_its_parents_event_loop_alone(url: str) -> bool:
+    asyncio.run(both_hear(url, c_fork))
+    return True
+
+
+async def both_hear(url: str, fork: Callable[[], int]) -> None:
+    """Both processes have the same selector: what the child closes in the loop's way is lost to the parent."""
+    store = AsyncStore(parse_url(url), StoreSettings(socket_timeout=5, retry_for=0))
+    await asyncio.gather(store.run(count()), store.run(count()))
+    bell = store.bell([b"m"])
+    await bell.arm(100)
+
+    def work() -> bool:
+        fine = asyncio.run(store.run(count("child"))) == (1, False)
+        gc.collect()
+        return fine
+
+    child = child_of(work, fork)
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        await asyncio.sleep(0.01)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    await store.raw("ZADD", "m", "1", "x")
+    assert await bell.wait(60)
+    numbers = await asyncio.gather(*(store.run(count()) for _ in range(3)))
+    assert sorted(numbers) == [(3, False), (4, False), (5, False)]
+    await bell.close()
+    await store.close()
+
+
+def closes_a_bell_whose_lookout_was_at_work(_url: str) -> bool:
+    store = SyncStore(parse_url("relay+cluster://127.0.0.1:1"), StoreSettings(retry_for=0))
+    bell, held, go = store.bell([b"bell"]), threading.Event(), threading.Event()
+
+    class Slow:
+        def __hash__(self) -> int:  # asked for while the lookout has its lock
+            held.set()
+            go.wait()
+            return 0
+
+        def is_back(self, key: bytes) -> None: ...
+
+    slow = Slow()
+    thread = threading.Thread(target=lambda: store.lookout.forget(slow))
+    store.lookout.miss(b"bell", bell)
+    thread.start()
+    held.wait()
+    closed = in_child(lambda: bell.close() is None)
+    go.set()
+    thread.join()
+    return closed
 
 
 def waits_for_no_thread_of_its_parent(_url: str) -> bool:
@@ -119,6 +205,10 @@ CHILD = {
     what.__name__: what
     for what in (
         has_connections_of_its_own,
+        waits_with_a_bell_of_its_own,
+        takes_no_reply_of_its_parents_sender,
+        leaves_its_parents_event_loop_alone,
+        closes_a_bell_whose_lookout_was_at_work,
         waits_for_no_thread_of_its_parent,
         has_all_its_threads_wait_until_it_has_let_go,
         takes_what_it_makes_first_for_its_own,

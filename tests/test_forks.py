@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import subprocess
 import sys
 
 import pytest
 
-from relay_core.connection import AsyncStore
+from relay_core.connection import AsyncStore, forks
 from relay_core.settings import StoreSettings, parse_url
 from tests import c_forks
+from tests.forking import child_of, code_of
 from tests.servers import Server, eventually
 from tests.shells import count
 
 
 def test_the_event_loop_of_the_parent_still_hears_its_server(server: Server) -> None:
-    """Both processes have the same selector: what the child closes in the loop's way is lost to the parent."""
-    store = AsyncStore(parse_url(server.url), StoreSettings(socket_timeout=5, retry_for=0))
+    asyncio.run(c_forks.both_hear(server.url, os.fork))
 
-    async def child_ended(child: int) -> int:
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            await asyncio.sleep(0.01)
-        return os.waitstatus_to_exitcode(ended[1])
 
-    async def main() -> None:
-        await asyncio.gather(store.run(count()), store.run(count()))
-        bell = store.bell([b"m"])
-        await bell.arm(100)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = 0 if asyncio.run(store.run(count("child"))) == (1, False) else 2
-                gc.collect()
-            finally:
-                os._exit(code)
-        assert await child_ended(child) == 0
-        server.cli("ZADD", "m", "1", "x")
-        assert await bell.wait(5)
-        numbers = await asyncio.gather(*(store.run(count()) for _ in range(3)))
-        assert sorted(numbers) == [(3, False), (4, False), (5, False)]
-        await bell.close()
-        await store.close()
-
-    asyncio.run(main())
+def test_a_child_may_bear_its_parents_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process of a container, that of a new namespace of process ids, has the number 1 in both."""
+    owner, here = c_forks.Owner(), os.getpid()
+    owner.go.set()
+    forks.watch(owner)
+    monkeypatch.setattr(os, "getpid", lambda: here)
+    assert code_of(child_of(lambda: owner.calls == 1)) == 0
+    assert owner.calls == 0
 
 
 def test_the_connections_of_a_dead_parent_end_although_its_child_lives(server: Server) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from relay_core.clock import sent_now
 from relay_core.commands.command import Arg, Command
-from relay_core.connection import attempts, clients
+from relay_core.connection import attempts, clients, forks
 from relay_core.connection.aiobell import AsyncBell
 from relay_core.connection.aiopool import AsyncLink, AsyncPool
 from relay_core.connection.lookout import ASK_EVERY, PATIENCE, Lookout
@@ -136,6 +136,7 @@ class AsyncStore:
     async def _exchange(self, address: Address, blocks: list[bytes], count: int) -> Outcome:
         home = (asyncio.get_running_loop(), os.getpid())
         if home != self._home:
+            forks.look()  # before the pools of a parent are closed in the way of its loop
             self._home, self._pools = home, {}
         pool = self._pools.get(address) or self._pool(address)
         link = await pool.take()

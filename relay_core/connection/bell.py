@@ -302,6 +302,7 @@ class Bell(Absence[Channel]):
 
     def _renew(self) -> None:
         """In a child of fork: leave the parent's connections alone and start anew."""
+        forks.look()
         if self._closed:
             raise Unavailable("this bell is closed")
         if self._forked:

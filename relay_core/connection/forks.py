@@ -83,5 +83,13 @@ def let_go(descriptor: int) -> None:
         os.close(nothing)
 
 
+def _in_child() -> None:
+    """In a namespace of its own it may bear its parent's process id."""
+    global _here, _turning
+    _here = _turning = 0
+    _turns.clear()
+    look()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=look)
+    os.register_at_fork(after_in_child=_in_child)

@@ -39,11 +39,11 @@ class Lookout:
     def __init__(self, open_store: Callable[[], SyncStore]) -> None:
         """:param open_store: makes one that asks once and waits for `PATIENCE`"""
         self._open_store = open_store
+        self._lock = forks.Lock()
         self.after_fork()
         forks.watch(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.RLock()
         self._missed: dict[bytes, weakref.WeakSet[Misses]] = {}
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -53,8 +53,9 @@ class Lookout:
         with self._lock:
             self._missed.setdefault(key, weakref.WeakSet()).add(one)
             if self._thread is None and not self._closed.is_set():
-                self._thread = threading.Thread(target=self._look_out, name="relay-lookout", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._look_out, name="relay-lookout", daemon=True)
+                thread.start()  # where that is refused, the next miss tries again
+                self._thread = thread
 
     def forget(self, one: Misses) -> None:
         """It misses nothing any more."""

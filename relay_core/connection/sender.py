@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from relay_core.clock import sent_now
 from relay_core.commands.command import Command
-from relay_core.connection import clients
+from relay_core.connection import clients, forks
 from relay_core.connection.bell import readable
 from relay_core.connection.pool import Link
 from relay_core.connection.steps import Address, Outcome
@@ -33,6 +33,7 @@ class Sender:
 
     def send(self, command: Command[Any]) -> None:
         """Send it where that can be done at once; else `result` sends it."""
+        forks.look()
         self._to, self._sent_at = self._store.ready(command, time.monotonic()), sent_now()
         if self._to is not None:
             link = self._links.get(self._to)
@@ -52,6 +53,7 @@ class Sender:
     def result(self, command: Command[T]) -> T:
         """What `parse` makes of the reply to the command that was sent. Waits for it, and repeats the command, as `run`
         would, and raises the same."""
+        forks.look()
         outcome, started = None, time.monotonic()
         if self._to is not None:
             outcome = self._failed or self._links[self._to].receive(1)
