@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from relay_core import AsyncBroker, Broker, Job
+from relay_core.connection import SyncStore
 from relay_core.errors import Unavailable
 from relay_core.keys import queue_keys
+from relay_core.settings import StoreSettings, parse_url
 from relay_core.worker import Worker
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
@@ -128,6 +130,27 @@ def test_a_bell_of_which_all_servers_are_away_rings_once(
     assert bell.wait(60)
     assert bell.lost is None
     bell.close()
+
+
+def test_where_no_thread_can_be_had_nothing_is_put_off_that_nobody_looks_out_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = SyncStore(parse_url("relay+cluster://127.0.0.1:1"), StoreSettings(retry_for=0.0))
+    bell = store.bell([b"m"])
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            bell.arm(1)
+    assert not bell.away
+    bell.arm(1)
+    assert bell.away == {b"m"}
+    assert looks_out()
+    bell.close()
+    store.close()
 
 
 def test_who_finds_a_server_away_has_all_its_queues_put_off(parted: Cluster, apart: tuple[Server, str, str]) -> None:

@@ -71,8 +71,8 @@ class Absence(Generic[C]):
         channel.address = channel.address or self._where(channel.markers[0])
         if not self._missing_at(channel.address):
             logger.warning("queues are put off until their server is back, others go on: %s", error)
-        channel.missed = error
         self._lookout.miss(channel.markers[0], self)
+        channel.missed = error  # at last: what nobody looks out for, as there is no thread to be had, is asked for anew
 
     def is_back(self, key: bytes) -> None:
         """Called by the lookout, on its thread."""
