@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import chord
+from celery import Celery, chord
+from celery.backends.redis import RedisBackend
 
+from relay_adapters.celery.holding import chords
 from tests.celery_workers import POOLS, STARTS, CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
 
@@ -56,3 +58,25 @@ def test_a_worker_that_was_killed_as_it_sent_a_chords_body_keeps_no_other_from_i
 @pytest.mark.parametrize("start", STARTS[1:])
 def test_nor_does_a_child_that_was_spawned(server: Server, tmp_path: Path, start: Mapping[str, Any]) -> None:
     ends_elsewhere(server, tmp_path, "prefork", start)
+
+
+@pytest.mark.parametrize(
+    ("url", "seconds"),
+    [
+        ("relay://127.0.0.1:1", 9),
+        ("relay://127.0.0.1:1;relay://127.0.0.1:2", 9),
+        ("relay+cluster://127.0.0.1:1,127.0.0.1:2", 9),
+        ("redis://127.0.0.1:1/0", 21),
+        ("pyamqp://guest:guest@127.0.0.1:1/a/b", 21),
+        ("memory://", 21),
+    ],
+)
+def test_an_app_over_another_broker_keeps_celerys_own_claim(
+    url: str, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = RedisBackend._chord_publish_claim_expires
+    monkeypatch.setattr(RedisBackend, "_chord_publish_claim_expires", getattr(stock, "relay_stock", stock))
+    chords.install()
+    with Celery(broker=url, backend="redis://127.0.0.1:1", set_as_current=False) as app:
+        app.conf.broker_transport_options = {} if seconds < 21 else {"leases": 3}
+        assert app.backend._chord_publish_claim_expires(6, app.signature("count")) == seconds

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from relay_adapters.celery.options import is_relay, shared_broker, url_of
+from relay_adapters.celery.options import shared_broker
 
 _LEFT = 0.6
 """Of a lease, when it may be next to be extended, and that a little late: two thirds are left just before."""
@@ -30,8 +30,8 @@ def _within_the_lease(stock: Callable[..., int]) -> Callable[..., int]:
     def _chord_publish_claim_expires(backend: Any, *args: Any) -> int:
         seconds = stock(backend, *args)
         with backend.app.connection_for_read() as connection:
-            if not is_relay(url_of(connection)):
-                return seconds
+            if not getattr(connection.get_transport_cls(), "keeps_mail", False):
+                return seconds  # another app of this process, over another broker
             return min(seconds, max(1, int(shared_broker(connection).settings.lease * _LEFT)))
 
     _chord_publish_claim_expires.relay_stock = stock  # type: ignore[attr-defined]
