@@ -273,6 +273,26 @@ def test_acks_that_a_claim_could_not_take_along_are_sent_soon(
         eventually(lambda: not broker.stats(loop.queue).inflight, "its ack to be sent", 10)
 
 
+def test_leases_are_kept_where_their_thread_could_not_be_started_at_first(
+    connection: kombu.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a process may have no more threads just then: the next message asks for it again."""
+
+    def fails(_: Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    inbox = Inbox(connection, queue := kombu.Queue(fresh("threadless")))
+    send(connection, 1, key=queue.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", fails)
+        with pytest.raises(RuntimeError):
+            inbox.wait(1)
+    inbox.wait(1)
+    (held,) = inbox.channel.leases.snapshot()
+    until = held.until
+    eventually(lambda: held.until > until, "its lease to be extended", 10)
+
+
 @pytest.mark.parametrize("end", ["rejected", "expired"])
 def test_a_message_that_is_too_large_with_its_x_death_ends_as_one_that_nobody_takes(
     connection: kombu.Connection, broker: Broker, end: str

@@ -52,13 +52,20 @@ class Heartbeat:
         self._leave_at = 0.0
 
     def start(self) -> None:
-        """With the table's lock held, before it first has something to keep. Repeating it is harmless."""
+        """With the table's lock held, before it first has something to keep. Repeating it is harmless.
+
+        Raises RuntimeError where this process may have no more threads just now.
+        """
         if self.thread is not None:
             return
         self.were_extended()
         self.thread = threading.Thread(target=_beat, args=(weakref.ref(self._leases),), daemon=True)
         self.thread.name = "relay-celery-heartbeat"
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:
+            self.thread = None  # what comes next asks for it again
+            raise
         greenbeat.start(self._leases)
 
     def wake(self) -> None:

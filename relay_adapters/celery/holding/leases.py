@@ -75,8 +75,8 @@ class Leases:
     def _begin(self) -> None:
         """With the lock held, when this process first has something to keep."""
         if self.heartbeat.thread is None:
-            self.rows = children.row(), children.row()
             self.heartbeat.start()
+            self.rows = children.row(), children.row()  # once: there are not many
 
     def get(self, tag: str) -> Held | None:
         return self.held.get(tag)
