@@ -26,7 +26,7 @@ from relay_adapters.celery.holding.workerstate import running_tags
 from relay_adapters.celery.receiving.consuming import Consuming
 from relay_adapters.celery.receiving.settling import Settling
 from relay_core import Broker, Verdict
-from relay_core.errors import InvalidArgument, StoreError, Unavailable
+from relay_core.errors import InvalidArgument, RelayError, StoreError, Unavailable
 from tests.celery_links import Inbox, Loop, fresh, link, send
 from tests.servers import Server, eventually
 from tests.signals import handled_by
@@ -176,19 +176,19 @@ def test_what_the_server_does_not_take_of_one_queue_holds_up_no_other() -> None:
     owed, done = Owed(), list[str]()
 
     class There:
-        def ack_many(self, jobs: list[Any]) -> list[Verdict]:
-            done.extend(job.id for job in jobs if job.queue != "bad" or refused())
-            return [Verdict.DONE] * len(jobs)
-
         @property
         def operations(self) -> There:
             return self
+
+        def ack_each(self, jobs: list[Any]) -> list[Verdict | RelayError]:
+            done.extend(job.id for job in jobs if job.queue != "bad")
+            return [StoreError("no") if job.queue == "bad" else Verdict.DONE for job in jobs]
 
         def release_each(self, jobs: list[Any]) -> list[Verdict]:
             done.extend(job.id for job in jobs)
             return [Verdict.DONE] * len(jobs)
 
-        def drive(self, results: list[Verdict]) -> list[Verdict]:
+        def drive(self, results: list[Any]) -> list[Any]:
             return results
 
     def held(id: str, queue: str) -> Any:
@@ -230,9 +230,16 @@ def test_a_handler_of_signals_tells_what_is_owed_while_its_thread_adds_to_it(mon
     owed, told = Owed(), list[str]()
 
     class There:
-        def ack_many(self, jobs: list[Any]) -> list[Verdict]:
+        @property
+        def operations(self) -> There:
+            return self
+
+        def ack_each(self, jobs: list[Any]) -> list[Verdict]:
             told.extend(job.id for job in jobs)
             return [Verdict.DONE] * len(jobs)
+
+        def drive(self, results: list[Verdict]) -> list[Verdict]:
+            return results
 
     def pay() -> None:
         owed.pay(cast(Any, There()), lambda taken, verdicts: None)

@@ -74,14 +74,14 @@ def test_before_its_process_ends_acks_that_are_under_way_are_waited_for(
     """The thread that sends them would die with the process."""
     leases: Leases = loop.channel.leases
     under_way, go = Event(), Event()
-    stock = leases.broker.ack_many
+    stock = leases.broker.operations.ack_each
 
     def slow(jobs: Any) -> Any:
         under_way.set()
         assert go.wait(30)
-        return stock(jobs)
+        return (yield from stock(jobs))
 
-    monkeypatch.setattr(leases.broker, "ack_many", slow)
+    monkeypatch.setattr(leases.broker.operations, "ack_each", slow)
     monkeypatch.setattr("relay_adapters.celery.holding.leases._UNDER_WAY", 60.0)
     send(loop.channel.connection.client, 1, key=loop.queue)
     loop.until(lambda: loop.got, "the message")

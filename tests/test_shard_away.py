@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import kombu
 import pytest
 
 from relay_core import AsyncBroker, Broker, Job
@@ -18,6 +19,7 @@ from relay_core.errors import Unavailable
 from relay_core.keys import queue_keys
 from relay_core.settings import StoreSettings, parse_url
 from relay_core.worker import Worker
+from tests.celery_links import Inbox, link, send
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 from tests.shells import Open, kind, store_at  # noqa: F401 (fixtures)
@@ -287,3 +289,26 @@ def test_a_celery_worker_goes_on_without_a_server(parted: Cluster, tmp_path: Pat
         assert not worker.logged("Connection to broker lost"), worker.text
         assert worker.stop() == 0
     client.close()
+
+
+def test_what_a_celery_worker_hands_back_waits_for_no_other_server(
+    parted: Cluster, apart: tuple[Server, str, str]
+) -> None:
+    server, gone, there = apart
+    with Broker(parted.url) as broker, link(parted.url, lease=60.0, retry_for=0.0) as connection:
+        inbox = Inbox(connection, kombu.Queue(gone), kombu.Queue(there))
+        for queue in (gone, there):
+            send(connection, queue, key=queue)
+        inbox.wait(2)
+        done, unwanted = (inbox.messages[inbox.bodies.index(queue)] for queue in (gone, there))
+        leases = inbox.channel.leases
+        lose(server, "killed")
+        try:
+            leases.ack_later(done.delivery_tag)
+            eventually(lambda: leases.owed.away, "its ack to be refused")
+            leases.hand_back([unwanted.delivery_tag])
+            eventually(lambda: broker.stats(there).ready == 1, "it to be back")
+        finally:
+            regain(server, "killed")
+        parted.wait_until_ok()
+        eventually(lambda: not leases.owed.acks, "the ack to be sent")

@@ -57,12 +57,16 @@ class Ending(Base):
     """ack, nack, extend and release."""
 
     def ack_many(self, jobs: Sequence[Job]) -> Flow[list[Verdict]]:
+        return _all_told((yield from self.ack_each(jobs)))
+
+    def ack_each(self, jobs: Sequence[Job]) -> Flow[list[Verdict | RelayError]]:
+        """What became of each, an error for those whose queue could not be told."""
         check_jobs("ack_many", jobs)
         results = yield from self._by_queue(jobs, lambda q, batch: commands.ack(q, [ack_of(job) for job in batch]))
         for job, verdict in zip(jobs, results, strict=True):
             if isinstance(verdict, Verdict):
                 self._tell_acked(job, verdict)
-        return _all_told(results)
+        return results
 
     def ack(self, job: Job) -> Flow[None]:
         check_job("ack", job)

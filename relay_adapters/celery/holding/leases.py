@@ -47,7 +47,7 @@ class Leases:
         """A child of a fork holds nothing: its parent does."""
         self.lock = threading.RLock()  # a signal's handler may connect: Celery sends worker_shutting_down in one
         self.held: dict[str, Held] = {}
-        self.owed = Owed()
+        self.owed = Owed(self.broker.url.several)
         self._ahead: list[Ahead] = []
         self.cut_off = False
         """True from when an event loop loses its connection until it has another: it is about to say farewell to a

@@ -22,10 +22,12 @@ _MOST = 200
 class Owed:
     """Acks by queue, releases and refusals. For any thread.
 
+    :param several: whether queues may lie on several servers, of which one may be away alone
     :ivar away: True while the server could not be told of them when that was tried last
     """
 
-    def __init__(self) -> None:
+    def __init__(self, several: bool = False) -> None:
+        self._several = several
         self._lock = threading.RLock()  # a signal's handler may connect, which tells what is owed
         self._changed = threading.Condition(self._lock)
         self._paying = 0
@@ -124,29 +126,34 @@ class Owed:
         acked: Callable[[Sequence[Held], Iterable[Verdict]], None],
         refused: Callable[[str], object] | None,
     ) -> None:
-        failed: RelayError | None = None
+        errors: list[RelayError] = []
+        away: Unavailable | None = None
         parts = [partial(self._pay_acks, broker, acked)]
         if refused is not None:
             parts += [partial(self._pay_releases, broker), partial(self._pay_refusals, refused)]
         for part in parts:
             try:
                 part()
-            except Unavailable:
-                raise
-            except RelayError as error:  # what a server that is there does not take of one queue holds up no other
-                failed = failed or error
-        if failed is not None:
-            raise failed
+            except RelayError as error:  # what a server does not take of one queue holds up no other
+                errors.append(error)
+                away = away or (error if isinstance(error, Unavailable) else None)
+            # a refusal waits longer for a server that hangs than leases may wait for this thread
+            if away is not None and not (self._several and part is parts[0]):
+                break
+        if errors:
+            raise away or errors[0]
 
     def _pay_acks(self, broker: Broker | Keeper, acked: Callable[[Sequence[Held], Iterable[Verdict]], None]) -> None:
-        for queue in list(self._acks):
-            while taken := self.take_acks(queue):
-                try:
-                    verdicts = broker.ack_many([held.job for held in taken])
-                except BaseException:
-                    self.unsent(taken)  # behind those of other queues
-                    raise
-                acked(taken, verdicts)
+        while taken := [held for queue in list(self._acks) for held in self.take_acks(queue)]:
+            left = taken
+            try:
+                results = broker.drive(broker.operations.ack_each([held.job for held in taken]))
+                left = [held for held, result in zip(taken, results, strict=True) if isinstance(result, RelayError)]
+            finally:
+                self.unsent(left)
+            told = [(held, one) for held, one in zip(taken, results, strict=True) if not isinstance(one, RelayError)]
+            acked([held for held, _one in told], [one for _held, one in told])
+            _raise_first(results)
 
     def _pay_releases(self, broker: Broker | Keeper) -> None:
         if not self._releases:
@@ -160,9 +167,7 @@ class Owed:
         finally:
             with self._lock:
                 self._releases += left  # and not the others: who has them by now would be taken for a loss
-        for result in results:
-            if isinstance(result, RelayError):
-                raise result
+        _raise_first(results)
 
     def _pay_refusals(self, refused: Callable[[str], object]) -> None:
         while True:
@@ -174,7 +179,14 @@ class Owed:
                 refuse()
             except BaseException as error:
                 with self._lock:
-                    at = 0 if isinstance(error, Unavailable) else len(self._refusals)
+                    waits = isinstance(error, Unavailable) and not self._several
+                    at = 0 if waits else len(self._refusals)
                     self._refusals.insert(at, (held, refuse))
                 raise
             refused(held.tag)
+
+
+def _raise_first(results: Sequence[Verdict | RelayError]) -> None:
+    for result in results:
+        if isinstance(result, RelayError):
+            raise result
