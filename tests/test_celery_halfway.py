@@ -172,37 +172,61 @@ def test_a_message_that_needs_no_ack_is_not_lost_where_the_server_could_not_be_t
     eventually(lambda: broker.stats(queue).counters["processed"] == 2, "the server to be told of both")
 
 
+class There:
+    """A server, or several, that have trouble with the queue `bad`."""
+
+    def __init__(self, trouble: RelayError) -> None:
+        self.trouble, self.done = trouble, list[str]()
+
+    @property
+    def operations(self) -> There:
+        return self
+
+    def each(self, jobs: list[Any]) -> list[Verdict | RelayError]:
+        self.done.extend(job.id for job in jobs if job.queue != "bad")
+        return [self.trouble if job.queue == "bad" else Verdict.DONE for job in jobs]
+
+    ack_each = release_each = each
+
+    def drive(self, results: list[Any]) -> list[Any]:
+        return results
+
+
+def held_of(id: str, queue: str) -> Any:
+    return SimpleNamespace(tag=id, job=SimpleNamespace(id=id, queue=queue))
+
+
 def test_what_the_server_does_not_take_of_one_queue_holds_up_no_other() -> None:
-    owed, done = Owed(), list[str]()
-
-    class There:
-        @property
-        def operations(self) -> There:
-            return self
-
-        def ack_each(self, jobs: list[Any]) -> list[Verdict | RelayError]:
-            done.extend(job.id for job in jobs if job.queue != "bad")
-            return [StoreError("no") if job.queue == "bad" else Verdict.DONE for job in jobs]
-
-        def release_each(self, jobs: list[Any]) -> list[Verdict]:
-            done.extend(job.id for job in jobs)
-            return [Verdict.DONE] * len(jobs)
-
-        def drive(self, results: list[Any]) -> list[Any]:
-            return results
-
-    def held(id: str, queue: str) -> Any:
-        return SimpleNamespace(tag=id, job=SimpleNamespace(id=id, queue=queue))
-
-    owed.ack(held("ack", "bad"))
-    owed.ack(held("another ack", "good"))
-    owed.release(held("release", "good").job)
-    owed.refuse(held("refusal", "bad"), refused)
-    owed.refuse(held("another refusal", "good"), lambda: done.append("another refusal"))
+    owed, there = Owed(), There(StoreError("no"))
+    owed.ack(held_of("ack", "bad"))
+    owed.ack(held_of("another ack", "good"))
+    owed.release(held_of("release", "good").job)
+    owed.refuse(held_of("refusal", "bad"), refused)
+    owed.refuse(held_of("another refusal", "good"), lambda: there.done.append("another refusal"))
     for _ in range(2):
         with pytest.raises(StoreError):
-            owed.pay(cast(Any, There()), lambda taken, verdicts: None, lambda tag: None)
-    assert sorted(done) == ["another ack", "another refusal", "release"]
+            owed.pay(cast(Any, there), lambda taken, verdicts: None, lambda tag: None)
+    assert sorted(there.done) == ["another ack", "another refusal", "release"]
+
+
+def test_what_is_owed_to_a_server_that_is_away_alone_holds_up_no_other_and_no_heartbeat_for_long() -> None:
+    """In one go, for a process that ends has no other."""
+    owed, there = Owed(several=True), There(Unavailable("away"))
+    owed.ack(held_of("ack", "bad"))
+    owed.ack(held_of("another ack", "good"))
+    owed.release(held_of("release", "bad").job)
+    owed.release(held_of("another release", "good").job)
+    owed.refuse(held_of("refusal", "good"), lambda: there.done.append("refusal"))
+    told: list[str] = []
+    with pytest.raises(Unavailable):
+        owed.pay(cast(Any, there), lambda taken, verdicts: told.extend(held.tag for held in taken), lambda tag: None)
+    assert there.done == ["another ack", "another release"]
+    assert told == ["another ack"]
+    assert owed.away
+    there.trouble = StoreError("no")
+    with pytest.raises(StoreError):
+        owed.pay(cast(Any, there), lambda taken, verdicts: None, lambda tag: None)
+    assert there.done[2:] == ["refusal"]
 
 
 def test_leases_are_extended_beside_a_refusal_that_a_full_server_does_not_take(server: Server, broker: Broker) -> None:
@@ -227,22 +251,10 @@ def test_leases_are_extended_beside_a_refusal_that_a_full_server_does_not_take(s
 
 def test_a_handler_of_signals_tells_what_is_owed_while_its_thread_adds_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that connects while its process holds leases that may be over."""
-    owed, told = Owed(), list[str]()
-
-    class There:
-        @property
-        def operations(self) -> There:
-            return self
-
-        def ack_each(self, jobs: list[Any]) -> list[Verdict]:
-            told.extend(job.id for job in jobs)
-            return [Verdict.DONE] * len(jobs)
-
-        def drive(self, results: list[Verdict]) -> list[Verdict]:
-            return results
+    owed, there = Owed(), There(StoreError("no"))
 
     def pay() -> None:
-        owed.pay(cast(Any, There()), lambda taken, verdicts: None)
+        owed.pay(cast(Any, there), lambda taken, verdicts: None)
 
     def now() -> float:
         ring()
@@ -250,9 +262,9 @@ def test_a_handler_of_signals_tells_what_is_owed_while_its_thread_adds_to_it(mon
 
     monkeypatch.setattr("relay_adapters.celery.holding.owed.time", SimpleNamespace(monotonic=now))
     with handled_by(pay) as ring:
-        owed.ack(cast(Any, SimpleNamespace(tag="1.a", job=SimpleNamespace(id="a", queue="q"))))
+        owed.ack(held_of("a", "q"))
     pay()
-    assert told == ["a"]
+    assert there.done == ["a"]
 
 
 def test_acks_that_a_claim_could_not_take_along_are_sent_soon(
