@@ -291,6 +291,29 @@ def test_a_celery_worker_goes_on_without_a_server(parted: Cluster, tmp_path: Pat
     client.close()
 
 
+def test_a_celery_worker_asks_a_server_that_is_away_for_one_of_its_queues_only(
+    parted: Cluster, apart: tuple[Server, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs would keep it waiting for each."""
+    server, gone, there = apart
+    same = next(name for n in range(1000) if queue_is_at(parted, server, name := f"other{n}"))
+    with link(parted.url, lease=60.0, retry_for=0.0) as connection:
+        inbox = Inbox(connection, *(kombu.Queue(queue) for queue in (gone, same, there)))
+        inbox.quiet()
+        asked, stock = list[str](), inbox.channel._claim_one
+        monkeypatch.setattr(
+            inbox.channel, "_claim_one", lambda queue, *rest: asked.append(queue) or stock(queue, *rest)
+        )
+        lose(server, "killed")
+        try:
+            assert inbox.channel.claim(9, True) == ([], None)
+        finally:
+            regain(server, "killed")
+        assert len(asked) == 2
+        assert there in asked
+        parted.wait_until_ok()
+
+
 def test_what_a_celery_worker_hands_back_waits_for_no_other_server(
     parted: Cluster, apart: tuple[Server, str, str]
 ) -> None:

@@ -108,11 +108,11 @@ class Consuming(Settling):
         found: list[Delivery] = []
         again: float | None = None
         failed: RelayError | None = None
-        queues = self._there(in_order(self.order, self.consumed))
+        left = list(self._there(in_order(self.order, self.consumed)))
         if ahead is not None:
-            queues = [ahead.queue, *(queue for queue in queues if queue != ahead.queue)]
-        for queue in queues:
-            tags: list[str] = []
+            left = [ahead.queue, *(queue for queue in left if queue != ahead.queue)]
+        while left:
+            queue, tags = left.pop(0), list[str]()
             try:
                 if ahead is None:
                     jobs = self._claim_one(queue, room - len(found), woken)
@@ -126,6 +126,7 @@ class Consuming(Settling):
                 enough = self._receive(jobs, tags, found)
             except RelayError as error:
                 if isinstance(error, Unavailable) and self._put_off(queue, error):
+                    left = list(self._there(left))
                     continue
                 if found:
                     failed = error
