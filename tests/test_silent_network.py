@@ -197,7 +197,7 @@ def test_the_system_asks_after_silent_connections(tcp_server: Server) -> None:
 
     async def main() -> list[int]:
         store = AsyncStore(url, settings)
-        address = (await store.locate([b"m"]))[b"m"]
+        address = (await store.find([b"m"]))[b"m"]
         connection = clients.aio_connection(url, settings, address, "store")
         await connection.connect()
         found = asks_after(clients.transport_of(connection).get_extra_info("socket"))

@@ -85,10 +85,6 @@ class AsyncStore:
         """See SyncStore.find."""
         return await self._drive(attempts.find(keys, self._router, self._policy))
 
-    async def locate(self, keys: Sequence[bytes]) -> dict[bytes, Address]:
-        """See SyncStore.locate."""
-        return await self._drive(attempts.locate(keys, self._router, self._policy))
-
     def where(self, key: bytes) -> Address | None:
         """See SyncStore.where."""
         return self._router.address(key)
