@@ -62,6 +62,7 @@ NO_MESSAGE: Mapping[str, bytes] = {
     "a list": b"[]",
     "deep": DEEP,
     "properties missing": b'{"headers":{}}',
+    "a task in short that is a list": b'{"task":[],"properties":{}}',
     "properties a list": payload(properties=[1]),
     "headers a list": payload(headers=[1]),
     "headers a text": payload(headers="task"),

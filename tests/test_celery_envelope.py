@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 from datetime import datetime, timezone
 from typing import Any
 
 import pytest
+from celery import Celery
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relay_adapters.celery.messages.envelope import head_of, pack, pack_stored, unpack
 
@@ -56,7 +60,67 @@ def test_a_header_that_json_cannot_hold_is_refused() -> None:
         pack(message(headers={"id": object()}))
 
 
-@pytest.mark.parametrize("payload", [b"", b"not JSON", b"[]", b"{}", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"not JSON", b"[]", b"{}", b"\xff\xfe", b'{"properties":{},"task":[]}', b'{"task":{}}']
+)
 def test_what_is_no_message_is_refused(payload: bytes) -> None:
     with pytest.raises(ValueError):
         unpack(payload)
+
+
+def task(**changed: Any) -> dict[str, Any]:
+    """As Celery sends one."""
+    return {
+        "body": b"[[], {}, {}]",
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {
+            "lang": "py", "task": "shop.pay", "id": "i", "shadow": None, "eta": None, "expires": None, "group": None,
+            "group_index": None, "retries": 0, "timelimit": [None, None], "root_id": "i", "parent_id": None,
+            "argsrepr": "()", "kwargsrepr": "{}", "origin": "gen1@host", "ignore_result": False,
+            "replaced_task_nesting": 0, "stamped_headers": None, "stamps": {},
+        },
+        "properties": {
+            "correlation_id": "i", "reply_to": "r", "delivery_mode": 2, "priority": 0,
+            "delivery_info": {"exchange": "", "routing_key": "celery"},
+        },
+        **changed,
+    }  # fmt: skip
+
+
+def test_celery_s_own_headers_are_those_that_are_not_stored_where_they_are_plain() -> None:
+    app = Celery(set_as_current=False)
+    sent = app.amqp.as_task_v2("i", "shop.pay", root_id="i", argsrepr="()", kwargsrepr="{}", origin="gen1@host")
+    assert sent.headers == task()["headers"]
+    assert json.loads(pack(task()).partition(b"\n")[0]) == {
+        "task": {"id": "i", "task": "shop.pay", "origin": "gen1@host"},
+        "properties": {"reply_to": "r", "delivery_info": {"exchange": "", "routing_key": "celery"}},
+    }
+
+
+_ANY = (
+    st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["i", "py", "()"]) | st.lists(st.none(), max_size=3)
+)
+
+
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys((*task()["headers"], "trace"), _ANY)),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(("correlation_id", "delivery_mode", "priority", "type"), _ANY)),
+    st.sets(st.sampled_from([*task()["headers"], "correlation_id", "delivery_mode", "priority"]), max_size=2),
+    st.sampled_from(["application/json", "application/x-python-serialize", None]),
+)
+def test_a_task_is_unpacked_as_it_was_packed_whatever_it_says_and_lacks(
+    headers: dict[str, Any], properties: dict[str, Any], without: set[str], content_type: str | None
+) -> None:
+    sent = task(**{"content-type": content_type})
+    for part, own in (("headers", headers), ("properties", properties)):
+        sent[part] = {name: value for name, value in (sent[part] | own).items() if name not in without}
+    found = unpack(pack(sent))
+    assert found == sent
+    assert [*found["headers"]] == [*sent["headers"]] or "trace" in headers
+
+
+def test_who_changes_a_message_changes_no_other() -> None:
+    packed = pack(task())
+    unpack(packed)["headers"]["stamps"]["mine"] = unpack(packed)["headers"]["timelimit"][0] = 1
+    assert unpack(packed) == task()

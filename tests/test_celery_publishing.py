@@ -48,7 +48,7 @@ def test_a_body_lies_in_the_store_as_its_bytes_behind_one_line_of_headers(app: C
     (job,) = stored(broker)
     head, _, body = job.payload.partition(b"\n")
     assert json.loads(body)[:2] == [[1, "é"], {"to": "you"}]
-    assert json.loads(head)["headers"]["task"] == "pay"
+    assert json.loads(head)["task"]["task"] == "pay"
     assert b"base64" not in job.payload
     assert job.id == result.id
 

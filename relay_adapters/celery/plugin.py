@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from relay_adapters.celery.messages.plain import lengthened
 from relay_adapters.celery.messages.protocol import protocol_1
 from relay_core.hooks import hookimpl
 from relay_core.job import Job, JobSummary, StoredJob
@@ -36,7 +37,7 @@ def relay_describe_job(job: Job | StoredJob) -> JobSummary | None:
         return None
     try:
         head, _, body = job.payload.partition(b"\n")
-        message = json.loads(head)
+        message = lengthened(json.loads(head))
         headers = message["headers"] or {}
         if "task" not in headers:
             if (task := protocol_1({**message, "body": body})) is None:

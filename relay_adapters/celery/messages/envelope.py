@@ -13,6 +13,8 @@ from typing import Any
 
 from kombu.utils.json import JSONEncoder, object_hook
 
+from relay_adapters.celery.messages.plain import lengthened, shortened
+
 _encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _decode = json.JSONDecoder().decode
 DELIVERED = "relay_delivered"
@@ -45,11 +47,11 @@ def pack(message: Mapping[str, Any]) -> bytes:
         "properties": properties,
     }
     try:
-        head = _encode(parts)
+        head = _encode(shortened(parts))
     except TypeError:
         # something that no JSON holds: AMQP sends the properties that it knows, and no other
         parts["properties"] = {name: value for name, value in properties.items() if name in _AMQP}
-        head = _encode(parts)
+        head = _encode(shortened(parts))
     return head.encode() + b"\n" + (body.encode() if isinstance(body, str) else bytes(body))
 
 
@@ -72,6 +74,7 @@ def head_of(payload: bytes) -> dict[str, Any]:
         raise ValueError(f"its first line has a value of no such type: {error!r}") from error
     if not isinstance(head, dict) or not isinstance(head.get("properties"), dict):
         raise ValueError("its first line is not the JSON of a message's headers and properties")
+    head = lengthened(head)
     _check(head, head["properties"])
     return head
 
