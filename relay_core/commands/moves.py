@@ -253,7 +253,13 @@ def claim(
     def parse(reply: Any, resent: bool) -> ClaimReply | LongWay:
         if isinstance(reply, bytes):
             return LongWay(resent, reply.decode())
-        return _claim_reply(reply)
+        hint, now, fence, *rows = reply
+        tail = f":{nonce}t{now // 1000:x}"
+        grants = [
+            Grant(id_of(id), f"1:{fence + n}{tail}", 0, record)
+            for n, (id, record) in enumerate(zip(rows[::2], rows[1::2], strict=True), 1)
+        ]
+        return ClaimReply(grants, None, None if hint < 0 else hint, now, 0, 0, (), levels)
 
     lists = [q.ready[int(level)] for level in levels]
     keys = (q.config, q.jobs, q.counters, q.marker, q.leases, q.owners, q.finished, *lists)

@@ -13,14 +13,15 @@
 -- ARGV[3] 0, or ms since an earlier send that may have run | ARGV[4] count, 1..200 | ARGV[5] lease, ms | ARGV[6] nonce
 -- ARGV[7] 1 when the caller took the wake marker
 -- ARGV[8..] two per ack, at most 200 jobs, each named once: id | token
--- returns {status, hint ms, now, 0, 0, {}, levels, id, token, retries, record, ...} as finish does; or
+-- returns {hint ms, now, fence, id, record, ...}: the nth token is 1:<fence + n>:<nonce>t<now / 1000, hexadecimal>; or
 --   levels, a text: nothing was done, take the long way, which is finish
 -- moves: ready -> inflight | inflight -> done | cost O((acks + count) log inflight)
 local config, jobs, counters, marker, leases, owners = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local finished = KEYS[7]
 local FIRST_LIST = 7 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
-local layout, named, resent, want, lease_ms, nonce = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local layout, named, resent, count, lease_ms, nonce = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local woken, args = ARGV[7] == '1', ARGV
+local want = tonumber(count)
 --@include clock
 local set = redis.call('HMGET', config, 'v', 'levels', 'due', 'gate')
 local found, levels, due = set[1], set[2] or '', tonumber(set[3] or nil)
@@ -43,7 +44,7 @@ end
 
 local ids
 for n = 1, #named do
-  local got = redis.call('LPOP', KEYS[FIRST_LIST + n], ids and want - #ids or want)
+  local got = redis.call('LPOP', KEYS[FIRST_LIST + n], ids and want - #ids or count)
   if got then
     if ids then for _, id in ipairs(got) do ids[#ids + 1] = id end else ids = got end
     if #ids == want then break end
@@ -73,21 +74,20 @@ if done then
   local kept = redis.call('RPUSH', finished, unpack(past))
   --@include trim
 end
-local reply = {0, -1, now, 0, 0, {}, levels}
+local reply = {-1, now, 0}
 if ids then
   local fence = redis.call('HINCRBY', counters, 'claimed', #ids) - #ids
   local deadline = now + lease_ms
   -- as text once: a number is formatted anew for each job; %.0f is exact
   local deadline_text = string.format('%.0f', deadline)
-  local tail, held, until_then, at, n = string.format(':%st%x', nonce, now / 1000), {}, {}, #reply, 0
+  local tail, held, until_then, n = string.format(':%st%x 0 h', nonce, now / 1000), {}, {}, 0
   for i, id in ipairs(ids) do
-    local token = '1:' .. fence + i .. tail
-    held[n + 1], held[n + 2] = id, token .. ' 0 h'
+    held[n + 1], held[n + 2] = id, '1:' .. fence + i .. tail
     until_then[n + 1], until_then[n + 2] = deadline_text, id
+    reply[n + 4], reply[n + 5] = id, records[i]
     n = n + 2
-    reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] = id, token, '0', records[i]
-    at = at + 4
   end
+  reply[3] = fence
   redis.call('HSET', owners, unpack(held))
   redis.call('ZADD', leases, unpack(until_then))
   if not due or deadline < due then
@@ -104,5 +104,5 @@ if woken then
     end
   end
 end
-if due then reply[2] = math.max(0, due - now) end
+if due then reply[1] = math.max(0, due - now) end
 return reply
