@@ -27,6 +27,7 @@ def main(names: list[str]) -> int:
             "client": lambda: client.client(Path(folder)),
             "celery": lambda: celery_speed.celery(Path(folder)),
             "celery-large": lambda: celery_speed.celery_large(Path(folder)),
+            "celery-memory": lambda: celery_speed.celery_memory(Path(folder)),
             "celery-idle": lambda: celery_speed.celery_idle(Path(folder)),
             "dramatiq": lambda: dramatiq_speed.dramatiq(Path(folder)),
             "dramatiq-pickup": lambda: dramatiq_speed.dramatiq_pickup(Path(folder)),

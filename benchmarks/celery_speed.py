@@ -176,6 +176,28 @@ def celery_large(folder: Path) -> Table:
     return table
 
 
+def celery_memory(folder: Path) -> Table:
+    """What a task that waits costs the server."""
+    (folder / "bench_app.py").write_text(_APP)
+    table = Table(title=f"Celery, bytes of the server per task that waits ({JOBS} tasks)")
+    for column in ("stock", "relay", "stock / relay"):
+        table.add_column(column, justify="right")
+    sizes: dict[str, float] = {}
+    with Server("redis", tcp=True) as server:
+        for kind in KINDS:
+            server.cli("FLUSHALL")
+            used: list[int] = []
+            for jobs in (JOBS, 2 * JOBS):  # the first also bring what no task costs: scripts, connections
+                environment = _environment(folder, server, kind, jobs)
+                subprocess.run(
+                    [sys.executable, "bench_app.py"], env=environment, cwd=folder, check=True, capture_output=True
+                )
+                used.append(int(server.client().info("memory")["used_memory"]))
+            sizes[kind] = (used[1] - used[0]) / (2 * JOBS)
+    table.add_row(f"{sizes['stock']:.0f}", f"{sizes['relay']:.0f}", f"{sizes['stock'] / sizes['relay']:.1f}")
+    return table
+
+
 def celery_idle(folder: Path, seconds: float = 20.0) -> Table:
     """Commands per second of one idle worker with all its defaults: gossip, heartbeat events, remote control."""
     (folder / "bench_app.py").write_text(_APP)
