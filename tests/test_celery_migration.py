@@ -199,6 +199,51 @@ def test_topic_routes_prefixes_and_other_queues_are_told_apart(server: Server, r
         assert [there.stats(queue).ready for queue in ("sport", "all", "celery")] == [1, 2, 1]
 
 
+def test_an_apps_own_separator_is_asked_for_and_then_divides_its_lists(
+    relay: Broker, server: Server, origin: str
+) -> None:
+    app = application(origin, sep=":", priority_steps=list(range(10)))
+    send(app, [3], priority=3)
+    send(app, [0])
+    send(app, [1], "eu:mail", priority=1)
+    send(app, [2], "eu:mail")
+    news = Exchange("news", type="direct")
+    with app.connection_for_write() as connection:
+        Queue("sport", news, routing_key="ski")(connection.default_channel).declare()
+    app.send_task("note", (4,), exchange=news, routing_key="ski")
+    hold(origin, "sport", 1)  # names its exchange and routing key only
+    app.close()
+    before = sorted(left(server))
+    cli = Cli(server.url)
+    said = cli.json("migrate", "celery-redis", "--from", origin, code=2)["error"]["message"]
+    assert "--sep" in said
+    assert "::" in said
+    assert (sorted(left(server)), relay.queues()) == (before, [])
+    assert cli.json("migrate", "celery-redis", "--from", origin, "--sep", ":")["migrated"] == 5
+    assert {queue: in_order(relay, queue) for queue in relay.queues()} == {
+        "celery": ["(0,)", "(3,)"],
+        "eu:mail": ["(2,)", "(1,)"],
+        "sport": ["(4,)"],
+    }
+    assert left(server) == []
+
+
+def test_lists_of_an_app_with_a_key_prefix_are_left_where_none_was_named(
+    stock: Celery, relay: Broker, server: Server, origin: str
+) -> None:
+    send(stock, [1])
+    other = application(origin, global_keyprefix="shop:")
+    send(other, [2, 3], priority=3)
+    other.close()
+    cli = Cli(server.url)
+    told = cli.json("migrate", "celery-redis", "--from", origin, code=1)
+    assert (counts(told), counts(told, "left")) == ({("celery", "ready"): 1}, {("shop:celery", "ready"): 2})
+    assert "--key-prefix shop:" in told["left"][0]["note"]
+    assert relay.queues() == ["celery"]
+    assert cli.json("migrate", "celery-redis", "--from", origin, "--queue", "celery")["left"] == []
+    assert cli.json("migrate", "celery-redis", "--from", origin, "--key-prefix", "shop:")["migrated"] == 2
+
+
 def test_tasks_of_one_id_are_all_kept_and_what_is_no_message_is_put_aside(
     stock: Celery, relay: Broker, server: Server, origin: str
 ) -> None:

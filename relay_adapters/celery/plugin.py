@@ -75,6 +75,11 @@ def relay_register_commands(group: Any) -> None:
             ["--key-prefix"], default="", metavar="TEXT", help="The global_keyprefix of its broker_transport_options."
         ),
         click.Option(
+            ["--sep"],
+            metavar="TEXT",
+            help="The sep of its broker_transport_options. Default: kombu's own, two control bytes.",
+        ),
+        click.Option(
             ["--queue", "queues"], multiple=True, metavar="NAME", help="Only this queue; repeatable. Default: all."
         ),
         click.Option(

@@ -1,13 +1,14 @@
 """The messages of kombu's Redis transport, read and taken out for `relay migrate celery-redis`.
 
-Its keys, all after the `global_keyprefix`; SEP is two control bytes:
+Its keys, all after the `global_keyprefix`; SEP is two control bytes, or the transport's option `sep`:
 
     Q, Q SEP 3, Q SEP 6, Q SEP 9  LIST of messages of queue Q, one per priority step; the next one is at the right end
     unacked                       HASH delivery tag -> [message, exchange, routing key]: what workers hold, ETAs too
     unacked_index                 ZSET delivery tag, time of delivery
     _kombu.binding.<exchange>     SET of <routing key> SEP <pattern> SEP <queue>
 
-A list is first renamed, to `relay-migrate SEP <its name>`, so that no worker takes from it what relay has already.
+A list is first renamed, to `relay-migrate <the two bytes> <its name>`, so that no worker takes from it what relay has
+already.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +74,7 @@ class RedisSource:
     """See relay_core.migration.Source.
 
     :param key_prefix: the transport's `global_keyprefix`
+    :param sep: the transport's `sep`; None: kombu's own, and bindings that it does not divide are an error
     :param queues: only these; empty for all that are bound
     :param unacked: `auto` moves what workers hold when none is connected, `all` also when some are (what they run or
         hold until its ETA runs twice then), `none` leaves it
@@ -83,12 +86,14 @@ class RedisSource:
         store: SourceStore,
         *,
         key_prefix: str = "",
+        sep: str | None = None,
         queues: Sequence[str] = (),
         unacked: str = "auto",
         priority_order: str = "redis",
     ) -> None:
         self._store = store
         self._prefix = key_prefix
+        self._sep, self._sep_given = sep or SEP, bool(sep)
         self._only = set(queues)
         self._unacked = unacked
         self._zero_first = priority_order == "redis"
@@ -118,8 +123,9 @@ class RedisSource:
         dark = f"not readable as messages of kombu, or {_TOO_FAR}; they wait in the set {{!r}} of the old server"
         listed = sorted(self._listed().items())
         rows = [Found(queue, "ready", count, why) for queue, count in listed if (why := why_not(queue))]
+        rows += [] if self._only else self._of_other_apps()
         for name in self._names(f"{_REFUSED}*", "set"):
-            queue = re.sub(f"{SEP}[0-9]+$", "", name.removeprefix(_REFUSED))
+            queue = re.sub(f"{re.escape(self._sep)}[0-9]+$", "", name.removeprefix(_REFUSED))
             if not self._only or queue in self._only:
                 count = self._store.raw("SCARD", self._prefix + name)
                 rows.append(Found(queue, "ready", count, dark.format(self._prefix + name)))
@@ -144,21 +150,41 @@ class RedisSource:
 
     def _lists(self) -> list[tuple[str, str, int]]:
         """All lists of messages as (key without the prefix, queue, priority step), the first step first."""
-        bound = {binding.queue for exchange in self._exchanges() for binding in self._table(exchange)}
+        exchanges, prefixes = self._exchanges()
+        bound = {binding.queue for exchange in exchanges for binding in self._table(exchange)}
         found = set()
         for name in self._names("*", "list"):
             key = name.removeprefix(_HOLDING)
-            queue, separator, step = key.rpartition(SEP)
-            if not separator:
-                queue, step = key, "0"
+            queue, step = (key, 0) if key in bound else self._queue_and_step(key)
             if self._only:
                 ours = queue in self._only
             else:
                 # a queue whose binding is gone is known by what lies in it
-                ours = queue in bound or name != key or self._holds_tasks(name)
-            if ours and step.isdigit():
-                found.add((key, queue, int(step)))
+                ours = queue in bound or name != key or (not name.startswith(prefixes) and self._holds_tasks(name))
+            if ours:
+                found.add((key, queue, step))
         return sorted(found, key=lambda row: (row[1], row[2]))
+
+    def _queue_and_step(self, key: str) -> tuple[str, int]:
+        queue, _, step = key.rpartition(self._sep)
+        return (queue, int(step)) if queue and step.isdigit() else (key, 0)
+
+    def _of_other_apps(self) -> Iterator[Found]:
+        """What lies in the lists of apps on this database whose `global_keyprefix` is another one."""
+        _exchanges, prefixes = self._exchanges()
+        if not prefixes:
+            return
+        ours = {key for key, _queue, _step in self._lists()}
+        counts: Counter[tuple[str, str]] = Counter()
+        for name in self._names("*", "list"):
+            # of two prefixes that fit, the longer one is the app's
+            prefix = max((one for one in prefixes if name.startswith(one)), key=len, default="")
+            if prefix and name not in ours and self._holds_tasks(name):
+                queue, _step = self._queue_and_step(name)
+                counts[queue, self._prefix + prefix] += self._store.raw("LLEN", self._prefix + name)
+        for (queue, prefix), count in sorted(counts.items()):
+            note = f"of an app with a key prefix of its own; --key-prefix {shlex.quote(prefix)} moves it"
+            yield Found(queue, "ready", count, note)
 
     def _listed(self) -> Counter[str]:
         """How many messages there are in the lists of each queue."""
@@ -285,14 +311,22 @@ class RedisSource:
 
     # bindings
 
-    def _exchanges(self) -> list[str]:
-        names = (name[len(_BINDING) :] for name in self._names(f"{_BINDING}*", "set"))
-        return [name for name in names if not _OTHER_EXCHANGES.fullmatch(name)]
+    def _exchanges(self) -> tuple[list[str], tuple[str, ...]]:
+        """The app's exchanges for tasks, and what the keys of other apps on this database begin with."""
+        parts = [name.partition(_BINDING) for name in self._names(f"*{_BINDING}*", "set")]
+        exchanges = [name for prefix, _, name in parts if not prefix and not _OTHER_EXCHANGES.fullmatch(name)]
+        return exchanges, tuple({prefix for prefix, _, _name in parts if prefix})
 
     def _table(self, exchange: str) -> list[Binding]:
         if exchange not in self._tables:
             rows = self._store.raw("SMEMBERS", f"{self._prefix}{_BINDING}{exchange}")
-            parts = (row.decode(errors="surrogateescape").split(SEP) for row in rows)
+            parts = [row.decode(errors="surrogateescape").split(self._sep) for row in rows]
+            if not self._sep_given and (odd := [part for part in parts if len(part) != 3]):
+                # else the lists of its priorities would pass for queues, which nobody serves
+                raise InvalidArgument(
+                    f"exchange {exchange!r} has the binding {self._sep.join(odd[0])!r}, which kombu's separator does "
+                    "not divide in three; name the 'sep' of the app's broker_transport_options with --sep"
+                )
             self._tables[exchange] = [Binding(*part) for part in parts if len(part) == 3]
         return self._tables[exchange]
 
