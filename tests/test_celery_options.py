@@ -256,6 +256,22 @@ def test_options_of_other_transports_are_taken_and_explained_once(caplog: pytest
     assert "'mine_" in told[1]
 
 
+@pytest.mark.parametrize("order", [None, "amqp", "redis"])
+def test_who_has_priority_steps_is_told_that_9_comes_first_unless_the_order_is_named(
+    caplog: pytest.LogCaptureFixture, order: str | None
+) -> None:
+    given = {"priority_steps": [0, 3, 6, 9]} | ({} if order is None else {"priority_order": order})
+    options._said.clear()
+    with (
+        caplog.at_level(logging.WARNING, "relay.celery"),
+        Connection("relay://127.0.0.1:1/0", transport_options=given) as connection,
+    ):
+        options.options_of(connection)
+    told = [record.message for record in caplog.records if record.name == "relay.celery"]
+    assert len(told) == (order is None)
+    assert all("'priority_order': 'redis'" in one for one in told), told
+
+
 def test_every_option_of_kombus_redis_transport_is_known(caplog: pytest.LogCaptureFixture) -> None:
     """Those that a loop's timers ask for are in no list of its own."""
     redis = pytest.importorskip("kombu.transport.redis")

@@ -141,6 +141,11 @@ def options_of(client: Any) -> dict[str, Any]:
     if order not in ("amqp", "redis"):
         wanted = "'amqp' (9 first) or 'redis' (0 first)"
         raise InvalidArgument(f"{_WHERE}['priority_order'] must be {wanted}, got {order!r}")
+    if "priority_steps" in given and "priority_order" not in given:
+        say_once(
+            f"{_WHERE}['priority_steps'] is of kombu's Redis transport, where priority 0 is first; on relay 9 is "
+            "first, unless you set 'priority_order': 'redis'; setting 'amqp' keeps it so, and ends this warning"
+        )
     if isinstance(client.ssl, Mapping):
         options["ssl"] = _tls(client.ssl)
     provider = given.get("credential_provider")
