@@ -279,7 +279,7 @@ def _check_options(scheme: str, topology: Topology, tls: bool, options: Mapping[
         advice = f"did you mean {near[0]!r}" if near else f"known here: {', '.join(known) or 'none'}"
         raise InvalidUrl(
             f"unknown option {name!r} in the {scheme}:// URL ({topology}); {advice}. "
-            "Timeouts and the like are settings of the broker, not of the URL"
+            "Timeouts and the like are settings of the broker (in Celery broker_transport_options), not of the URL"
         )
 
 
