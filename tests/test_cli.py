@@ -86,6 +86,14 @@ def test_where_no_queue_is_the_store_and_the_prefix_are_named(cli: Cli, broker: 
         told = cli.run("--prefix", "shop:relay", *command.split()).stdout
         where = f"{broker.url.safe()} with the prefix 'shop:relay'"
         assert told == f"No queues yet: nothing was ever enqueued to {where}.\n"
+    told = cli.run("--prefix", "shop:relay", "worker", "ls").stdout
+    assert told == f"No such workers are alive at {broker.url.safe()} with the prefix 'shop:relay'.\n"
+    assert "with the prefix 'shop:relay'" in cli.run("--prefix", "shop:relay", "dlq", "ls", "-q", "mail", code=1).stderr
+
+
+def test_a_slip_in_the_name_of_a_command_is_met_by_the_nearest_one(cli: Cli) -> None:
+    for words, meant in ((["dql"], "dlq"), (["queue", "puase"], "pause"), (["migrate", "celery"], "celery-redis")):
+        assert f"Did you mean {meant!r}?" in cli.run(*words, code=2).stderr
 
 
 def test_a_misused_option_is_a_json_document_too(cli: Cli) -> None:

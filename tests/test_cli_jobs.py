@@ -284,8 +284,9 @@ def test_a_pause_holds_claims_back_until_it_is_ended(cli: Cli, broker: Broker) -
 
 
 def test_a_pause_of_an_unknown_queue_works_and_is_noted(cli: Cli, broker: Broker) -> None:
-    assert "nothing was ever enqueued" in cli.run("queue", "pause", "early").stderr
+    assert "nothing was ever enqueued to queue 'early'." in cli.run("queue", "pause", "early").stderr
     broker.enqueue("early", b"x")
+    assert "queue 'eraly'; did you mean 'early'?" in cli.run("queue", "pause", "eraly").stderr
     assert broker.claim("early").limited == "paused"
     assert cli.run("queue", "resume", "early").stderr == ""
 

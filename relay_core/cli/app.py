@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -44,7 +43,7 @@ def exit_code(error: RelayError) -> int:
     return BAD_INPUT if isinstance(error, InvalidArgument) else FAILED
 
 
-class Relay(click.Group):
+class Relay(Group):
     """Built-in commands by name, then those that plugins add."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -107,17 +106,6 @@ class Relay(click.Group):
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(module), name)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            near = get_close_matches(args[0], self.list_commands(ctx), n=1) if args else []
-            if near and "Did you mean" not in error.message:
-                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
-            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, from the table above: printing it imports none of them."""

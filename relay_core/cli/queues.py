@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from difflib import get_close_matches
 from typing import Any, cast
 
 import click
@@ -152,8 +153,10 @@ def limit(
 
 def _answer(session: Session, name: str, text: str, facts: dict[str, Any]) -> None:
     # a queue may be set up before its first job; its name may also be a slip
-    if name not in session.broker.queues():
-        click.echo(f"Note: nothing was ever enqueued to queue {name!r}.", err=True)
+    if name not in (names := session.broker.queues()):
+        near = get_close_matches(name, names, n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else "."
+        click.echo(f"Note: nothing was ever enqueued to queue {name!r}{advice}", err=True)
     if session.json:
         emit(session, {"queue": name, **facts})
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TextIO, TypeVar
 
 import click
@@ -52,6 +53,11 @@ class Session:
     @property
     def broker(self) -> Broker:
         return self.open()
+
+    @property
+    def where(self) -> str:
+        """The store, for people: the same server has more of them."""
+        return f"{self.broker.url.safe()} with the prefix {self.prefix!r}"
 
     def close(self) -> None:
         if self._broker is not None:
@@ -119,6 +125,17 @@ class Group(click.Group):
     """A group whose commands have the shared options."""
 
     command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = get_close_matches(args[0], self.list_commands(ctx), n=1) if args else []
+            if near and "Did you mean" not in error.message:
+                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
+            raise
 
 
 def may_destroy(what: str) -> Callable[[F], F]:

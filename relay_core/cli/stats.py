@@ -36,7 +36,8 @@ def known(broker: Broker, name: str) -> QueueStats:
     if name in names:
         return stats
     near = get_close_matches(name, names, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else "`relay queue ls` lists the queues"
+    where = f"`relay queue ls` lists the queues with the prefix {broker.settings.prefix!r}"
+    advice = f"did you mean {near[0]!r}?" if near else where
     raise QueueNotFound(f"queue {name!r}: nothing was ever enqueued to it; {advice}")
 
 
@@ -71,8 +72,7 @@ def tell_left_out(left_out: Mapping[str, str]) -> None:
 
 def none_of(session: Session, left_out: Mapping[str, str]) -> str:
     """What stands in place of a table without rows."""
-    where = f"{session.broker.url.safe()} with the prefix {session.prefix!r}"
-    return "No queue can be read." if left_out else f"No queues yet: nothing was ever enqueued to {where}."
+    return "No queue can be read." if left_out else f"No queues yet: nothing was ever enqueued to {session.where}."
 
 
 def document(stats: QueueStats) -> dict[str, Any]:

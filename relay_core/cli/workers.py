@@ -56,7 +56,7 @@ def ls(session: Session, queue: str | None, face: str | None) -> None:
     if session.json:
         emit(session, {"workers": [document(one) for one in found]})
     elif not found:
-        click.echo("No such workers are alive.")
+        click.echo(f"No such workers are alive at {session.where}.")
     else:
         columns = ("host", "pid", "face", "queue", "slots", "in flight", "up", "last beat")
         table(columns, (_cells(one) for one in found), right=("pid", "slots", "in flight", "up"))
