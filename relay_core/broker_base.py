@@ -17,7 +17,7 @@ from relay_core.options import refuse_unknown
 from relay_core.plugins import Plugins
 from relay_core.retry import RetryPolicy
 from relay_core.schedule.plan import Schedule
-from relay_core.settings import StoreSettings, StoreUrl, parse_url
+from relay_core.settings import DEFAULT_LEASE, StoreSettings, StoreUrl, parse_url
 from relay_core.validation import MAX_PAYLOAD, JobSpec
 
 _NOTICE = "relay: using the embedded server in {} (give a URL such as relay://localhost:6379/0 for another)"
@@ -50,7 +50,7 @@ class BrokerBase:
         plugins: Iterable[object] = (),
         retry: RetryPolicy | None = None,
         queue_retry: Mapping[str, RetryPolicy] | None = None,
-        lease: float = 15.0,
+        lease: float = DEFAULT_LEASE,
         max_deliveries: int = 5,
         max_payload: int = MAX_PAYLOAD,
         keep_dead: float = 7 * 86400.0,

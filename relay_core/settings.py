@@ -16,6 +16,9 @@ from relay_core.errors import InvalidArgument, InvalidUrl
 Topology = Literal["standalone", "unix", "sentinel", "cluster", "embedded"]
 Credentials = tuple[str | None, str]
 
+DEFAULT_LEASE = 15.0
+"""Seconds for which a claim is sure without a heartbeat."""
+
 PORT = 6379
 SENTINEL_PORT = 26379
 EMBEDDED_FOLDER = "./.relay"

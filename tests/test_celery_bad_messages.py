@@ -79,6 +79,7 @@ NO_MESSAGE: Mapping[str, bytes] = {
 NO_TASK: Mapping[str, bytes] = {
     "task a list": payload(headers__task=[1]),
     "task a dict": payload(headers__task={}),
+    "task unknown": payload(headers__task="nobody"),
     "task unknown, without id": payload(b"[]", headers__task="nobody", headers__id=...),
     "id missing": payload(headers__id=...),
     "id a list": payload(headers__id=[1]),
@@ -204,6 +205,9 @@ def test_a_celery_worker_outlives_them_all(kind: str, server: Server, broker: Br
     assert set(reasons.values()) <= {"undecodable", "rejected"}
     assert {reasons[name] for name in NO_MESSAGE} == {"undecodable"}
     assert all(job.error for job in dead)
+    assert [
+        job.error for job in dead if ids.get(job.id) == "task unknown"
+    ] == ["no task 'nobody' is registered with its worker"]
     assert ran["odd"] == len(LENIENT)
     assert len(dead) == expected
     assert broker.audit(QUEUE).clean

@@ -256,6 +256,29 @@ def test_options_of_other_transports_are_taken_and_explained_once(caplog: pytest
     assert "'mine_" in told[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"socket_timeout": 30}, "socket_timeout"),
+        ({"socket_connect_timeout": 15.0}, "socket_connect_timeout"),
+        ({"connect_timeout": 4, "lease": 3}, "connect_timeout"),
+        ({"socket_timeout": 30, "lease": 60}, None),
+        ({"socket_timeout": 5}, None),
+    ],
+)
+def test_who_waits_for_the_server_as_long_as_a_lease_is_told_what_comes_of_it(
+    caplog: pytest.LogCaptureFixture, given: dict[str, Any], named: str | None
+) -> None:
+    options._said.clear()
+    with (
+        caplog.at_level(logging.WARNING, "relay.celery"),
+        Connection("relay://127.0.0.1:1/0", transport_options=given) as connection,
+    ):
+        options.options_of(connection)
+    told = [record.message for record in caplog.records if record.name == "relay.celery"]
+    assert [one.partition("]")[0] for one in told] == ([] if named is None else [f"broker_transport_options[{named!r}"])
+
+
 @pytest.mark.parametrize("order", [None, "amqp", "redis"])
 def test_who_has_priority_steps_is_told_that_9_comes_first_unless_the_order_is_named(
     caplog: pytest.LogCaptureFixture, order: str | None

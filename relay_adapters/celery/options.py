@@ -16,7 +16,7 @@ from relay_adapters.celery.plugin import prefix_of
 from relay_core import Broker, RetryPolicy
 from relay_core.connection import forks
 from relay_core.errors import InvalidArgument, InvalidUrl, RelayError
-from relay_core.settings import parse_url
+from relay_core.settings import DEFAULT_LEASE, parse_url
 
 logger = logging.getLogger("relay.celery")
 
@@ -146,6 +146,7 @@ def options_of(client: Any) -> dict[str, Any]:
             f"{_WHERE}['priority_steps'] is of kombu's Redis transport, where priority 0 is first; on relay 9 is "
             "first, unless you set 'priority_order': 'redis'; setting 'amqp' keeps it so, and ends this warning"
         )
+    _check_timeouts(given)
     if isinstance(client.ssl, Mapping):
         options["ssl"] = _tls(client.ssl)
     provider = given.get("credential_provider")
@@ -180,6 +181,18 @@ def _check_names(given: Mapping[str, Any]) -> None:
         if near:
             raise InvalidArgument(f"{_WHERE} has no option {name!r}; did you mean {near[0]!r}?")
         say_once(f"{_WHERE}[{name!r}] is not known to relay, and has no effect; known: {', '.join(sorted(known))}")
+
+
+def _check_timeouts(given: Mapping[str, Any]) -> None:
+    """On Redis they may be as long as one likes."""
+    lease = given.get("lease", DEFAULT_LEASE)
+    for name in ("socket_timeout", "connect_timeout", "socket_connect_timeout"):
+        seconds = given.get(name)
+        if isinstance(seconds, (int, float)) and isinstance(lease, (int, float)) and seconds >= lease:
+            say_once(
+                f"{_WHERE}[{name!r}] is {seconds:g} s, and 'lease' {lease:g} s: where the network goes silent, a "
+                "worker's leases run out before it knows, and its tasks run elsewhere, too; make it shorter"
+            )
 
 
 def say_once(text: str) -> None:

@@ -15,6 +15,8 @@ from numbers import Number
 from typing import Any
 from uuid import UUID
 
+from celery.exceptions import Reject
+
 from relay_adapters.celery.holding.held import Held
 
 logger = logging.getLogger("relay.celery")
@@ -118,6 +120,19 @@ def kept(stock: Callable[..., None]) -> Callable[..., None]:
         stock(consumer, message, error)
 
     return on_decode_error
+
+
+def named(stock: Callable[..., None]) -> Callable[..., None]:
+    """Around the consumer's `on_unknown_task`, which rejects what no code of this worker is for: its dead letter says
+    so."""
+
+    @wraps(stock)
+    def on_unknown_task(consumer: Any, body: Any, message: Any, error: BaseException) -> None:
+        if (held := _held(message)) is not None:
+            held.cause = Reject(f"no task {error} is registered with its worker")
+        stock(consumer, body, message, error)
+
+    return on_unknown_task
 
 
 def _held(message: Any) -> Held | None:

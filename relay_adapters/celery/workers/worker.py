@@ -64,6 +64,7 @@ def install(**_: Any) -> None:
         strategy.create_request_cls = _derived(strategy.create_request_cls)
         Consumer.create_task_handler = spoiled.reading(Consumer.create_task_handler)
         Consumer.on_decode_error = spoiled.kept(Consumer.on_decode_error)
+        Consumer.on_unknown_task = spoiled.named(Consumer.on_unknown_task)
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
