@@ -24,7 +24,8 @@ def unfit(info: bytes, at: str, durability: Durability) -> RelayError | None:
     if policy != "noeviction":
         return UnsafeStore(
             f"{at}: maxmemory-policy is {policy!r}, so the server may evict jobs; set it to noeviction "
-            "(CONFIG SET maxmemory-policy noeviction, and in the configuration file)"
+            "(CONFIG SET maxmemory-policy noeviction, and in the configuration file), or give jobs a server of their "
+            "own where this one is a cache, too"
         )
     if durability.aof and number < _WAITAOF:
         return ServerTooOld(f'{at}: durability="aof" needs Redis 7.2 or Valkey 7.2, this is {name} {version}')
