@@ -622,6 +622,28 @@ def test_a_consumer_that_an_error_ends_gets_no_more(
     assert ready(engine, name) == [b"1", b"2", b"3"]
 
 
+@pytest.mark.parametrize("error", [StopIteration, ValueError])
+def test_a_consumer_whose_callback_ends_the_loop_by_an_error_gets_no_more(
+    here: kombu.Connection, engine: Broker, error: type[Exception]
+) -> None:
+    """Also where the loop catches that before it cancels: celery.contrib.migrate ends at its limit so."""
+    name = queue(here)
+    for n in range(4):
+        send(here, n, key=name)
+    inbox = Inbox(here, kombu.Queue(name))
+
+    def ends(body: Any, message: Any) -> None:
+        if body == 1:
+            raise error
+
+    inbox.consumer.register_callback(ends)
+    with inbox.consumer, suppress(error):
+        while True:
+            here.drain_events(timeout=10)
+    assert inbox.bodies == [0, 1]
+    assert ready(engine, name) == [b"2", b"3"]
+
+
 def test_a_callback_that_fails_during_a_cancel_keeps_the_rest_from_nobody(
     here: kombu.Connection, engine: Broker
 ) -> None:

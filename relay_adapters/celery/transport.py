@@ -363,7 +363,8 @@ class Transport(virtual.Transport):
 
     def _look_at_all(self) -> int:
         """Every channel in turn: control messages do not wait for tasks."""
-        return sum(watch.look() for watch in list(self._watches.values()))
+        # no generator: that would make a RuntimeError of a callback's StopIteration
+        return sum([watch.look() for watch in list(self._watches.values())])
 
 
 _forgotten: dict[Leases, set[str]] = {}

@@ -44,7 +44,7 @@ class Watch:
         self.ahead: Ahead | None = None
         """The claim that is on its way, if one is."""
         self._sender: Sender | None = None
-        self._rang = self._delivering = False
+        self._rang = self._delivering = self._failed = False
         self._put_off_until: float | None = None
         """Monotonic time, where a claim of few was put off."""
 
@@ -197,6 +197,7 @@ class Watch:
         else:
             # who drains by calls counts the messages by them, as kombu's helpers do; Celery's workers do not
             ends = math.inf if channel.leases.tasks and not channel.singly else 0.0
+        self._failed = False
         self._return_unwanted()
         while not channel.closed and (delivered == 0 or time.monotonic() < ends):
             if not (self.waiting or (self._take() and self.waiting)):
@@ -226,12 +227,12 @@ class Watch:
 
     def deliver_rest(self, queue: str) -> None:
         """Its consumer is being cancelled, and gets what is on its way to it, as over AMQP and as its credit allows. If
-        a callback or an error ends it, it wants no more."""
+        a callback or an error ends it, it wants no more, nor if a callback's error was the last that it heard."""
         channel = self.channel
         rest = [one for one in self.waiting if one[1] == queue]
         self.waiting = deque(one for one in self.waiting if one[1] != queue)
         try:
-            while rest and not (self._delivering or sys.exc_info()[1]) and queue in channel.consumed:
+            while rest and not (self._delivering or self._failed or sys.exc_info()[1]) and queue in channel.consumed:
                 if channel.leases.apart.shut or not channel.qos.can_consume():
                     break
                 self._hand_over(*rest.pop(0))
@@ -242,6 +243,9 @@ class Watch:
         before, self._delivering = self._delivering, True
         try:
             self.channel.deliver(raw, queue)
+        except BaseException:
+            self._failed = True
+            raise
         finally:
             self._delivering = before
 
