@@ -12,9 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import kombu
 import pytest
 from celery import chord
+from celery.events.state import State
 from celery.result import AsyncResult
+from celery.utils.nodenames import gethostname
 
 from relay_adapters import telling
 from relay_adapters.celery.outcomes import burial
@@ -195,6 +198,27 @@ def test_a_message_that_no_client_has_written_is_told_of_once(monkeypatch: pytes
             desk.take(name, payload)
         eventually(lambda: len(desk.heard) == len(payloads), "all to be told of")
         app.close()
+
+
+def test_monitors_hear_of_a_burial(site: Site) -> None:
+    """One that began after the task was received lists it by its name, too."""
+    result, _ = site.send()
+    events: list[dict[str, Any]] = []
+    with (
+        site.app.connection_for_read() as connection,
+        site.worker("finder", "prefork", {"worker_send_task_events": True}),
+    ):
+        receiver = site.app.events.Receiver(connection, handlers={"task-failed": events.append})
+        with kombu.Consumer(connection, [receiver.queue], callbacks=[receiver._receive], no_ack=True):
+            site.app.control.add_consumer(QUEUE)
+            while not events:
+                connection.drain_events(timeout=20)
+    state = State()
+    state.event(events[0])
+    shown = state.tasks[result.id]
+    assert (shown.name, shown.args, shown.state) == ("tests.celery_app.add", "(1, 1)", "FAILURE")
+    assert "delivered 1 times" in shown.exception
+    assert events[0]["hostname"] == f"finder@{gethostname()}"
 
 
 @pytest.mark.parametrize("deliveries", [1, 2])

@@ -17,6 +17,7 @@ from typing import Any
 from relay_adapters.celery.holding import children
 from relay_adapters.celery.holding.leases import leases_of
 from relay_adapters.celery.options import shared_broker
+from relay_adapters.celery.outcomes import announcing
 from relay_core.errors import InvalidArgument
 from relay_core.presence import Load, Presence
 
@@ -111,6 +112,7 @@ def _ready(sender: Any, **_: Any) -> None:
     transport = getattr(sender.connection, "transport", None)
     if getattr(transport, "driver_name", None) != "relay-queue" or id(sender.controller) in _running:
         return
+    announcing.consumers.add(sender)
     monitoring = _running[id(sender.controller)] = Monitoring(sender)
     monitoring.start()
     atexit.register(monitoring.stop)  # a cold shutdown sends no signal

@@ -10,6 +10,7 @@ from typing import Any
 
 from relay_adapters.celery.messages.envelope import unpack
 from relay_adapters.celery.messages.protocol import told_of
+from relay_adapters.celery.outcomes.announcing import announce, dispatcher
 from relay_adapters.celery.outcomes.telling import teller
 from relay_adapters.celery.outcomes.unstarted import context_of, stores_errors
 from relay_adapters.celery.plugin import ADAPTER, HEADER
@@ -72,6 +73,7 @@ def fail(job: Job, why: str, is_ours: Callable[[], bool]) -> None:
     context = context_of(app, message, job.deliveries > 1)
     backend.mark_as_failure(id, error, request=context, store_result=stores_errors(task, told))
     logger.error("%s", error)
+    announce(dispatcher(), "task-failed", task, told, exception=repr(error), traceback=None)
     if task is not None:
         try:
             _tell(task, context, error)

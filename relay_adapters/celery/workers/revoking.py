@@ -13,6 +13,7 @@ from typing import Any
 from relay_adapters.celery.messages.envelope import head_of, unpack
 from relay_adapters.celery.messages.ids import ids_of
 from relay_adapters.celery.messages.protocol import told_of
+from relay_adapters.celery.outcomes.announcing import announce
 from relay_adapters.celery.outcomes.telling import teller
 from relay_adapters.celery.outcomes.unstarted import context_of, stores_errors
 from relay_adapters.telling import PATIENCE
@@ -98,23 +99,11 @@ class Revoker:
         context = context_of(self._app, message)
         context.hostname = self._hostname
         how = {"terminated": False, "signum": None, "expired": False}
-        if self._events is not None and self._events.enabled and getattr(task, "send_events", True):
-            self._events.send("task-revoked", uuid=told["id"], **_received(told), **how)
+        announce(self._events, "task-revoked", task, told, **how)
         mark = partial(_mark_as_revoked, self._app, told, context)
         teller.tell(f"task {told['id']} was revoked", mark, max(0.0, self._told_by - time.monotonic()))
         if task is not None:
             signals.task_revoked.send(sender=task, request=context, **how)
-
-
-def _received(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What `task-received` says of a task. No worker has said so of this one, and monitors would list it nameless."""
-    return {
-        "name": told["task"],
-        "args": told.get("argsrepr", ""),
-        "kwargs": told.get("kwargsrepr", ""),
-        "retries": told.get("retries") or 0,
-        **{name: told.get(name) for name in ("root_id", "parent_id", "eta", "expires")},
-    }
 
 
 def _mark_as_revoked(app: Any, told: Mapping[str, Any], context: Any, _is_ours: Callable[[], bool]) -> None:
