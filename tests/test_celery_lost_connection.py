@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from celery.utils.nodenames import gethostname
 
 from relay_adapters.celery.holding import children
+from relay_adapters.celery.holding.forgotten import Forgotten
 from relay_adapters.celery.holding.leases import _DECISION, Leases
 from relay_adapters.celery.messages.tags import new_tag
 from relay_core import Broker
@@ -63,6 +65,12 @@ def _count(broker: Broker, what: str) -> int:
 def _all(pids: list[int], how: signal.Signals) -> None:
     for pid in pids:
         os.kill(pid, how)
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread keeps leases, nor sends acks: the test does so itself."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
 
 
 @pytest.fixture
@@ -121,6 +129,81 @@ def test_a_child_that_is_frozen_as_it_is_about_to_start_holds_nobody_up(held: He
     leases.hand_back([tag])
     assert (leases.holding, broker.stats("q").ready) == (0, 1)
     assert not board.may_start(tag), "when it looks later"
+
+
+def test_a_child_says_what_becomes_of_the_task_that_it_runs(held: Held) -> None:
+    board, leases, tag = held
+    request, said = {"properties": {"delivery_tag": tag}}, list[int]()
+
+    def look() -> None:
+        said.append(leases.rows[False].does(tag))
+
+    def trace(*_: Any) -> None:
+        look()
+        for begun in (True, False):
+            board.moving(begun)
+            look()
+
+    board.guarded(trace)(None, "id", request)
+    look()
+    board.moving(True)  # of no task that runs here
+    look()
+    assert said == [children.RUNS, children.MOVED, children.RUNS, children.ENDED, children.ENDED]
+    leases.hand_back([tag], started=True)
+    assert leases.holding == 1, "its ack comes"
+    leases.rows[False].lost(tag)
+    with pytest.raises(Forgotten):
+        board.guarded(trace)(None, "id", request)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_what_waits_for_word_of_a_server_that_is_away_is_handed_back_once_its_lease_is_over(
+    held: Held, broker: Broker
+) -> None:
+    board, leases, tag = held
+    does = children._does(int(tag.partition(".")[0]))
+    for said, until in ((children.WAITS, time.monotonic() + 60), (0, 0.0), (children.RUNS, 0.0)):
+        board.memory[does] = said
+        leases.rows[False].sure(until)
+        leases.heartbeat._give_up()
+        assert leases.holding == 1
+    board.memory[does] = children.WAITS
+    leases.heartbeat._give_up()
+    assert leases.holding == 0
+    assert not board.may_start(tag)
+    leases.flush()
+    assert broker.stats("q").ready == 1
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("under_way", [False, True])
+def test_what_is_acked_as_it_starts_and_waits_for_word_is_handed_back_in_place_of_its_ack(
+    held: Held, broker: Broker, under_way: bool
+) -> None:
+    """But not where the server may have that ack."""
+    board, leases, tag = held
+    board.memory[children._does(int(tag.partition(".")[0]))] = children.WAITS
+    leases.rows[False].sure(0.0)
+    leases.ack_later(tag)
+    taken = leases.owed.take_acks("q") if under_way else []
+    leases.heartbeat._give_up()
+    assert (leases.holding, leases.owed.acks) == (under_way, False)
+    leases.owed.unsent(taken)
+    leases.flush()
+    assert (broker.stats("q").ready, broker.stats("q").counters.get("processed", 0)) == (not under_way, under_way)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_was_lost_is_not_started(held: Held, broker: Broker, here: bool) -> None:
+    _board, leases, tag = held
+    one = leases.get(tag)
+    assert one is not None
+    one.until, until = 0.0, one.until
+    assert leases.start(tag, here) is not here, "a child looks itself whether its lease is over"
+    one.started, one.until = False, until
+    broker.release(one.job)
+    leases.heartbeat.extend()
+    assert not leases.start(tag, here)
 
 
 def test_to_hand_back_a_server_that_was_just_away_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
