@@ -229,6 +229,18 @@ def test_what_is_owed_to_a_server_that_is_away_alone_holds_up_no_other_and_no_he
     assert there.done[2:] == ["refusal"]
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_a_refusal_that_its_server_cannot_be_told_waits_behind_those_of_other_servers(several: bool) -> None:
+    """And in its place where there is one server, which is away for all of them."""
+    owed, told = Owed(several), list[str]()
+    for id in ("bad", "good"):
+        owed.refuse(held_of(id, id), away if id == "bad" else lambda: None)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            owed.pay(cast(Any, None), lambda taken, verdicts: None, told.append)
+    assert told == (["good"] if several else [])
+
+
 def test_leases_are_extended_beside_a_refusal_that_a_full_server_does_not_take(server: Server, broker: Broker) -> None:
     """Also where they may be over: else a worker could not connect again, and the server would never be emptied."""
     held, refused, dead = fresh("held"), fresh("refused"), fresh("dead")

@@ -182,6 +182,30 @@ def test_a_lease_that_is_extended_again_is_sure_again(broker: Broker, monkeypatc
 
 
 @pytest.mark.usefixtures("by_hand")
+def test_of_what_could_not_be_extended_together_each_is_sure_as_soon_as_it_was(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that was away is back, and takes nothing of one queue: what is held of the others is no part of that."""
+    board, leases, tags = a_worker(broker, monkeypatch)
+    bad, good = tags
+    owners = broker.settings.keys("good").owners
+    kept = broker.store.raw("DUMP", owners)
+    for queue in ("bad", "good"):
+        spoil(broker, queue)
+    with pytest.raises(StoreError):
+        leases.heartbeat.extend()
+    broker.store.raw("RESTORE", owners, 0, kept, "REPLACE")
+    held = leases.get(bad)
+    assert held is not None
+    held.until = 0.0
+    assert isinstance(leases.heartbeat.extend(), StoreError)
+    assert board.may_start(good)
+    assert not board.may_start(bad)
+    for tag in tags:
+        leases.pop(tag)
+
+
+@pytest.mark.usefixtures("by_hand")
 def test_a_child_that_looked_before_a_lease_was_set_aside_looks_again(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
