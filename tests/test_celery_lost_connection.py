@@ -16,6 +16,7 @@ from celery.utils.nodenames import gethostname
 from relay_adapters.celery.holding import children
 from relay_adapters.celery.holding.forgotten import Forgotten
 from relay_adapters.celery.holding.leases import _DECISION, Leases
+from relay_adapters.celery.holding.owed import LINGER
 from relay_adapters.celery.messages.tags import new_tag
 from relay_core import Broker
 from tests.celery_workers import STARTS, CeleryWorker, client_of, lines
@@ -191,6 +192,25 @@ def test_what_is_acked_as_it_starts_and_waits_for_word_is_handed_back_in_place_o
     leases.owed.unsent(taken)
     leases.flush()
     assert (broker.stats("q").ready, broker.stats("q").counters.get("processed", 0)) == (not under_way, under_way)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_no_lease_is_said_to_be_sure_until_it_is_known_what_became_of_an_ack(held: Held, broker: Broker) -> None:
+    """That of a task which is acked as it starts, and waits for word. That is asked for ever again; leases that are
+    sure are extended every third of one."""
+    _board, leases, tag = held
+    beat, row = leases.heartbeat, leases.rows[False]
+    assert LINGER < beat.work() <= broker.settings.lease / 3
+    row.sure(0.0)
+    leases.ack_later(tag)
+    taken = leases.owed.take_acks("q")
+    beat._next = 0.0
+    assert beat.work() <= LINGER
+    assert row.until == 0.0
+    leases.sent(taken, broker.ack_many([one.job for one in taken]))
+    beat._next = 0.0
+    assert beat.work() > LINGER
+    assert row.until > 0.0
 
 
 @pytest.mark.parametrize("here", [True, False])
