@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,6 +242,37 @@ def test_the_on_failure_of_a_buried_task_sees_how_it_was_delivered(
                 broker.nack(job, "again", delay=0)
         burial.fail(job, "gone", lambda: True)
         assert seen == [{"exchange": "", "routing_key": QUEUE, "priority": 3, "redelivered": deliveries > 1}]
+        app.close()
+
+
+@pytest.mark.parametrize("end", ["done", "another's", "no results"])
+def test_a_buried_task_fails_unless_it_was_done_or_another_process_tells_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
+) -> None:
+    """Of one that was done only the answer was lost. Where nobody keeps results, nobody can say that it was."""
+    with Server("redis", tcp=True) as server, Broker(server.url) as broker:
+        app = client_of(server.url, tmp_path, None if end == "no results" else results_of(server))
+        monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
+        failed: list[str] = []
+
+        def on_failure(self: Any, error: Exception, id: str, *_: Any) -> None:
+            failed.append(f"{id} {self.request.id}")
+            raise SystemExit("by the task's own on_failure")
+
+        @app.task(name="buried", shared=False, on_failure=on_failure)
+        def task() -> None:
+            """It is buried before it runs."""
+
+        result = task.apply_async(queue=QUEUE)
+        if end == "done":
+            app.backend.store_result(result.id, 1, "SUCCESS")
+        (job,) = broker.claim(QUEUE)
+        with pytest.raises(NotYet) if end == "another's" else nullcontext():
+            burial.fail(job, "gone", lambda: end != "another's")
+        assert failed == ([f"{result.id} {result.id}"] if end == "no results" else [])
+        assert task.request.id is None
+        if end != "no results":
+            assert result.state == ("SUCCESS" if end == "done" else "PENDING")
         app.close()
 
 

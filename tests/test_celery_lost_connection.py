@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from celery.utils.nodenames import gethostname
 
-from relay_adapters.celery.holding import children
+from relay_adapters.celery.holding import children, heartbeat
 from relay_adapters.celery.holding.forgotten import Forgotten
 from relay_adapters.celery.holding.leases import _DECISION, Leases
 from relay_adapters.celery.holding.owed import LINGER
@@ -211,6 +211,25 @@ def test_no_lease_is_said_to_be_sure_until_it_is_known_what_became_of_an_ack(hel
     beat._next = 0.0
     assert beat.work() > LINGER
     assert row.until > 0.0
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_worker_that_stops_hands_back_what_does_not_run_a_moment_later(
+    held: Held, broker: Broker, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    """It looks again soon for whether it was told to stop: a third of a lease may be long."""
+    _board, leases, tag = held
+    beat, stops = leases.heartbeat, list[bool]()
+    for name, answer in (("is_worker", True), ("shutting_down", stops), ("running_tags", {tag} if runs else set())):
+        monkeypatch.setattr(f"relay_adapters.celery.holding.heartbeat.{name}", lambda answer=answer: answer)
+    assert 0 < beat.work() <= heartbeat._NOTICE
+    stops.append(True)
+    assert 0 < beat.work() <= heartbeat._SETTLES
+    assert leases.holding == 1
+    beat._leave_at = 0.001  # long ago
+    beat.work()
+    assert (leases.holding, broker.stats("q").ready) == (runs, not runs)
 
 
 @pytest.mark.parametrize("here", [True, False])
