@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -75,6 +76,27 @@ def test_a_queue_that_fails_keeps_no_other_from_being_asked(
     assert again == 0.0, "the error is met again at once"
     with pytest.raises(StoreError):
         channel.claim(3, True)
+
+
+@pytest.mark.parametrize("sent", [0, 1])
+def test_a_claim_says_that_its_server_is_away_once_what_it_found_is_delivered(
+    connection: kombu.Connection, monkeypatch: pytest.MonkeyPatch, sent: int
+) -> None:
+    channel: Any = connection.channel()
+    first, second = fresh("first"), fresh("second")
+    for queue in (first, second):
+        kombu.Queue(queue)(channel).declare()
+        channel.basic_consume(queue, False, lambda message: None, fresh("tag"))
+    for n in range(sent):
+        send(connection, n, key=first)
+    stock = Consuming._claim_one
+    monkeypatch.setattr(
+        Consuming, "_claim_one", lambda self, queue, *a: (stock if queue == first else away)(self, queue, *a)
+    )
+    with nullcontext() if sent else pytest.raises(Unavailable):
+        found, again = channel.claim(3, True)
+        assert [raw["body"] for raw, _queue in found] == [b"0"]
+        assert again == 0.0, "the error is met again at once"
 
 
 @pytest.mark.parametrize("way", ["ahead", "at_once"])
@@ -227,6 +249,17 @@ def test_what_is_owed_to_a_server_that_is_away_alone_holds_up_no_other_and_no_he
     with pytest.raises(StoreError):
         owed.pay(cast(Any, there), lambda taken, verdicts: None, lambda tag: None)
     assert there.done[2:] == ["refusal"]
+
+
+def test_acks_that_are_too_many_for_one_round_trip_go_with_the_next_ones() -> None:
+    owed, acks = Owed(), [held_of(f"{n}", "q") for n in range(5)]
+    for ack in acks:
+        owed.ack(ack)
+    assert owed.take_acks("q", 2) == acks[:2]
+    owed.ack(later := held_of("later", "q"))
+    assert owed.pending(["q"])
+    assert owed.take_acks("q") == [*acks[2:], later]
+    assert not owed.acks
 
 
 @pytest.mark.parametrize("several", [True, False])
