@@ -278,6 +278,38 @@ def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
         leases.pop(tag)
 
 
+@pytest.mark.parametrize("looping", [True, False])
+def test_a_heartbeat_that_crosses_an_ack_takes_no_lease_for_lost(
+    tcp_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, looping: bool
+) -> None:
+    """Under an event loop it is held until the reply is there, and not at all else."""
+    lost: list[str] = []
+
+    class Watcher:
+        @hookimpl
+        def relay_lease_lost(self, move: str) -> None:
+            lost.append(move)
+
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
+    with Broker(tcp_server.url, plugins=[Watcher()]) as broker:
+        leases = Leases(broker)
+        broker.enqueue("q", b"")
+        (job,) = broker.claim("q")
+        leases.add(tag := new_tag(job), job)
+        extend = leases.heartbeat._keeper.extend
+
+        def crossed(jobs: Any) -> Any:
+            leases.ack_later(tag) if looping else leases.pop(tag)
+            broker.ack(job)
+            return extend(jobs)
+
+        monkeypatch.setattr(leases.heartbeat._keeper, "extend", crossed)
+        assert leases.heartbeat.extend() is None
+        assert lost == []
+        assert "while it was held" not in caplog.text
+        leases.pop(tag)
+
+
 def test_a_suspect_whose_task_ended_its_delivery_wakes_who_waits_for_it(store: Broker) -> None:
     leases, woken = Leases(store), list[bool]()
     store.enqueue("q", b"")
