@@ -169,6 +169,27 @@ def test_a_message_whose_end_the_server_could_not_be_told_gives_its_credit_back(
     assert inbox.wait(2)[:2] == [0, 1]
 
 
+@pytest.mark.parametrize("end", ["ack", "reject", "requeue"])
+def test_what_runs_as_its_channel_closes_is_ended_all_the_same(
+    connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    inbox = Inbox(connection, queue := kombu.Queue(fresh("runs")))
+    send(connection, 1, key=queue.name)
+    inbox.wait(1)
+    (message,) = inbox.messages
+    monkeypatch.setattr("relay_adapters.celery.receiving.settling.running_tags", lambda: {message.delivery_tag})
+    inbox.channel.close()
+    assert broker.stats(queue.name).inflight == 1
+    getattr(message, end)()
+    eventually(lambda: not broker.stats(queue.name).inflight, "it to end")
+    stats = broker.stats(queue.name)
+    assert (stats.counters.get("processed", 0), stats.dead, stats.ready) == (
+        end == "ack",
+        end == "reject",
+        end == "requeue",
+    )
+
+
 @pytest.mark.parametrize("asked", [True, False], ids=["basic_get", "consumer"])
 def test_a_message_that_needs_no_ack_is_not_lost_where_the_server_could_not_be_told(
     connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch, asked: bool
