@@ -721,6 +721,13 @@ def test_who_listens_first_is_woken(here: kombu.Connection) -> None:
     assert not watch.hungry
 
 
+def test_a_program_that_has_little_of_celery_connects_too(server: Server, engine: Broker) -> None:
+    """Its package imports its modules as they are asked for."""
+    program = "import sys, celery.exceptions, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('little').put(1)"
+    subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=60)
+    assert engine.stats("little").ready == 1
+
+
 def test_a_program_that_ends_without_closing_its_connection_hands_back_what_it_did_not_ack(
     server: Server, engine: Broker
 ) -> None:

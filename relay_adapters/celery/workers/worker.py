@@ -35,11 +35,12 @@ _REQUEST = "relay_adapters.celery.workers.request:Request"
 
 def install(**_: Any) -> None:
     """Where this process is a worker, or becomes one. Repeating it is harmless."""
-    celery = sys.modules.get("celery")
-    if celery is None:
+    if "celery" not in sys.modules:
         return
     if "celery.worker.control" not in sys.modules:
-        celery.signals.worker_init.connect(install)
+        from celery.signals import worker_init
+
+        worker_init.connect(install)
         return
     from celery.app.task import Task
     from celery.concurrency import prefork
