@@ -101,6 +101,10 @@ def test_a_server_that_is_away_is_asked_ever_less_often_and_the_log_says_so_once
         if away[0]:
             raise Unavailable("cut off, for this test")
 
+    def told() -> None:
+        """The thread has nothing left to do. It would see so when it turns for the next time."""
+        eventually(lambda: attendance._wake.set() or attendance._thread is None, "the store to be told")
+
     monkeypatch.setattr(attendance, "failed", failed)
     leaves(monkeypatch, channel, cut_off)
     with caplog.at_level(logging.WARNING, "relay.celery"):
@@ -109,13 +113,13 @@ def test_a_server_that_is_away_is_asked_ever_less_often_and_the_log_says_so_once
         assert pauses[:7] == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0]
         assert len([record for record in caplog.records if "cut off" in record.getMessage()]) == 1
         away[0] = False
-        eventually(lambda: attendance._thread is None, "the store to be told")
+        told()
         away[0], before = True, len(pauses)
         consume_for_a_moment(channel)
         eventually(lambda: len(pauses) > before, "another try")
         assert pauses[before] == 1.0
         away[0] = False
-    eventually(lambda: attendance._thread is None, "the store to be told")
+    told()
 
 
 def test_what_the_store_has_forgotten_by_itself_is_not_told(channel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
