@@ -22,6 +22,7 @@ from celery.utils.nodenames import gethostname
 
 from relay_adapters import telling
 from relay_adapters.celery.outcomes import burial
+from relay_adapters.celery.outcomes.unstarted import stores_errors
 from relay_core import Broker, Job, NotYet
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
@@ -274,6 +275,18 @@ def test_a_buried_task_fails_unless_it_was_done_or_another_process_tells_of_it(
         if end != "no results":
             assert result.state == ("SUCCESS" if end == "done" else "PENDING")
         app.close()
+
+
+@pytest.mark.parametrize(
+    ("ignore", "known", "stored"),
+    [(False, None, True), (True, None, False), (True, {}, False), (True, {"errors": 1}, True)],
+)
+def test_the_result_of_a_buried_task_that_ignores_its_own_is_stored_where_it_stores_errors_all_the_same(
+    ignore: bool, known: dict[str, Any] | None, stored: bool
+) -> None:
+    """Of one that this process does not know nobody says so."""
+    task = None if known is None else SimpleNamespace(store_errors_even_if_ignored=bool(known))
+    assert stores_errors(task, {"ignore_result": ignore}) is stored
 
 
 @pytest.mark.parametrize("how", [{"compression": "gzip"}, {"compression": "zlib", "serializer": "pickle"}, {}], ids=str)

@@ -426,6 +426,43 @@ def test_a_connection_that_is_closed_by_what_it_delivers_leaves_its_loop(connect
     assert transport._timer is None
 
 
+def test_a_connection_that_comes_to_another_loop_is_heard_by_that_one_alone(connection: kombu.Connection) -> None:
+    first = Loop(connection, 4)
+    first.until(lambda: first.watch.bell and first.watch.bell.armed, "the first to listen")
+    second = Loop(connection, 4)
+
+    def heard() -> bool:
+        sockets = [socket.fileno() for loop in (first, second) for socket in loop.watch.sockets()]
+        return len(sockets) >= 2 and set(sockets) <= set(second.hub.readers)
+
+    second.until(heard, "both channels to be heard")
+    assert not first.hub.readers
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_loop_turns_at_once_while_any_of_its_channels_has_more_to_hand_over(
+    connection: kombu.Connection, place: int
+) -> None:
+    class Watch:
+        bell, look_at, channel = None, float("inf"), SimpleNamespace(closed=False)
+
+        def __init__(self, busy: bool) -> None:
+            self.busy = busy
+
+        quiet = staticmethod(lambda now: False)
+        look = staticmethod(lambda ask: 0)
+        arm = staticmethod(lambda: None)
+        sockets = staticmethod(list)
+
+    Loop(connection, 4)
+    transport: Any = connection.transport
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "_watches", {n: Watch(n == place) for n in (0, 1)})
+        for _ in range(2):  # at first it turns once more for its timer
+            transport._tick()
+    assert transport._hurried
+
+
 def test_a_socket_that_another_thread_has_just_closed_does_not_end_the_loop(connection: kombu.Connection) -> None:
     loop, closed = Loop(connection, 4), socket.socket()
     closed.close()

@@ -152,4 +152,5 @@ def test_what_came_for_a_consumer_that_is_cancelled_comes_back_in_its_order(
     for n in range(4):
         send(loop.channel.connection.client, n, key=loop.queue)
     loop.until(lambda: broker.stats(loop.queue).ready == 3, "the others to be handed back")
+    assert loop.channel._unacked == {loop.got[0].delivery_tag}
     assert [json.loads(unpack(job.payload)["body"]) for job in broker.claim(loop.queue, 3)] == [1, 2, 3]

@@ -157,6 +157,23 @@ def test_a_child_says_what_becomes_of_the_task_that_it_runs(held: Held) -> None:
         board.guarded(trace)(None, "id", request)
 
 
+def test_of_a_task_that_ended_its_delivery_in_a_child_there_is_nothing_left_to_ack(held: Held, broker: Broker) -> None:
+    board, leases, tag = held
+    one = leases.get(tag)
+    assert one is not None
+
+    def retries(*_: Any) -> None:
+        board.moving(True)
+        broker.nack(one.job)
+        board._end(children.MOVED)
+
+    board.guarded(retries)(None, "id", {"properties": {"delivery_tag": tag}})
+    leases.heartbeat.extend()
+    assert not one.lost
+    assert not leases.ack_later(tag)
+    assert (leases.holding, leases.owed.acks) == (0, False)
+
+
 @pytest.mark.usefixtures("by_hand")
 def test_what_waits_for_word_of_a_server_that_is_away_is_handed_back_once_its_lease_is_over(
     held: Held, broker: Broker
