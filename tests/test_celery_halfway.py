@@ -463,6 +463,25 @@ def test_a_loop_turns_at_once_while_any_of_its_channels_has_more_to_hand_over(
     assert transport._hurried
 
 
+def test_an_ack_keeps_no_loop_waiting_for_the_server(
+    connection: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(connection, 4)
+    send(connection, 1, key=loop.queue)
+    loop.until(lambda: loop.got, "the message")
+    monkeypatch.setattr(Broker, "ack_many", away)
+    loop.got[0].ack()
+    eventually(lambda: broker.stats(loop.queue).counters.get("processed") == 1, "the thread to tell of it")
+
+
+def test_a_loop_looks_in_time_for_what_comes_again_after_a_pause(connection: kombu.Connection) -> None:
+    loop = Loop(connection, 4)
+    send(connection, 1, key=loop.queue)
+    loop.until(lambda: loop.got and loop.watch.look_at > time.monotonic(), "the message")
+    loop.got[0].requeue()
+    assert loop.watch.look_at <= time.monotonic()
+
+
 def test_a_socket_that_another_thread_has_just_closed_does_not_end_the_loop(connection: kombu.Connection) -> None:
     loop, closed = Loop(connection, 4), socket.socket()
     closed.close()
