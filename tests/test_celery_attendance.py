@@ -86,6 +86,20 @@ def test_a_consumer_that_could_not_be_signed_off_is_signed_off_later(
     eventually(lambda: channel.queue_delete("box", if_unused=True) == 0, "nobody is there")
 
 
+def test_a_queue_that_is_there_is_not_declared_again(
+    channel: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, revived, queue = channel.topology.own, list[str](), kombu.Queue("there")
+    monkeypatch.setattr(own, "revive", revived.extend)
+    with caplog.at_level(logging.INFO, "relay.celery"), kombu.Consumer(channel, [queue]):
+        channel.attendance.touch()
+        assert not revived
+        assert "declared again" not in caplog.text
+        channel.topology.stored.delete_queue("there", "")
+        channel.attendance.touch()
+        assert revived == ["there"]
+
+
 def test_a_server_that_is_away_is_asked_ever_less_often_and_the_log_says_so_once(
     channel: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,6 +258,16 @@ def test_a_sweep_whose_time_is_over_leaves_the_rest_as_it_is(delays: Delays, mon
     assert (left.ready, left.inflight) == (4, 0)
     eventually(lambda: delays.turn() and delays.moved == 4, "they are moved, too")
     assert got(delays.connection, "out") == [1, 2, 3, 4]
+
+
+def test_what_has_come_to_the_head_since_it_was_looked_at_keeps_its_time(
+    delays: Delays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process has moved what was over."""
+    send(delays.connection, 1, key=delays.make("delay", ttl=600))
+    monkeypatch.setattr(deadletters.DeadLetters, "_over", lambda *_: (1, None))
+    assert delays.turn() == pytest.approx(upkeep.AGAIN)
+    assert [(job.state, job.deliveries) for job in delays.broker.jobs("delay", "ready")] == [("ready", 0)]
 
 
 def test_however_long_a_server_is_full_no_message_of_a_delay_goes_to_dead_for_it(

@@ -721,6 +721,18 @@ def test_who_listens_first_is_woken(here: kombu.Connection) -> None:
     assert not watch.hungry
 
 
+def test_a_recover_hands_back_what_was_not_acked(here: kombu.Connection, engine: Broker) -> None:
+    inbox = Inbox(here, kombu.Queue(name := queue(here)))
+    for number in range(3):
+        send(here, number, key=name)
+    inbox.wait(3)
+    inbox.messages[1].ack()
+    inbox.channel.basic_recover(requeue=True)
+    stats = engine.stats(name)
+    assert (stats.ready, stats.inflight) == (2, 0)
+    assert sorted(inbox.wait(5)) == [0, 0, 1, 2, 2]
+
+
 def test_a_program_that_has_little_of_celery_connects_too(server: Server, engine: Broker) -> None:
     """Its package imports its modules as they are asked for."""
     program = "import sys, celery.exceptions, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('little').put(1)"

@@ -76,6 +76,19 @@ def test_what_only_a_publisher_declared_is_there_again_before_its_next_publish(
     emptied()
     publish(here, 2, queue)
     assert got(there, queue.name) == [2]
+    assert not here.default_channel.topology.own._owed, "nothing is left to do"
+
+
+def test_what_is_bound_to_an_exchange_that_nobody_declares_is_bound_again(
+    here: kombu.Connection, there: kombu.Connection, server: Server
+) -> None:
+    queue = kombu.Queue(fresh("q"), kombu.Exchange("amq.topic", "topic"), routing_key=fresh("key"))
+    publish(here, 1, queue)
+    assert got(there, queue.name) == [1]
+    server.cli("FLUSHALL")
+    publish(here, 2, queue)
+    assert got(there, queue.name) == [2]
+    assert not here.default_channel.topology.own._owed, "nothing is left to do"
 
 
 @pytest.mark.parametrize("options", [{}, BOX], ids=["jobs", "mailbox"])
