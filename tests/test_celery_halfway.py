@@ -272,6 +272,26 @@ def test_what_is_owed_to_a_server_that_is_away_alone_holds_up_no_other_and_no_he
     assert there.done[2:] == ["refusal"]
 
 
+def test_a_wake_up_that_is_passed_on_takes_no_message_along(connection: kombu.Connection, broker: Broker) -> None:
+    channel: Any = connection.channel()
+    kombu.Queue(queue := fresh("passed"))(channel).declare()
+    channel.basic_consume(queue, False, lambda message: None, fresh("tag"))
+    send(connection, 1, key=queue)
+    channel.pass_on()
+    assert (broker.stats(queue).ready, broker.stats(queue).inflight) == (1, 0)
+
+
+def test_what_is_owed_is_due_at_once_but_for_acks_that_wait_for_company() -> None:
+    for owe in (lambda owed: owed.release(held_of("a", "q").job), lambda owed: owed.refuse(held_of("a", "q"), refused)):
+        owe(debt := Owed())
+        assert debt.due(0.0)
+    assert not Owed().due(time.monotonic() + 60)
+    debt = Owed()
+    debt.ack(held_of("a", "q"))
+    assert not debt.due(0.0)
+    assert debt.due(time.monotonic() + owed.LINGER)
+
+
 def test_acks_that_are_too_many_for_one_round_trip_go_with_the_next_ones() -> None:
     owed, acks = Owed(), [held_of(f"{n}", "q") for n in range(5)]
     for ack in acks:

@@ -231,6 +231,20 @@ def test_no_lease_is_said_to_be_sure_until_it_is_known_what_became_of_an_ack(hel
 
 
 @pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_is_acked_as_it_starts_runs_if_that_ack_was_taken(held: Held, broker: Broker, gone: bool) -> None:
+    """Whatever its lease; else another worker has it."""
+    board, leases, tag = held
+    leases.ack_later(tag)
+    taken = leases.owed.take_acks("q")
+    if gone:
+        broker.release(taken[0].job)
+    leases.rows[False].sure(0.0)
+    leases.sent(taken, broker.ack_many([one.job for one in taken]))
+    assert board.may_start(tag) is not gone
+
+
+@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_worker_that_stops_hands_back_what_does_not_run_a_moment_later(
     held: Held, broker: Broker, monkeypatch: pytest.MonkeyPatch, runs: bool

@@ -310,6 +310,12 @@ def test_a_heartbeat_that_crosses_an_ack_takes_no_lease_for_lost(
         leases.pop(tag)
 
 
+@pytest.mark.parametrize("lease", [None, "lease", [], ["q", "id", "no token", 0, 0, {}, "id", 0]], ids=str)
+def test_what_is_no_lease_makes_no_task_the_next_try_of_another(lease: Any) -> None:
+    """It is a property of a message, and anybody may have written that."""
+    assert inhand.retried(lease, ["q"], {"id": "id", "retries": 1}) is None
+
+
 def test_a_suspect_whose_task_ended_its_delivery_wakes_who_waits_for_it(store: Broker) -> None:
     leases, woken = Leases(store), list[bool]()
     store.enqueue("q", b"")
