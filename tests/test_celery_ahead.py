@@ -13,6 +13,7 @@ from typing import Any
 import kombu
 import pytest
 
+from relay_adapters.celery.holding.leases import Leases
 from relay_adapters.celery.receiving import watch
 from relay_adapters.celery.receiving.ahead import Ahead
 from relay_core import Broker
@@ -471,6 +472,25 @@ def test_a_channel_that_closes_does_not_wait_for_its_claim(
     assert get_ident() not in settled
     assert not leases._ahead
     assert [job.deliveries for job in engine.claim(loop.queue, 9)] == [1] * 5
+
+
+def test_the_thread_that_keeps_the_leases_waits_for_no_reply(engine: Broker) -> None:
+    waited: list[bool] = []
+
+    class Claim:
+        def __init__(self, abandoned: bool) -> None:
+            self.abandoned = abandoned
+
+        def settle(self, wait: bool) -> bool:
+            waited.append(wait)
+            return False
+
+        hand_back = settle
+
+    leases: Any = Leases(engine)
+    leases._ahead += [Claim(True), Claim(False)]
+    assert leases.settle_claims(), "it has to look again"
+    assert waited == [False, False]
 
 
 def test_a_solo_worker_that_may_hold_one_task_holds_nothing_but_what_it_runs(tcp: Server, tmp_path: Path) -> None:
