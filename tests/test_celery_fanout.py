@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import kombu
 import pytest
@@ -345,6 +345,32 @@ def test_a_channel_that_closes_without_its_server_tries_once_to_put_back_what_it
     inbox.channel.close()
     assert len(tries) == 1
     assert "3 messages of mailboxes that were not acked are lost with their channel: away" in caplog.text
+
+
+def test_a_channel_that_closes_and_cannot_ask_what_its_mailbox_is_says_what_is_lost(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = box(here)
+    inbox = Inbox(here, mine)
+    send(here, 1, key=mine.name)
+    inbox.wait(1)
+
+    def away(*_: Any) -> NoReturn:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(inbox.channel.topology, "terms", away)
+    inbox.channel.close()
+    assert inbox.channel.closed
+    assert "1 messages of mailboxes that were not acked are lost with their channel: away" in caplog.text
+
+
+def test_what_is_too_old_is_not_taken_out_of_a_mailbox(here: kombu.Connection, server: Server) -> None:
+    mine, channel = box(here, message_ttl=0.05), here.default_channel
+    send(here, 1, key=mine.name)
+    sent = channel.topology.stored.now_ms()
+    eventually(lambda: channel.topology.stored.now_ms() > sent + 60, "its time to be over")
+    assert server.cli("XLEN", P.box(mine.name)) == 1
+    assert channel.basic_get(mine.name, no_ack=True) is None
 
 
 def test_what_a_cancelled_consumer_was_not_handed_comes_once_to_the_next_ones(here: kombu.Connection) -> None:
