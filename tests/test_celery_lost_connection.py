@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,28 @@ def test_a_child_that_is_frozen_as_it_is_about_to_start_holds_nobody_up(held: He
     leases.hand_back([tag])
     assert (leases.holding, broker.stats("q").ready) == (0, 1)
     assert not board.may_start(tag), "when it looks later"
+
+
+def test_a_worker_shares_one_memory_with_its_children_however_often_it_connects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They have it from when they were started. A process that was forked from one has its own."""
+    prefork = SimpleNamespace(process_initializer=print)
+    monkeypatch.setattr(children, "_board", None)
+    found: list[Any] = []
+    for _ in range(2):
+        children.install(prefork)
+        found.append((children._board, prefork.process_initializer))
+    assert found[0] == found[1]
+    found[0][0].pid = 0
+    assert children.row()._memory is None, "it is another process's"
+    children.install(prefork)
+    assert children._board is not found[0][0]
+    assert children.row()._memory is not None
+    children._board.pid = 0
+    monkeypatch.setattr(children, "_child", os.getpid())
+    children.install(prefork)
+    assert children._board.pid == 0, "a child has its parent's"
 
 
 def test_a_child_says_what_becomes_of_the_task_that_it_runs(held: Held) -> None:
