@@ -474,6 +474,17 @@ def test_a_channel_that_closes_does_not_wait_for_its_claim(
     assert [job.deliveries for job in engine.claim(loop.queue, 9)] == [1] * 5
 
 
+def test_a_channel_listens_by_one_bell_while_its_queues_are_the_same(loop: Loop) -> None:
+    """One that was left behind would take the wake-ups that the next one waits for."""
+    bell = loop.watch._listen()
+    assert loop.watch._listen() is bell
+    kombu.Queue(other := fresh("other"))(loop.channel).declare()
+    loop.channel.basic_consume(other, False, lambda message: None, fresh("tag"))
+    assert loop.watch._listen() is not bell
+    with pytest.raises(Unavailable, match="closed"):
+        bell.sockets()
+
+
 def test_the_thread_that_keeps_the_leases_waits_for_no_reply(engine: Broker) -> None:
     waited: list[bool] = []
 

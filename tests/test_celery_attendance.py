@@ -86,18 +86,17 @@ def test_a_consumer_that_could_not_be_signed_off_is_signed_off_later(
     eventually(lambda: channel.queue_delete("box", if_unused=True) == 0, "nobody is there")
 
 
-def test_a_queue_that_is_there_is_not_declared_again(
-    channel: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    own, revived, queue = channel.topology.own, list[str](), kombu.Queue("there")
-    monkeypatch.setattr(own, "revive", revived.extend)
-    with caplog.at_level(logging.INFO, "relay.celery"), kombu.Consumer(channel, [queue]):
-        channel.attendance.touch()
-        assert not revived
-        assert "declared again" not in caplog.text
-        channel.topology.stored.delete_queue("there", "")
-        channel.attendance.touch()
-        assert revived == ["there"]
+def test_a_queue_that_is_there_is_not_declared_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with link(server.url) as connection:
+        channel: Any = connection.channel()
+        revived: list[str] = []
+        monkeypatch.setattr(channel.topology.own, "revive", revived.extend)
+        with kombu.Consumer(channel, [kombu.Queue("there")]):
+            channel.attendance.touch()
+            assert not revived
+            channel.topology.stored.delete_queue("there", "")
+            channel.attendance.touch()
+            assert revived == ["there"]
 
 
 def test_a_server_that_is_away_is_asked_ever_less_often_and_the_log_says_so_once(

@@ -199,6 +199,17 @@ def cut_off_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+def test_what_this_process_has_unbound_is_not_bound_again(here: kombu.Connection, server: Server) -> None:
+    queue, channel = queue_of(fresh("x")), here.default_channel
+    publish(here, 1, queue)
+    channel.queue_unbind(queue.name, queue.exchange.name, queue.routing_key)
+    server.cli("FLUSHALL")
+    send(here, 2, key=queue.name)
+    channel.topology.own.revive([queue.name])
+    assert channel.topology.terms(queue.name, fresh=True) is not None
+    assert list(channel.list_bindings()) == []
+
+
 @pytest.mark.parametrize("flavour", ["redis"], indirect=True)
 def test_a_publisher_that_is_cut_off_in_between_goes_on_with_the_next_publish(
     here: kombu.Connection, there: kombu.Connection, server: Server, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from kombu.common import Broadcast
 from benchmarks.idle import commands_within
 from relay_adapters.celery.queues import moves
 from relay_adapters.celery.queues.places import Places
+from relay_adapters.celery.sending import upkeep
 from relay_core import Broker
 from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
@@ -362,6 +363,17 @@ def test_a_channel_that_closes_and_cannot_ask_what_its_mailbox_is_says_what_is_l
     inbox.channel.close()
     assert inbox.channel.closed
     assert "1 messages of mailboxes that were not acked are lost with their channel: away" in caplog.text
+
+
+def test_a_mailbox_whose_time_is_over_ends(here: kombu.Connection, server: Server) -> None:
+    mine, topology = box(here), here.default_channel.topology
+    send(here, 1, key=mine.name)
+    upkeep.end(topology, mine.name, topology.terms(mine.name))
+    assert server.cli("XLEN", P.box(mine.name)) == 1, "its time is not over"
+    topology.stored.raw("ZADD", topology.places.ends, 1, mine.name)
+    upkeep.end(topology, mine.name, topology.terms(mine.name))
+    assert server.cli("EXISTS", P.box(mine.name)) == 0
+    assert topology.terms(mine.name, fresh=True) is None
 
 
 def test_what_is_too_old_is_not_taken_out_of_a_mailbox(here: kombu.Connection, server: Server) -> None:
