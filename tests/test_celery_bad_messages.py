@@ -205,9 +205,9 @@ def test_a_celery_worker_outlives_them_all(kind: str, server: Server, broker: Br
     assert set(reasons.values()) <= {"undecodable", "rejected"}
     assert {reasons[name] for name in NO_MESSAGE} == {"undecodable"}
     assert all(job.error for job in dead)
-    assert [
-        job.error for job in dead if ids.get(job.id) == "task unknown"
-    ] == ["no task 'nobody' is registered with its worker"]
+    assert [job.error for job in dead if ids.get(job.id) == "task unknown"] == [
+        "no task 'nobody' is registered with its worker"
+    ]
     assert ran["odd"] == len(LENIENT)
     assert len(dead) == expected
     assert broker.audit(QUEUE).clean

@@ -243,16 +243,22 @@ def test_a_wrong_option_is_refused_by_name(given: dict[str, Any], told: str) -> 
         connection.channel()
 
 
-def test_options_of_other_transports_are_taken_and_explained_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_options_of_other_transports_are_taken_and_explained_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """What matters to workers alone is no warning in the scripts that send tasks."""
+    monkeypatch.setattr(options, "_is_worker", lambda: level == logging.WARNING)
     given = {"visibility_timeout": 3600, "fanout_prefix": True, "max_retries": 3, f"mine_{uuid.uuid4().hex}": 1}
     options._said.clear()
-    with caplog.at_level(logging.WARNING, "relay.celery"):
+    with caplog.at_level(logging.INFO, "relay.celery"):
         for _ in range(2):
             with Connection("relay://127.0.0.1:1/0", transport_options=given) as connection:
                 options.options_of(connection)
     told = [record.message for record in caplog.records if record.name == "relay.celery"]
     assert len(told) == 2
     assert "visibility_timeout'] has no effect on relay" in told[0]
+    assert [record.levelno for record in caplog.records if record.name == "relay.celery"] == [level, logging.WARNING]
     assert "'mine_" in told[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import ssl
+import sys
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -173,7 +174,9 @@ def _check_names(given: Mapping[str, Any]) -> None:
         if name == "visibility_timeout":
             say_once(
                 f"{_WHERE}['visibility_timeout'] has no effect on relay: a worker extends the leases of its messages "
-                "for as long as it lives, and a dead worker's tasks run elsewhere once they end; see 'lease'"
+                "for as long as it lives, and a dead worker's tasks run elsewhere once they end; see 'lease'",
+                # it matters to workers: cron sends mail of what a script prints, as a warning is where nothing logs
+                logging.WARNING if _is_worker() else logging.INFO,
             )
         if name in known or name in _ELSEWHERE:
             continue
@@ -195,11 +198,15 @@ def _check_timeouts(given: Mapping[str, Any]) -> None:
             )
 
 
-def say_once(text: str) -> None:
-    """Warn of it, once per process."""
+def _is_worker() -> bool:
+    return "celery.worker.state" in sys.modules
+
+
+def say_once(text: str, level: int = logging.WARNING) -> None:
+    """Log it, once per process."""
     if text not in _said:
         _said.add(text)
-        logger.warning(text)
+        logger.log(level, text)
 
 
 def _policy(where: str, value: Any) -> RetryPolicy:
