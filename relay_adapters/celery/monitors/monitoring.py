@@ -66,9 +66,11 @@ class Monitoring:
         if self._server is not None:
             self._server.start()
         self._presence.start()
+        announcing.begin(self._consumer)
 
     def stop(self) -> None:
         if self._pid == os.getpid():  # children of the pool inherit this object, but not what it runs
+            announcing.end(self._consumer)
             self._presence.stop()
             if self._server is not None:
                 self._server.stop()
@@ -112,7 +114,6 @@ def _ready(sender: Any, **_: Any) -> None:
     transport = getattr(sender.connection, "transport", None)
     if getattr(transport, "driver_name", None) != "relay-queue" or id(sender.controller) in _running:
         return
-    announcing.consumers.add(sender)
     monitoring = _running[id(sender.controller)] = Monitoring(sender)
     monitoring.start()
     atexit.register(monitoring.stop)  # a cold shutdown sends no signal

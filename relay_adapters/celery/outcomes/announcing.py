@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
-consumers: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Those of the workers that run in this process; usually one."""
+_consumers: dict[int, Any] = {}
+"""By their id, those of the workers that run in this process; usually one."""
+
+
+def begin(consumer: Any) -> None:
+    """Its worker runs, and may be spoken for."""
+    _consumers[id(consumer)] = consumer
+
+
+def end(consumer: Any) -> None:
+    _consumers.pop(id(consumer), None)
 
 
 def dispatcher() -> Any:
     """The event dispatcher of this process's worker, or None. It has another one after a reconnect."""
-    found = (getattr(consumer, "event_dispatcher", None) for consumer in list(consumers))
+    found = (getattr(consumer, "event_dispatcher", None) for consumer in list(_consumers.values()))
     return next(filter(None, found), None)
 
 
