@@ -16,7 +16,7 @@ from kombu.exceptions import OperationalError
 
 from relay_adapters.celery import failover, options
 from relay_core import Broker, RetryPolicy
-from relay_core.errors import InvalidArgument, InvalidUrl, RelayError, Unavailable
+from relay_core.errors import AuthError, InvalidArgument, InvalidUrl, RelayError, Unavailable, UnsafeStore
 from tests.celery_workers import CeleryWorker, client_of
 from tests.servers import AclServer, Server, TlsServer, free_port
 from tests.topologies import Cluster, SentinelTrio
@@ -87,6 +87,31 @@ def test_a_credential_provider_logs_in(acl_server: AclServer, kind: type[Provide
     # where Celery's worker was imported, its connections try again, and kombu says in the end what it was
     with pytest.raises((RelayError, OperationalError), match="wrong or missing"), Connection(url) as nobody:
         nobody.ensure_connection(max_retries=1)
+
+
+@pytest.mark.parametrize("since", ["the start", "a cut"])
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_refusal_is_told_to_who_publishes_at_once_and_as_an_error_of_the_broker(
+    acl_server: AclServer, tmp_path: Path, since: str
+) -> None:
+    """Apps have `except OperationalError` around `delay()`, which is what kombu's Redis transport raises then."""
+    admin = acl_server.client()
+    app = client_of(acl_server.url, tmp_path)
+    try:
+        if since == "a cut":
+            app.send_task("pay")
+        for command, error in (
+            (("CONFIG", "SET", "maxmemory-policy", "allkeys-lru"), UnsafeStore),
+            (("ACL", "SETUSER", acl_server.user, "resetpass", ">another"), AuthError),
+        ):
+            admin.execute_command(*command)
+            admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            with pytest.raises(OperationalError) as caught:
+                app.send_task("pay")
+            assert isinstance(caught.value, error)
+            admin.config_set("maxmemory-policy", "noeviction")
+    finally:
+        app.close()
 
 
 @pytest.mark.since("kombu", "5.6.1")

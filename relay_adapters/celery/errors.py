@@ -1,15 +1,26 @@
-"""What a channel refuses, as RabbitMQ would say it: kombu's and Celery's handling of channel errors applies."""
+"""What is refused, in the words of kombu and Celery: by a channel as RabbitMQ would say it, by a server as an error of
+the broker, which those who publish look out for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
+from kombu.exceptions import OperationalError
 from kombu.transport.virtual import NotEquivalentError
 
+from relay_core.errors import AuthError, RelayError, UnsafeStore
+
 __all__ = [
+    "REFUSALS",
     "AccessRefused",
     "Inequivalent",
     "NotFound",
     "PreconditionFailed",
+    "as_of_the_broker",
+    "for_publishers",
     "inequivalent",
     "not_found",
     "refused",
@@ -39,3 +50,38 @@ def refused(text: str, method: str) -> PreconditionFailed:
 def inequivalent(text: str, method: str) -> Inequivalent:
     """406: an exchange or queue is known with other properties."""
     return Inequivalent(f"PRECONDITION_FAILED - {text}", (50, 10), method)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+REFUSALS = (AuthError, UnsafeStore)
+"""What a server says until somebody sets it right, such as a replica that was promoted and is configured otherwise."""
+
+
+class LoginRefused(AuthError, OperationalError):
+    """An AuthError that `except OperationalError` catches, which apps have around `delay()`."""
+
+
+class EvictingServer(UnsafeStore, OperationalError):
+    """An UnsafeStore that `except OperationalError` catches."""
+
+
+def as_of_the_broker(refusal: RelayError) -> RelayError:
+    """The same of one of REFUSALS. It is raised at once, where kombu repeats what was lost with its connection."""
+    if isinstance(refusal, OperationalError):
+        return refusal
+    kind = LoginRefused if isinstance(refusal, AuthError) else EvictingServer
+    return kind(*refusal.args)
+
+
+def for_publishers(method: F) -> F:
+    """Around what a channel does for those who publish: refusals are of the broker."""
+
+    @wraps(method)
+    def told(*args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        except REFUSALS as error:
+            raise as_of_the_broker(error) from error
+
+    return cast(F, told)

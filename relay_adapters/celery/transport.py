@@ -16,6 +16,7 @@ from kombu.transport import virtual
 import relay_core
 from relay_adapters.celery import channel as channels
 from relay_adapters.celery import ports
+from relay_adapters.celery.errors import REFUSALS, as_of_the_broker
 from relay_adapters.celery.failover import Pace, answers, keep_whole
 from relay_adapters.celery.holding.leases import Leases
 from relay_adapters.celery.holding.workerstate import shutting_down
@@ -27,7 +28,7 @@ from relay_adapters.celery.receiving.watch import Watch
 from relay_adapters.celery.sending import groups, lookups, producers
 from relay_adapters.celery.workers import worker
 from relay_core.connection import readable
-from relay_core.errors import AuthError, StoreError, Unavailable, UnsafeStore
+from relay_core.errors import StoreError, Unavailable
 
 _SETTLE = 0.25
 """Seconds after a reconnect at which messages that Celery forgot are handed back: by then it knows what runs."""
@@ -35,9 +36,6 @@ _SETTLE = 0.25
 
 _TURN = 1.0
 """Seconds, the longest sleep of a loop."""
-
-_REFUSALS = (AuthError, UnsafeStore)
-"""What a server says until somebody sets it right, such as a replica that was promoted and is configured otherwise."""
 
 WATCHES: dict[str, tuple[type[Watch] | type[MailWatch], Callable[[channels.Channel], Collection[str]]]] = {
     "mail": (MailWatch, lambda channel: channel.boxes),
@@ -65,7 +63,7 @@ class Transport(virtual.Transport):
         asynchronous=True, exchange_type=frozenset({"direct", "topic", "fanout"}), heartbeats=False, batch_publish=True
     )
     # a worker outlives these for a while; who publishes is told at once, see below
-    connection_errors = (*virtual.Transport.connection_errors, Unavailable, *_REFUSALS)  # type: ignore[assignment]
+    connection_errors = (*virtual.Transport.connection_errors, Unavailable, *REFUSALS)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
     # without these two, kombu repeats what a channel refused as if the connection had been lost
     recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable)
@@ -129,8 +127,9 @@ class Transport(virtual.Transport):
                         raise  # else others of its servers are there, and the thread goes on trying
         except BaseException as error:
             self.close_connection(connection)
-            if pace is not None and isinstance(error, _REFUSALS):
-                raise Unavailable(str(error)) from error  # and is tried again
+            if isinstance(error, REFUSALS):
+                # of a worker it is tried again
+                raise (as_of_the_broker(error) if pace is None else Unavailable(str(error))) from error
             raise
         return connection
 

@@ -10,7 +10,7 @@ from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.uuid import uuid
 
-from relay_adapters.celery.errors import not_found, reserved
+from relay_adapters.celery.errors import for_publishers, not_found, reserved
 from relay_adapters.celery.queues import exchanges, terms
 from relay_adapters.celery.queues.attendance import Attendance
 from relay_adapters.celery.queues.exchanges import PREDECLARED, Binding
@@ -30,6 +30,7 @@ class Declaring(virtual.Channel):
 
     # exchanges
 
+    @for_publishers
     def exchange_declare(
         self, exchange: str | None = None, type: str = "direct", durable: bool = False, auto_delete: bool = False,
         arguments: Any = None, nowait: bool = False, passive: bool = False,
@@ -68,6 +69,7 @@ class Declaring(virtual.Channel):
 
     # bindings
 
+    @for_publishers
     def queue_bind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any
     ) -> None:
@@ -94,6 +96,7 @@ class Declaring(virtual.Channel):
     def prepare_queue_arguments(self, arguments: Any, **options: Any) -> Any:
         return to_rabbitmq_queue_arguments(arguments, **options)
 
+    @for_publishers
     def queue_declare(self, queue: str | None = None, passive: bool = False, **options: Any) -> Any:
         """(queue, waiting messages, consumers in other processes). Raises NotFound, PreconditionFailed."""
         queue = queue or f"amq.gen-{uuid()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+from relay_adapters.celery.errors import for_publishers
 from relay_adapters.celery.holding import inhand
 from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.dedup import dedup_of
@@ -36,6 +37,7 @@ class Publishing(Routing):
         """What kombu's `Producer.batch` collects messages in."""
         return Batch(lambda: self, max_size)
 
+    @for_publishers
     def basic_publish(self, message: MutableMapping[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message, confirmed. Where it was cut off, kombu or Celery repeats this call: the id stays, and what
         was stored by then is not stored twice."""
