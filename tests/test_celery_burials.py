@@ -19,13 +19,15 @@ from celery import chord
 from celery.events.state import State
 from celery.result import AsyncResult
 from celery.utils.nodenames import gethostname
+from kombu.asynchronous.hub import Hub
 
 from relay_adapters import telling
-from relay_adapters.celery.outcomes import burial
+from relay_adapters.celery.outcomes import announcing, burial
 from relay_adapters.celery.outcomes.unstarted import stores_errors
 from relay_core import Broker, Job, NotYet
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
+from tests.forking import child_of, code_of
 from tests.servers import Server, eventually
 from tests.test_celery_bad_messages import LENIENT, NO_MESSAGE, NO_TASK
 
@@ -221,6 +223,90 @@ def test_monitors_hear_of_a_burial(site: Site) -> None:
     assert (shown.name, shown.args, shown.state) == ("tests.celery_app.add", "(1, 1)", "FAILURE")
     assert "delivered 1 times" in shown.exception
     assert events[0]["hostname"] == f"finder@{gethostname()}"
+
+
+class Dispatcher:
+    """An event dispatcher that notes in which thread it sends, and raises if it is to."""
+
+    enabled = True
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.sent: list[tuple[str, int]] = []
+
+    def send(self, type: str, **_fields: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.sent.append((type, threading.get_ident()))
+
+
+class Consuming:
+    """What a worker's consumer has of it."""
+
+    def __init__(self, dispatcher: Dispatcher, hub: Hub | None) -> None:
+        self.event_dispatcher, self.hub = dispatcher, hub
+
+
+Begin = Callable[[Dispatcher, "Hub | None"], None]
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Has a worker of this process begin, which ends with the test."""
+    begun: list[Consuming] = []
+
+    def begin(dispatcher: Dispatcher, hub: Hub | None) -> None:
+        begun.append(Consuming(dispatcher, hub))
+        announcing.begin(begun[-1])
+
+    yield begin
+    for consumer in begun:
+        announcing.end(consumer)
+    assert announcing.dispatcher() is None
+
+
+TOLD = {"id": "t1", "task": "tests.celery_app.add"}
+
+
+def test_a_dispatcher_that_fails_spares_a_burial_its_repetition(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, begin: Begin
+) -> None:
+    """By then its result is stored and its callbacks are sent."""
+    with Server("redis", tcp=True) as server, Broker(server.url) as broker:
+        app = client_of(server.url, tmp_path, results_of(server))
+        monkeypatch.setattr("celery.current_app", SimpleNamespace(_get_current_object=lambda: app))
+        seen: list[Any] = []
+
+        @app.task(name="buried", shared=False, on_failure=lambda *_: seen.append("on_failure"))
+        def pay() -> None:
+            """It is buried before it runs."""
+
+        result = pay.apply_async(queue=QUEUE)
+        (job,) = broker.claim(QUEUE)
+        begin(Dispatcher(RuntimeError("release unlocked lock")), None)
+        burial.fail(job, "gone", lambda: True)
+        assert (result.state, seen) == ("FAILURE", ["on_failure"])
+        assert "release unlocked lock" in caplog.text
+        app.close()
+
+
+def test_events_of_a_worker_with_a_loop_are_sent_by_the_thread_of_its_loop(begin: Begin) -> None:
+    """Celery's buffer of them is not for two: what one thread adds as the other sends would be gone."""
+    events, hub = Dispatcher(), Hub()
+    begin(events, hub)
+    other = threading.Thread(target=announcing.announce, args=(events, "task-failed", None, TOLD))
+    other.start()
+    other.join()
+    assert events.sent == []
+    hub.run_once()
+    assert events.sent == [("task-failed", threading.get_ident())]
+    hub.close()
+
+
+def test_a_child_sends_no_events_in_the_name_of_its_parents_worker(begin: Begin) -> None:
+    begin(Dispatcher(), None)
+    assert announcing.dispatcher() is not None
+    assert code_of(child_of(lambda: announcing.dispatcher() is None)) == 0
 
 
 @pytest.mark.parametrize("deliveries", [1, 2])
