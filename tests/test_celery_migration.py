@@ -228,6 +228,15 @@ def test_an_apps_own_separator_is_asked_for_and_then_divides_its_lists(
     assert left(server) == []
 
 
+def test_another_list_with_the_separator_and_no_number_behind_it_is_passed_over(
+    stock: Celery, server: Server, origin: str
+) -> None:
+    """`²` is a digit, and no number that `int` reads."""
+    server.cli("LPUSH", "area:m²:²", "x")
+    cli = Cli(server.url)
+    assert cli.json("migrate", "celery-redis", "--from", origin, "--sep", ":")["migrated"] == 0
+
+
 def test_lists_of_an_app_with_a_key_prefix_are_left_where_none_was_named(
     stock: Celery, relay: Broker, server: Server, origin: str
 ) -> None:

@@ -167,7 +167,7 @@ class RedisSource:
 
     def _queue_and_step(self, key: str) -> tuple[str, int]:
         queue, _, step = key.rpartition(self._sep)
-        return (queue, int(step)) if queue and step.isdigit() else (key, 0)
+        return (queue, int(step)) if queue and step.isdecimal() else (key, 0)
 
     def _of_other_apps(self) -> Iterator[Found]:
         """What lies in the lists of apps on this database whose `global_keyprefix` is another one."""
