@@ -81,6 +81,13 @@ def _environment_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread keeps the leases of Celery messages, nor sends their acks: the test does so itself. Theirs ends as soon
+    as it was started. Others start as ever: one that this process has for good would never be started again."""
+    monkeypatch.setattr("relay_adapters.celery.holding.heartbeat._beat", lambda leases: None)
+
+
+@pytest.fixture
 def near() -> Near:
     """Equal to what is nearer to a number of seconds than 2 and those that the test has taken by then."""
     began = time.monotonic()

@@ -70,12 +70,6 @@ def _all(pids: list[int], how: signal.Signals) -> None:
 
 
 @pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread keeps leases, nor sends acks: the test does so itself."""
-    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
-
-
-@pytest.fixture
 def held(broker: Broker) -> Iterator[Held]:
     """A message that a worker holds, and the memory that it shares with its children: here, with itself."""
     board, leases = children.Board(os.getpid()), Leases(broker)
@@ -155,6 +149,7 @@ def test_a_worker_shares_one_memory_with_its_children_however_often_it_connects(
     assert children._board.pid == 0, "a child has its parent's"
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_child_says_what_becomes_of_the_task_that_it_runs(held: Held) -> None:
     board, leases, tag = held
     request, said = {"properties": {"delivery_tag": tag}}, list[int]()
@@ -180,6 +175,7 @@ def test_a_child_says_what_becomes_of_the_task_that_it_runs(held: Held) -> None:
         board.guarded(trace)(None, "id", request)
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_of_a_task_that_ended_its_delivery_in_a_child_there_is_nothing_left_to_ack(held: Held, broker: Broker) -> None:
     board, leases, tag = held
     one = leases.get(tag)
@@ -286,6 +282,7 @@ def test_a_worker_that_stops_hands_back_what_does_not_run_a_moment_later(
     assert (leases.holding, broker.stats("q").ready) == (runs, not runs)
 
 
+@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("here", [True, False])
 def test_what_was_lost_is_not_started(held: Held, broker: Broker, here: bool) -> None:
     _board, leases, tag = held

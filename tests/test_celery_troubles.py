@@ -278,6 +278,7 @@ def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
         leases.pop(tag)
 
 
+@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("looping", [True, False])
 def test_a_heartbeat_that_crosses_an_ack_takes_no_lease_for_lost(
     tcp_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, looping: bool
@@ -290,7 +291,6 @@ def test_a_heartbeat_that_crosses_an_ack_takes_no_lease_for_lost(
         def relay_lease_lost(self, move: str) -> None:
             lost.append(move)
 
-    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
     with Broker(tcp_server.url, plugins=[Watcher()]) as broker:
         leases = Leases(broker)
         broker.enqueue("q", b"")
@@ -328,10 +328,10 @@ def test_a_suspect_whose_task_ended_its_delivery_wakes_who_waits_for_it(store: B
     store.ack(job)
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_heartbeat_that_comes_late_says_so(
     store: Broker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
     leases = Leases(store)
     store.enqueue("q", b"")
     job = store.claim("q")[0]
@@ -342,10 +342,10 @@ def test_a_heartbeat_that_comes_late_says_so(
     leases.hand_back([tag])
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_server_that_is_away_from_held_leases_is_told_of_once_until_it_is_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # it is driven by hand here
     kept = {"appendonly": "yes", "appendfsync": "no"}
     with Server("valkey", options=kept) as server, Broker(server.url, retry_for=0) as broker:
         leases = Leases(broker)

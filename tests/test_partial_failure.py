@@ -134,12 +134,6 @@ def test_after_an_outage_the_queues_of_one_server_are_asked_in_their_order() -> 
         assert [job.queue for job in broker.claim(["first", "second"])] == ["first"]
 
 
-@pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread keeps leases: the test does so itself."""
-    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
-
-
 @pytest.mark.usefixtures("by_hand")
 def test_children_of_a_celery_worker_start_what_was_extended(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     board, leases, tags = a_worker(broker, monkeypatch)
