@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar, cast
 
 import pytest
 from celery import _state as celery_state
+from hypothesis import HealthCheck, settings
 
 from relay_core import Broker
 from tests.command_line import Cli
@@ -36,6 +37,9 @@ def pytest_configure() -> None:
     interrupts to."""
     for name in filter(_EXPORTED.fullmatch, list(os.environ)):
         del os.environ[name]
+    # a busy machine lets any process stand still
+    settings.register_profile("patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

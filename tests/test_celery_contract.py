@@ -736,7 +736,7 @@ def test_a_recover_hands_back_what_was_not_acked(here: kombu.Connection, engine:
 def test_a_program_that_has_little_of_celery_connects_too(server: Server, engine: Broker) -> None:
     """Its package imports its modules as they are asked for."""
     program = "import sys, celery.exceptions, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('little').put(1)"
-    subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=150)
     assert engine.stats("little").ready == 1
 
 
