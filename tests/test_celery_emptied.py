@@ -76,7 +76,8 @@ def test_what_only_a_publisher_declared_is_there_again_before_its_next_publish(
     emptied()
     publish(here, 2, queue)
     assert got(there, queue.name) == [2]
-    assert not here.default_channel.topology.own._owed, "nothing is left to do"
+    own = here.default_channel.topology.own
+    assert (own._owed, own._owed_exchanges) == ({}, {}), "nothing is left to do"
 
 
 def test_what_is_bound_to_an_exchange_that_nobody_declares_is_bound_again(
@@ -88,7 +89,8 @@ def test_what_is_bound_to_an_exchange_that_nobody_declares_is_bound_again(
     server.cli("FLUSHALL")
     publish(here, 2, queue)
     assert got(there, queue.name) == [2]
-    assert not here.default_channel.topology.own._owed, "nothing is left to do"
+    own = here.default_channel.topology.own
+    assert (own._owed, own._owed_exchanges) == ({}, {}), "nothing is left to do"
 
 
 @pytest.mark.parametrize("options", [{}, BOX], ids=["jobs", "mailbox"])
