@@ -733,6 +733,15 @@ def test_a_recover_hands_back_what_was_not_acked(here: kombu.Connection, engine:
     assert sorted(inbox.wait(5)) == [0, 0, 1, 2, 2]
 
 
+def test_a_program_of_kombu_alone_has_nothing_of_celery_imported(server: Server, engine: Broker) -> None:
+    program = (
+        "import sys, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('alone').put(1)\n"
+        "sys.exit(f'{found}' if (found := [name for name in sys.modules if name.split('.')[0] == 'celery']) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=150)
+    assert engine.stats("alone").ready == 1
+
+
 def test_a_program_that_has_little_of_celery_connects_too(server: Server, engine: Broker) -> None:
     """Its package imports its modules as they are asked for."""
     program = "import sys, celery.exceptions, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('little').put(1)"

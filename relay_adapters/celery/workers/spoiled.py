@@ -15,8 +15,6 @@ from numbers import Number
 from typing import Any
 from uuid import UUID
 
-from celery.exceptions import Reject
-
 from relay_adapters.celery.holding.held import Held
 
 logger = logging.getLogger("relay.celery")
@@ -129,6 +127,8 @@ def named(stock: Callable[..., None]) -> Callable[..., None]:
     @wraps(stock)
     def on_unknown_task(consumer: Any, body: Any, message: Any, error: BaseException) -> None:
         if (held := _held(message)) is not None:
+            from celery.exceptions import Reject  # not of those who use kombu alone
+
             held.cause = Reject(f"no task {error} is registered with its worker")
         stock(consumer, body, message, error)
 
