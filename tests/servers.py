@@ -314,6 +314,9 @@ class AclServer(Server):
     def reset(self) -> None:
         super().reset()
         self.cli("ACL", "LOAD")  # the users and rights of its file
+        if self._client is not None:  # Redis 7.0 closes it now and then, though its user is the same as before
+            self._client.close()
+            self._client = None
 
 
 class TlsServer(Server):
