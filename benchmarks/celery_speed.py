@@ -187,13 +187,13 @@ def celery_memory(folder: Path) -> Table:
         for kind in KINDS:
             server.cli("FLUSHALL")
             used: list[int] = []
-            for jobs in (JOBS, 2 * JOBS):  # the first also bring what no task costs: scripts, connections
-                environment = _environment(folder, server, kind, jobs)
+            environment = _environment(folder, server, kind, JOBS)
+            for _ in range(2):  # the first also bring what no task costs: scripts, connections
                 subprocess.run(
                     [sys.executable, "bench_app.py"], env=environment, cwd=folder, check=True, capture_output=True
                 )
                 used.append(int(server.client().info("memory")["used_memory"]))
-            sizes[kind] = (used[1] - used[0]) / (2 * JOBS)
+            sizes[kind] = (used[1] - used[0]) / JOBS
     table.add_row(f"{sizes['stock']:.0f}", f"{sizes['relay']:.0f}", f"{sizes['stock'] / sizes['relay']:.1f}")
     return table
 

@@ -287,6 +287,17 @@ def test_options_of_other_transports_are_taken_and_explained_once(
     assert "'mine_" in told[1]
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture, given: dict[str, Any]) -> list[str]:
+    """What a process is told of these options."""
+    options._said.clear()
+    with (
+        caplog.at_level(logging.WARNING, "relay.celery"),
+        Connection("relay://127.0.0.1:1/0", transport_options=given) as connection,
+    ):
+        options.options_of(connection)
+    return [record.message for record in caplog.records if record.name == "relay.celery"]
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -300,13 +311,7 @@ def test_options_of_other_transports_are_taken_and_explained_once(
 def test_who_waits_for_the_server_as_long_as_a_lease_is_told_what_comes_of_it(
     caplog: pytest.LogCaptureFixture, given: dict[str, Any], named: str | None
 ) -> None:
-    options._said.clear()
-    with (
-        caplog.at_level(logging.WARNING, "relay.celery"),
-        Connection("relay://127.0.0.1:1/0", transport_options=given) as connection,
-    ):
-        options.options_of(connection)
-    told = [record.message for record in caplog.records if record.name == "relay.celery"]
+    told = warnings_of(caplog, given)
     assert [one.partition("]")[0] for one in told] == ([] if named is None else [f"broker_transport_options[{named!r}"])
 
 
@@ -315,13 +320,7 @@ def test_who_has_priority_steps_is_told_that_9_comes_first_unless_the_order_is_n
     caplog: pytest.LogCaptureFixture, order: str | None
 ) -> None:
     given = {"priority_steps": [0, 3, 6, 9]} | ({} if order is None else {"priority_order": order})
-    options._said.clear()
-    with (
-        caplog.at_level(logging.WARNING, "relay.celery"),
-        Connection("relay://127.0.0.1:1/0", transport_options=given) as connection,
-    ):
-        options.options_of(connection)
-    told = [record.message for record in caplog.records if record.name == "relay.celery"]
+    told = warnings_of(caplog, given)
     assert len(told) == (order is None)
     assert all("'priority_order': 'redis'" in one for one in told), told
 

@@ -241,18 +241,23 @@ def test_a_suspect_that_celery_does_not_start_lets_others_through_after_a_while(
     leases.hand_back([tag])
 
 
+class Watcher:
+    """Notes the moves that found their lease lost."""
+
+    def __init__(self) -> None:
+        self.lost: list[str] = []
+
+    @hookimpl
+    def relay_lease_lost(self, move: str) -> None:
+        self.lost.append(move)
+
+
 @pytest.mark.parametrize("verdict", [Verdict.DONE, Verdict.LOST])
 def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
     tcp_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, verdict: Verdict
 ) -> None:
-    lost: list[str] = []
-
-    class Watcher:
-        @hookimpl
-        def relay_lease_lost(self, move: str) -> None:
-            lost.append(move)
-
-    with Broker(tcp_server.url, plugins=[Watcher()]) as broker:
+    watcher = Watcher()
+    with Broker(tcp_server.url, plugins=[watcher]) as broker:
         leases, finish = Leases(broker), broker.finish
         broker.enqueue("q", b"")
         (job,) = broker.claim("q")
@@ -270,11 +275,11 @@ def test_a_heartbeat_that_crosses_a_retry_takes_no_lease_for_lost(
         held = leases.get(tag)
         assert held is not None
         assert held.moved is (verdict is Verdict.DONE)
-        assert lost == ([] if verdict is Verdict.DONE else ["nack"])
+        assert watcher.lost == ([] if verdict is Verdict.DONE else ["nack"])
         assert ("while it was held" in caplog.text) is False
         if verdict is Verdict.LOST:
             leases.heartbeat.extend()
-            assert lost == ["nack", "extend"]
+            assert watcher.lost == ["nack", "extend"]
         leases.pop(tag)
 
 
@@ -284,14 +289,8 @@ def test_a_heartbeat_that_crosses_an_ack_takes_no_lease_for_lost(
     tcp_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, looping: bool
 ) -> None:
     """Under an event loop it is held until the reply is there, and not at all else."""
-    lost: list[str] = []
-
-    class Watcher:
-        @hookimpl
-        def relay_lease_lost(self, move: str) -> None:
-            lost.append(move)
-
-    with Broker(tcp_server.url, plugins=[Watcher()]) as broker:
+    watcher = Watcher()
+    with Broker(tcp_server.url, plugins=[watcher]) as broker:
         leases = Leases(broker)
         broker.enqueue("q", b"")
         (job,) = broker.claim("q")
@@ -305,7 +304,7 @@ def test_a_heartbeat_that_crosses_an_ack_takes_no_lease_for_lost(
 
         monkeypatch.setattr(leases.heartbeat._keeper, "extend", crossed)
         assert leases.heartbeat.extend() is None
-        assert lost == []
+        assert watcher.lost == []
         assert "while it was held" not in caplog.text
         leases.pop(tag)
 

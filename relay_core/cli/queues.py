@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from difflib import get_close_matches
 from typing import Any, cast
 
 import click
@@ -12,7 +11,7 @@ from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
 from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
-from relay_core.cli.stats import held_back, known, limits_of, none_of, read, tell_left_out
+from relay_core.cli.stats import held_back, known, limits_of, meant, none_of, read, tell_left_out
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import STATES, State
 
@@ -154,9 +153,8 @@ def limit(
 def _answer(session: Session, name: str, text: str, facts: dict[str, Any]) -> None:
     # a queue may be set up before its first job; its name may also be a slip
     if name not in (names := session.broker.queues()):
-        near = get_close_matches(name, names, n=1)
-        advice = f"; did you mean {near[0]!r}?" if near else "."
-        click.echo(f"Note: nothing was ever enqueued to queue {name!r}{advice}", err=True)
+        question = meant(name, names)
+        click.echo(f"Note: nothing was ever enqueued to queue {name!r}{f'; {question}' if question else '.'}", err=True)
     if session.json:
         emit(session, {"queue": name, **facts})
     else:

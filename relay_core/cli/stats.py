@@ -35,10 +35,15 @@ def known(broker: Broker, name: str) -> QueueStats:
     names = broker.queues()
     if name in names:
         return stats
-    near = get_close_matches(name, names, n=1)
     where = f"`relay queue ls` lists the queues with the prefix {broker.settings.prefix!r}"
-    advice = f"did you mean {near[0]!r}?" if near else where
+    advice = meant(name, names) or where
     raise QueueNotFound(f"queue {name!r}: nothing was ever enqueued to it; {advice}")
+
+
+def meant(name: str, names: Sequence[str]) -> str:
+    """The question whether another queue was meant; empty where no name is near."""
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def read(broker: Broker, names: Sequence[str]) -> tuple[list[QueueStats], dict[str, str]]:
