@@ -52,6 +52,42 @@ def test_a_server_that_may_evict_is_an_error_that_names_the_setting(server: Serv
     assert "reachable" in shown
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "stats",
+        "stats mail",
+        "top --once",
+        "queue ls",
+        "job ls -q mail",
+        "job show ONE -q mail",
+        "dlq ls -q mail",
+        "worker ls",
+        "schedule ls",
+    ],
+)
+def test_what_only_looks_warns_of_a_server_that_may_evict_and_shows_it(server: Server, line: str) -> None:
+    cli = Cli(server.url)
+    one = str(cli.json("job", "enqueue", "hello", "-q", "mail")["id"])
+    server.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    words = line.replace("ONE", one).split()
+    plain = cli.run(*words)
+    assert plain.stderr.count("Warning:") == 1
+    assert "set it to noeviction" in plain.stderr
+    assert plain.stdout
+    assert cli.json(*words)
+
+
+def test_what_changes_a_store_refuses_a_server_that_may_evict(server: Server) -> None:
+    cli = Cli(server.url)
+    cli.json("job", "enqueue", "hello", "-q", "mail")
+    server.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    for line in ("job enqueue hello -q mail", "queue purge mail --yes", "queue pause mail", "audit mail"):
+        assert "set it to noeviction" in cli.run(*line.split(), code=1).stderr
+    assert cli.json("version")["server"], "which says no more than what answers"
+    assert cli.json("stats", "mail")["queues"][0]["ready"] == 1
+
+
 def test_a_server_without_persistence_is_a_warning(server: Server) -> None:
     server.cli("CONFIG", "SET", "save", "")
     level, detail = findings(Cli(server.url), 0)["persistence"]

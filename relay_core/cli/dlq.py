@@ -12,7 +12,7 @@ from relay_core import commands
 from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress
-from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
+from relay_core.cli.session import Group, Look, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
 from relay_core.cli.sift import Filter, Run, Tally, pages
 from relay_core.cli.stats import known
@@ -52,7 +52,7 @@ def dlq() -> None:
     """List, show, requeue and purge dead jobs."""
 
 
-@dlq.command("ls")
+@dlq.command("ls", cls=Look)
 @_filtered
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="At most so many jobs.")
 @pass_session
@@ -67,7 +67,7 @@ def _dead(session: Session, pick: Filter) -> Iterator[tuple[StoredJob, JobSummar
         yield from ((job, summary) for job, summary, _point in page.jobs)
 
 
-@dlq.command("show")
+@dlq.command("show", cls=Look)
 @click.argument("id")
 @_QUEUE
 @click.option("--raw", is_flag=True, help="Write the payload's bytes and nothing else.")

@@ -12,7 +12,7 @@ from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.jobview import find
 from relay_core.cli.output import emit, plural, printable
-from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
+from relay_core.cli.session import Group, Look, Session, confirm, may_destroy, pass_session
 from relay_core.cli.showing import list_jobs, show_job
 from relay_core.job import STATES, State
 
@@ -24,7 +24,7 @@ def job() -> None:
     """List, show, enqueue and cancel jobs."""
 
 
-@job.command("ls")
+@job.command("ls", cls=Look)
 @_QUEUE
 @click.option("--state", multiple=True, type=click.Choice(STATES), help="Only this state; repeatable. Default: all.")
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="At most so many jobs.")
@@ -38,7 +38,7 @@ def ls(session: Session, queue: str, state: tuple[str, ...], limit: int, task: s
     list_jobs(session, queue, states, limit, found, errors=error is not None)
 
 
-@job.command("show")
+@job.command("show", cls=Look)
 @click.argument("id")
 @_QUEUE
 @click.option("--raw", is_flag=True, help="Write the payload's bytes and nothing else.")

@@ -10,7 +10,7 @@ import click
 from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import emit, plural, progress, table
-from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
+from relay_core.cli.session import Group, Look, Session, confirm, may_destroy, pass_session
 from relay_core.cli.stats import held_back, known, limits_of, meant, none_of, read, tell_left_out
 from relay_core.errors import InvalidArgument, RelayError
 from relay_core.job import STATES, State
@@ -25,7 +25,7 @@ def queue() -> None:
     """List, pause, resume, purge, limit and remove queues."""
 
 
-@queue.command("ls")
+@queue.command("ls", cls=Look)
 @pass_session
 def ls(session: Session) -> None:
     """List the queues ever enqueued to, but for removed ones."""

@@ -14,7 +14,7 @@ from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.jobview import text_of
 from relay_core.cli.output import age, emit, moment, plural, printable, shortened, table
-from relay_core.cli.session import Group, Session, confirm, may_destroy, pass_session
+from relay_core.cli.session import Group, Look, Session, confirm, may_destroy, pass_session
 from relay_core.keys import ScheduleKeys
 from relay_core.schedule import Schedule, Scheduled, ScheduleRunner
 
@@ -76,7 +76,7 @@ def add(
         click.echo(f"schedule {name!r}: {_when(stored.schedule)}, next at {moment(stored.next_at)}")
 
 
-@schedule.command("ls")
+@schedule.command("ls", cls=Look)
 @pass_session
 def ls(session: Session) -> None:
     """List the recurring jobs, each with its next tick."""

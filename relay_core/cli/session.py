@@ -11,7 +11,7 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from relay_core.broker import Broker
-from relay_core.errors import InvalidArgument
+from relay_core.errors import InvalidArgument, UnsafeStore
 
 TIMEOUT = 5.0
 """Seconds for which a command goes on trying to reach the server."""
@@ -27,6 +27,7 @@ class Session:
     :ivar prefix: what every key begins with
     :ivar json: answer with one JSON document on stdout
     :ivar timeout: seconds for which an unreachable server is tried; None: the command's default
+    :ivar any_server: take a server that is not fit to keep jobs, too
     :ivar wants_json: `--json` was typed, whether or not the line could be read up to there
     """
 
@@ -34,6 +35,7 @@ class Session:
     prefix: str = "relay"
     json: bool = False
     timeout: float | None = None
+    any_server: bool = False
     answered: bool = False
     wants_json: bool = False
     _broker: Broker | None = None
@@ -47,6 +49,7 @@ class Session:
                 # of a server that hangs, too; but each script has a second, which the largest on a slow one may need
                 options.setdefault("socket_timeout", min(max(self.timeout, 1.0), TIMEOUT))
             options.setdefault("client_name", "relay-cli")
+            options.setdefault("any_server", self.any_server)
             self._broker = Broker(self.url, prefix=self.prefix, quiet=self.json, retry_for=retry_for, **options)
         return self._broker
 
@@ -119,6 +122,21 @@ class Command(click.Command):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.params += shared_options()
+
+
+class Look(Command):
+    """A command that changes nothing. A server that may evict jobs is just what its user has to see, so it is warned
+    of and shown."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UnsafeStore as error:
+            click.echo(f"Warning: {error}", err=True)
+            session = ctx.ensure_object(Session)
+            session.close()
+            session.any_server = True
+            return super().invoke(ctx)
 
 
 class Group(click.Group):

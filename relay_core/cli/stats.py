@@ -12,7 +12,7 @@ from relay_core import commands
 from relay_core.broker import Broker
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, emit, printable, table
-from relay_core.cli.session import Command, Session, pass_session
+from relay_core.cli.session import Look, Session, pass_session
 from relay_core.commands import QueueStats
 from relay_core.errors import RelayError, Unavailable
 
@@ -121,7 +121,7 @@ def _ready(stats: QueueStats) -> str:
     return str(stats.ready) if plain else f"{stats.ready} ({' '.join(reversed(levels))})"
 
 
-@click.command("stats", cls=Command)
+@click.command("stats", cls=Look)
 @click.argument("queues", nargs=-1, metavar="[QUEUE...]", shell_complete=queue_names)
 @pass_session
 def stats(session: Session, queues: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from relay_core.broker import Broker
 from relay_core.cli import values
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, console, emit, plural, printable
-from relay_core.cli.session import Command, Session, is_terminal, pass_session
+from relay_core.cli.session import Look, Session, is_terminal, pass_session
 from relay_core.cli.stats import known, read, tell_left_out
 from relay_core.commands import QueueStats, WorkerInfo
 from relay_core.errors import Unavailable
@@ -96,7 +96,7 @@ class Looks:
         return Row(now, rate("enqueued"), rate("processed"), rate("retried", "dead"), wait, workers)
 
 
-@click.command("top", cls=Command)
+@click.command("top", cls=Look)
 @click.argument("queues", nargs=-1, metavar="[QUEUE...]", shell_complete=queue_names)
 @click.option(
     "--interval",

@@ -37,7 +37,7 @@ def server_version(info: bytes) -> str:
 
 def _server(session: Session) -> str | None:
     """Which server answers, or None. Never starts the embedded one."""
-    broker = session.open(retry_for=0.0, connect_timeout=_PATIENCE, socket_timeout=_PATIENCE)
+    broker = session.open(retry_for=0.0, any_server=True, connect_timeout=_PATIENCE, socket_timeout=_PATIENCE)
     if broker.url.topology == "embedded":
         return embedded.status(Path(broker.url.path)).version
     try:

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 from relay_core.cli.completion import queues as queue_names
 from relay_core.cli.output import age, emit, table
 from relay_core.cli.running import worker as run
-from relay_core.cli.session import Command, Group, Session, pass_session
+from relay_core.cli.session import Group, Look, Session, pass_session
 from relay_core.commands import WorkerInfo
 
 
@@ -35,7 +35,7 @@ def worker() -> None:
 worker.add_command(run, "run")
 
 
-@worker.command("ls", cls=Command)
+@worker.command("ls", cls=Look)
 @click.option("--queue", "-q", help="Only workers that serve this queue.", shell_complete=queue_names)
 @click.option(
     "--face",
