@@ -16,7 +16,16 @@ from kombu.exceptions import OperationalError
 
 from relay_adapters.celery import failover, options
 from relay_core import Broker, RetryPolicy
-from relay_core.errors import AuthError, InvalidArgument, InvalidUrl, RelayError, Unavailable, UnsafeStore
+from relay_core.errors import (
+    AuthError,
+    InvalidArgument,
+    InvalidUrl,
+    PermissionDenied,
+    RelayError,
+    StoreError,
+    Unavailable,
+    UnsafeStore,
+)
 from tests.celery_workers import CeleryWorker, client_of
 from tests.servers import AclServer, Server, TlsServer, free_port
 from tests.topologies import Cluster, SentinelTrio
@@ -112,6 +121,29 @@ def test_a_refusal_is_told_to_who_publishes_at_once_and_as_an_error_of_the_broke
     finally:
         admin.config_set("maxmemory-policy", "noeviction")
         app.close()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_whatever_a_server_refuses_is_an_error_of_the_broker(
+    acl_server: AclServer, tls_server: TlsServer, tmp_path: Path
+) -> None:
+    own = {"prefix": f"relay:{uuid.uuid4().hex}"}
+    refused = {
+        "no database of this number": f"{acl_server.url}99",
+        "certificate": f"relays://localhost:{tls_server.port}/0",
+    }
+    for text, url in refused.items():
+        with pytest.raises(OperationalError, match=text) as caught:
+            client_of(url, tmp_path, broker_transport_options=own).send_task("pay")
+        assert isinstance(caught.value, StoreError)
+    # with a connection that was made before, too
+    app = client_of(acl_server.url, tmp_path, broker_transport_options=own)
+    app.send_task("pay")
+    acl_server.cli("ACL", "SETUSER", acl_server.user, "-evalsha", "-eval")
+    with pytest.raises(OperationalError, match="allow it in the user's ACL") as caught:
+        app.send_task("pay")
+    assert isinstance(caught.value, PermissionDenied)
+    app.close()
 
 
 @pytest.mark.since("kombu", "5.6.1")

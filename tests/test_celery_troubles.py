@@ -152,6 +152,24 @@ def test_a_worker_outlives_a_password_that_is_wrong_for_a_while(acl_server: AclS
 
 
 @pytest.mark.parametrize("flags", [("-P", "solo"), ("-P", "prefork", "-c", "1"), ("-P", "threads", "-c", "1")])
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_worker_outlives_rights_that_are_missing_for_a_while(
+    acl_server: AclServer, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    with (
+        client_of(acl_server.url, tmp_path) as client,
+        CeleryWorker(acl_server.url, tmp_path, *flags) as running,
+    ):
+        acl_server.cli("ACL", "SETUSER", acl_server.user, "-evalsha")
+        told = "broker lost.*allow it in the user's ACL"
+        eventually(lambda: re.search(told, running.text) or running.process.poll() is not None, "the refusal")
+        assert running.process.poll() is None
+        acl_server.cli("ACL", "SETUSER", acl_server.user, "+evalsha")
+        client.send_task("tests.celery_app.run", ["after"])
+        eventually(lambda: lines(tmp_path, start="after"), "the worker to go on")
+
+
+@pytest.mark.parametrize("flags", [("-P", "solo"), ("-P", "prefork", "-c", "1"), ("-P", "threads", "-c", "1")])
 def test_a_worker_outlives_a_server_that_may_evict_jobs_for_a_while(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """As after a failover to a replica whose configuration is not the primary's."""
     with (

@@ -11,11 +11,12 @@ from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 from kombu.exceptions import OperationalError
 from kombu.transport.virtual import NotEquivalentError
 
-from relay_core.errors import AuthError, RelayError, UnsafeStore
+from relay_core.errors import AuthError, LayoutError, PermissionDenied, ServerTooOld, StoreError, UnsafeStore
 
 __all__ = [
     "REFUSALS",
     "AccessRefused",
+    "BrokerRefused",
     "Inequivalent",
     "NotFound",
     "PreconditionFailed",
@@ -54,24 +55,48 @@ def inequivalent(text: str, method: str) -> Inequivalent:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-REFUSALS = (AuthError, UnsafeStore)
+REFUSALS = (AuthError, PermissionDenied, UnsafeStore)
 """What a server says until somebody sets it right, such as a replica that was promoted and is configured otherwise."""
 
 
-class LoginRefused(AuthError, OperationalError):
-    """An AuthError that `except OperationalError` catches, which apps have around `delay()`."""
+class BrokerRefused(StoreError, OperationalError):
+    """A StoreError that `except OperationalError` catches, which apps have around `delay()`."""
 
 
-class EvictingServer(UnsafeStore, OperationalError):
-    """An UnsafeStore that `except OperationalError` catches."""
+class LoginRefused(BrokerRefused, AuthError):
+    """Such an AuthError."""
 
 
-def as_of_the_broker(refusal: RelayError) -> RelayError:
-    """The same of one of REFUSALS. It is raised at once, where kombu repeats what was lost with its connection."""
-    if isinstance(refusal, OperationalError):
+class NotPermitted(BrokerRefused, PermissionDenied):
+    """Such a PermissionDenied."""
+
+
+class EvictingServer(BrokerRefused, UnsafeStore):
+    """Such an UnsafeStore."""
+
+
+class OldServer(BrokerRefused, ServerTooOld):
+    """Such a ServerTooOld."""
+
+
+class NewerLayout(BrokerRefused, LayoutError):
+    """Such a LayoutError."""
+
+
+_KINDS = {
+    AuthError: LoginRefused,
+    PermissionDenied: NotPermitted,
+    UnsafeStore: EvictingServer,
+    ServerTooOld: OldServer,
+    LayoutError: NewerLayout,
+}
+
+
+def as_of_the_broker(refusal: StoreError) -> BrokerRefused:
+    """The same as an error of the broker. It is raised at once, where kombu repeats what a lost connection took."""
+    if isinstance(refusal, BrokerRefused):
         return refusal
-    kind = LoginRefused if isinstance(refusal, AuthError) else EvictingServer
-    return kind(*refusal.args)
+    return _KINDS.get(type(refusal), BrokerRefused)(*refusal.args)
 
 
 def for_publishers(method: F) -> F:
@@ -81,7 +106,7 @@ def for_publishers(method: F) -> F:
     def told(*args: Any, **options: Any) -> Any:
         try:
             return method(*args, **options)
-        except REFUSALS as error:
+        except StoreError as error:
             raise as_of_the_broker(error) from error
 
     return cast(F, told)

@@ -127,9 +127,10 @@ class Transport(virtual.Transport):
                         raise  # else others of its servers are there, and the thread goes on trying
         except BaseException as error:
             self.close_connection(connection)
+            if pace is None and isinstance(error, StoreError):
+                raise as_of_the_broker(error) from error
             if isinstance(error, REFUSALS):
-                # of a worker it is tried again
-                raise (as_of_the_broker(error) if pace is None else Unavailable(str(error))) from error
+                raise Unavailable(str(error)) from error  # a worker tries again
             raise
         return connection
 
