@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from relay_core.connection import aiopool, pool
 from relay_core.connection.fitness import unfit
 from relay_core.errors import NotDurable, RelayError, ServerTooOld, StoreError, UnsafeStore
 from relay_core.settings import Durability
@@ -81,6 +82,21 @@ def test_the_server_is_looked_at_once(server: Server, store_at: Open) -> None:
     assert set(server.info("commandstats")) & {"cmdstat_evalsha", "cmdstat_info", "cmdstat_hello"} == {
         "cmdstat_evalsha"
     }
+
+
+def test_a_server_that_closed_an_idle_connection_is_looked_at_again(
+    server: Server, store_at: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have started anew, with a configuration file that says something else than CONFIG SET had."""
+    monkeypatch.setattr(pool, "LOOK_AFTER", 0.0)
+    monkeypatch.setattr(aiopool, "LOOK_AFTER", 0.0)
+    store = store_at(server.url)
+    store.run(count())
+    server.cli("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    server.cli("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    store.run(count())
+    with pytest.raises(UnsafeStore):
+        store.run(count())
 
 
 # --- durability

@@ -149,7 +149,10 @@ class AsyncStore:
             raise Unavailable(f"{self.url.safe()}: this store is closed")
         settings = self.settings
         self._pools[address] = AsyncPool(
-            lambda: AsyncLink(clients.aio_connection(self.url, settings, address, "store")),
+            lambda: AsyncLink(
+                clients.aio_connection(self.url, settings, address, "store"),
+                partial(self._router.look_again, address),
+            ),
             settings.max_connections,
             settings.retry_for,
         )

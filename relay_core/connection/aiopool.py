@@ -18,12 +18,16 @@ from relay_core.errors import Unavailable
 
 
 class AsyncLink:
-    """One connection, opened when needed. Used by one task at a time."""
+    """One connection, opened when needed. Used by one task at a time.
 
-    __slots__ = ("__weakref__", "_connection", "_stream", "_used")
+    :param on_closed: see Link
+    """
 
-    def __init__(self, connection: Any) -> None:
+    __slots__ = ("__weakref__", "_connection", "_on_closed", "_stream", "_used")
+
+    def __init__(self, connection: Any, on_closed: Callable[[], None] = lambda: None) -> None:
         self._connection = connection
+        self._on_closed = on_closed
         self._stream: AsyncStream | None = None
         self._used = 0.0
         forks.watch(self)
@@ -37,6 +41,7 @@ class AsyncLink:
         if stream is not None and monotonic() - self._used > LOOK_AFTER and await stream.closed():
             await self.close()
             stream = None
+            self._on_closed()
         if stream is None:
             try:
                 await self._connection.connect()

@@ -25,12 +25,16 @@ CLOSED = "the connection to the store was closed by this process"
 
 
 class Link:
-    """One connection, opened when needed. Used by one thread at a time."""
+    """One connection, opened when needed. Used by one thread at a time.
 
-    __slots__ = ("__weakref__", "_busy_poll", "_connection", "_owed", "_stream", "_used")
+    :param on_closed: called when the server is found to have closed it while it was idle, as one that restarts does
+    """
 
-    def __init__(self, connection: Any) -> None:
+    __slots__ = ("__weakref__", "_busy_poll", "_connection", "_on_closed", "_owed", "_stream", "_used")
+
+    def __init__(self, connection: Any, on_closed: Callable[[], None] = lambda: None) -> None:
         self._connection = connection
+        self._on_closed = on_closed
         self._stream: Stream | None = None
         self._busy_poll: Callable[[], None] = no_poll
         self._used = 0.0
@@ -47,8 +51,12 @@ class Link:
     def send(self, blocks: list[bytes]) -> Outcome | None:
         """The first half of an exchange. None when all is sent; how it failed, else."""
         stream = self._stream
-        if stream is not None and (self._owed or (monotonic() - self._used > LOOK_AFTER and stream.closed())):
-            stream = None
+        if stream is not None:
+            if self._owed:
+                stream = None
+            elif monotonic() - self._used > LOOK_AFTER and stream.closed():
+                stream = None
+                self._on_closed()
         if stream is None:
             try:
                 stream = self._open()

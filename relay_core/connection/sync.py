@@ -232,7 +232,8 @@ class SyncStore:
 
     def link(self, address: Address) -> Link:
         """A connection of the caller's own, which opens when it is used."""
-        return Link(clients.connection(self.url, self.settings, address, "store"))
+        on_closed = partial(self._router.look_again, address)
+        return Link(clients.connection(self.url, self.settings, address, "store"), on_closed)
 
     def after_fork(self) -> None:
         """In the child: forget the parent's pools, whose locks a thread of the parent may have held."""

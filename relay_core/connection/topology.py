@@ -85,9 +85,13 @@ class Router:
             return ""
         return tls_hint(failure, self.url.tls, "" if self.kind == "standalone" else f"+{self.kind}")
 
+    def look_again(self, address: Address) -> None:
+        """A server closed connections that were idle: it may be another one since. The next command looks first."""
+        self.checked -= {address}
+
     def doubt(self, address: Address) -> None:
         """A server was lost or said that it is not the one to ask: look at it and the topology again."""
-        self.checked -= {address}
+        self.look_again(address)
         if self.kind in ("sentinel", "cluster"):
             self.doubtful = True
             # Another one shall be asked first: the last one to answer may be behind.
