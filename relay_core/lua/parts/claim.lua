@@ -63,7 +63,8 @@ if ids then
       if deliveries - failed >= most then
         --@include dedup
         --@include bury
-        bury(id, old, failed, record, 'r', 'max_deliveries', deliveries - failed .. ' deliveries without an answer')
+        local told = 'delivered ' .. (deliveries - failed) .. ' times without an answer'
+        bury(id, old, failed, record, 'r', 'max_deliveries', told)
         --@include note
         local last = #gone
         gone[last + 1], gone[last + 2], gone[last + 3], gone[last + 4] = id, old, failed, record

@@ -46,7 +46,8 @@ local function reap(limit, max_deliveries, gone)
       local token, deliveries, _, retries = parse_owner(states[i])
       local level, own_max = parse_record(record)
       if deliveries - retries >= (own_max > 0 and own_max or max_deliveries) then
-        bury(id, token, retries, record, 'r', 'max_deliveries', 'lease expired ' .. (deliveries - retries) .. ' times')
+        local told = 'delivered ' .. (deliveries - retries) .. ' times without an answer'
+        bury(id, token, retries, record, 'r', 'max_deliveries', told)
         --@include note
         gone[#gone + 1] = id
         gone[#gone + 1] = token
