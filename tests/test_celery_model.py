@@ -354,7 +354,8 @@ class Channels(RuleBasedStateMachine):
         if not held:
             return
         line, (copy, message) = held[pick % len(held)]
-        line.held.remove((copy, message))
+        before = line.held.index((copy, message))
+        del line.held[0 if how == "multiple" else before : before + 1]
         if how == "requeue":
             message.requeue()
             copy.requeued = True
@@ -363,7 +364,7 @@ class Channels(RuleBasedStateMachine):
             message.reject()
             self.dead[copy.queue] += 1
         else:
-            message.ack(multiple=how == "multiple")  # which acks no others on any of kombu's virtual transports
+            message.ack(multiple=how == "multiple")  # of all before it, as over AMQP and no transport of kombu's own
 
     # what holds after every step
 

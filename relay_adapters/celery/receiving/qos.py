@@ -20,6 +20,11 @@ class QoS(virtual.QoS):
         finally:
             self._freed(delivery_tag)
 
+    def given_until(self, delivery_tag: str) -> list[str]:
+        """The tags of this message and of those that the channel was given before it and that are not settled."""
+        given = [tag for tag in tuple(self._delivered) if tag not in self._dirty]
+        return given[: given.index(delivery_tag) + 1] if delivery_tag in given else [delivery_tag]
+
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         try:
             self.channel.refuse(delivery_tag, requeue)

@@ -25,6 +25,11 @@ class Settling(DeadLetters):
     leases: Leases
     _unacked: set[str]
 
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        """Ack; with `multiple`, as over AMQP, all that the channel was given until then."""
+        for tag in self.qos.given_until(delivery_tag) if multiple else (delivery_tag,):
+            self.qos.ack(tag)
+
     def settle(self, tag: str) -> None:
         """Ack. Under an event loop it is pending until the loop's next claim, or for 10 ms; of a channel that was
         closed, until the thread that keeps the leases reaches the server."""

@@ -1,0 +1,62 @@
+"""What programs that were written for RabbitMQ ask of kombu's channels, beside what all of kombu's transports do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import kombu
+import pytest
+
+from relay_core import Broker
+from tests.celery_links import BOX, Inbox, fresh, got, link, send
+from tests.servers import Server
+
+
+@pytest.fixture(params=["redis"])
+def flavour(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def here(server: Server) -> Iterator[kombu.Connection]:
+    with link(server.url) as connection:
+        yield connection
+
+
+@pytest.fixture
+def engine(server: Server) -> Iterator[Broker]:
+    with Broker(server.url) as broker:
+        yield broker
+
+
+def queue(connection: kombu.Connection, **options: Any) -> str:
+    """A new queue of these options of kombu.Queue."""
+    name = fresh("q")
+    kombu.Queue(name, **options)(connection.default_channel).declare()
+    return name
+
+
+# acks
+
+
+@pytest.mark.parametrize("options", [{}, BOX], ids=["jobs", "mailbox"])
+@pytest.mark.parametrize("consumed", [True, False], ids=["consumed", "got"])
+def test_an_ack_of_multiple_messages_is_of_all_that_the_channel_was_given_before(
+    here: kombu.Connection, options: dict[str, Any], consumed: bool
+) -> None:
+    name = queue(here, **options)
+    for number in range(4):
+        send(here, number, key=name)
+    if consumed:
+        inbox = Inbox(here, kombu.Queue(name, **options), prefetch=4)
+        inbox.wait(4)
+        channel, messages = inbox.channel, inbox.messages
+    else:
+        channel = here.channel()
+        messages = [channel.basic_get(name) for _ in range(4)]
+    messages[1].ack()
+    messages[2].ack(multiple=True)
+    messages[2].channel.basic_ack(messages[2].delivery_tag, multiple=True)  # of none that is left
+    channel.close()
+    assert got(here, name) == [3]
