@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import kombu
@@ -60,3 +61,20 @@ def test_an_ack_of_multiple_messages_is_of_all_that_the_channel_was_given_before
     messages[2].channel.basic_ack(messages[2].delivery_tag, multiple=True)  # of none that is left
     channel.close()
     assert got(here, name) == [3]
+
+
+# dead letters
+
+
+def test_a_dead_letter_says_when_it_died_and_by_which_time_limit_in_the_types_of_amqp(here: kombu.Connection) -> None:
+    dead = queue(here)
+    name = queue(here, queue_arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
+    began = datetime.now(timezone.utc).replace(tzinfo=None) - timedelta(seconds=5)
+    send(here, 1, key=name, expiration=60)
+    here.default_channel.basic_get(name).reject()
+    letter = here.default_channel.basic_get(dead)
+    (death,) = letter.headers["x-death"]
+    assert began < death["time"] < began + timedelta(seconds=60), "naive, and UTC"
+    assert death["original-expiration"] == "60000"
+    assert "expiration" not in letter.properties
+    letter.reject()

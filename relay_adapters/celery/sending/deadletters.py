@@ -87,8 +87,7 @@ class DeadLetters(Routing):
         properties = message["properties"]
         info = properties["delivery_info"] = properties.get("delivery_info") or {}
         key = info.get("routing_key") or "" if terms.dead_key is None else terms.dead_key
-        _note_death(message, job.queue, reason, info, job.claimed_at)
-        properties.pop("expiration", None)
+        _note_death(message, job.queue, reason, info, job.claimed_at, properties.pop("expiration", None))
         info.update(exchange=terms.dead_exchange, routing_key=key)
         try:
             if not self.route(message, terms.dead_exchange, key, level=job.priority, dedup=False):
@@ -203,7 +202,9 @@ def _is_over(expires: Any) -> bool:
     return ends is not None and ends < time.time()
 
 
-def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info: dict[str, Any], now: float) -> None:
+def _note_death(
+    message: MutableMapping[str, Any], queue: str, reason: str, info: dict[str, Any], now: float, expiration: Any
+) -> None:
     """Add to the header x-death as RabbitMQ does: one entry per queue and reason, with a count, the last one first."""
     headers = message["headers"] = message.get("headers") or {}
     told = headers.get("x-death")
@@ -218,7 +219,9 @@ def _note_death(message: MutableMapping[str, Any], queue: str, reason: str, info
         deaths.remove(entry)
     count = entry.get("count")
     entry["count"] = (count if isinstance(count, int) else 0) + 1
-    entry["time"] = datetime.fromtimestamp(now, timezone.utc).isoformat()
+    entry["time"] = datetime.fromtimestamp(int(now), timezone.utc).replace(tzinfo=None)  # as py-amqp reads it
+    if expiration is not None:
+        entry["original-expiration"] = str(expiration)
     headers["x-death"] = [entry, *deaths]
     for name in ("queue", "reason", "exchange"):
         headers.setdefault(f"x-first-death-{name}", entry[name])
