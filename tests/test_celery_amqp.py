@@ -9,6 +9,7 @@ from typing import Any
 import kombu
 import pytest
 
+from relay_adapters.celery.sending.sweeper import Sweeper
 from relay_core import Broker
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server
@@ -78,3 +79,34 @@ def test_a_dead_letter_says_when_it_died_and_by_which_time_limit_in_the_types_of
     assert death["original-expiration"] == "60000"
     assert "expiration" not in letter.properties
     letter.reject()
+
+
+def test_a_message_with_a_time_limit_of_its_own_leaves_a_queue_that_nobody_consumes(here: kombu.Connection) -> None:
+    work = queue(here)
+    waiting = queue(here, queue_arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": work})
+    for seconds in (0.2, 0.1):
+        send(here, seconds, key=waiting, expiration=seconds)
+    send(here, "stays", key=waiting)
+    inbox = Inbox(here, kombu.Queue(work), no_ack=True)
+    assert inbox.wait(2) == [0.2, 0.1], "the first one first, as on RabbitMQ"
+    (death,) = inbox.messages[0].headers["x-death"]
+    assert (death["queue"], death["reason"], death["original-expiration"]) == (waiting, "expired", "200")
+    assert got(here, waiting) == ["stays"]
+
+
+def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu.Connection, engine: Broker) -> None:
+    """They see for themselves whether a message's time is over, and nobody reads what waits for them."""
+    dead = queue(here)
+    name = queue(here, queue_arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
+    send(here, 1, key=name)
+    inbox = Inbox(here, kombu.Queue(name), prefetch=1)
+    inbox.wait(1)
+    send(here, 2, key=name, expiration=0.001)
+    topology = inbox.channel.topology
+    terms = topology.terms(name, fresh=True)
+    assert terms.limited
+    assert Sweeper(topology).sweep(name, terms) >= 1
+    assert engine.stats(name).ready == 1
+    inbox.messages[0].ack()
+    inbox.quiet()
+    assert got(here, dead) == [2]

@@ -7,6 +7,7 @@ import os
 import socket
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from relay_adapters.celery.errors import refused
@@ -136,11 +137,15 @@ class Declarations:
             )
         )  # fmt: skip
 
-    def use(self, name: str, terms: Terms) -> None:
-        """A queue that expires was used: it lives on for its time. Not a plain ZADD, which a full server refuses."""
+    def use(self, name: str, terms: Terms, **changes: Any) -> None:
+        """A queue was used: where it expires, it lives on for its time. Not a plain ZADD, which a full server refuses.
+
+        :param changes: of its terms, if it is there
+        """
         known = terms.to_json()
         while known:
-            answer = self._declare(name, Terms.from_json(known), known, known)
+            wanted = replace(Terms.from_json(known), **changes) if changes else Terms.from_json(known)
+            answer = self._declare(name, wanted, known, wanted.to_json() if changes else known)
             known = answer if isinstance(answer, str) else ""
 
     def terms(self, *names: str) -> dict[str, Terms]:

@@ -39,6 +39,7 @@ class Terms:
     :ivar delivery_limit: x-delivery-limit: a message that comes back more often goes to dead
     :ivar auto_delete: the queue ends with its last consumer
     :ivar durable: whether its owner called it durable
+    :ivar expiring: whether messages with time limits of their own were published, which go to the dead_exchange
     """
 
     expires: int | None = None
@@ -50,6 +51,7 @@ class Terms:
     delivery_limit: int | None = None
     auto_delete: bool = False
     durable: bool = True
+    expiring: bool = False
 
     @property
     def mailbox(self) -> bool:
@@ -63,7 +65,7 @@ class Terms:
     @property
     def limited(self) -> bool:
         """True for a queue of jobs from whose head expired messages have to be taken, consumed or not."""
-        return self.ttl is not None and not self.mailbox
+        return (self.ttl is not None or self.expiring) and not self.mailbox
 
     @property
     def idle_ms(self) -> int:
@@ -111,7 +113,7 @@ class Terms:
                     METHOD,
                 )
             changes[name] = new
-        merged = replace(self, **changes)
+        merged = replace(self, **changes, expiring=self.expiring or other.expiring)
         if merged.mailbox != self.mailbox:
             raise inequivalent(f"queue {queue!r} exists as another kind of queue; delete it first", METHOD)
         return merged

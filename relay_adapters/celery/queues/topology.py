@@ -178,6 +178,12 @@ class Topology:
         self.own.used(name)
         self.stored.use(name, terms)
 
+    def expect_expired(self, name: str, terms: Terms) -> None:
+        """A message with a time limit of its own is about to be published to a queue: it is looked after from now on,
+        as one with x-message-ttl."""
+        self.stored.use(name, terms, expiring=True)
+        self._terms.pop(name, None)
+
     def delete_queue(self, name: str, condition: str = "") -> bool:
         """Forget a queue and its bindings, wherever they were made: False when the condition does not hold.
 

@@ -5,6 +5,7 @@ them they go there, before they leave the queue: a crash in between leaves two c
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -33,6 +34,9 @@ SWEEP_FOR = 0.5
 AGAIN = 0.05
 """Seconds until the next sweep where this one left something."""
 
+_SELDOM = 5.0
+"""Seconds until the next look at a queue whose head has time, or that has consumers: either may change."""
+
 _PAGE = 20
 """Messages claimed at a time."""
 
@@ -52,12 +56,7 @@ class DeadLetters(Routing):
 
         A Celery task is not dropped: it is delivered as expired, so that the worker stores its result as REVOKED.
         """
-        terms = self.topology.terms(job.queue)
-        limits = [terms.ttl] if terms is not None and terms.ttl is not None else []
-        with_own = (raw.get("properties") or {}).get("expiration")
-        if with_own is not None and _MILLISECONDS.fullmatch(str(with_own)):
-            limits.append(int(with_own))
-        if not limits or (job.claimed_at - _waits_from(job, raw, job.claimed_at)) * 1000 <= min(limits):
+        if _left(job, raw, self.topology.terms(job.queue), job.claimed_at) >= 0:
             return False
         if self.dead_letter(job, "expired"):
             return True
@@ -114,22 +113,24 @@ class DeadLetters(Routing):
                     self.broker.ack(job)
 
     def sweep(self, queue: str, terms: Terms) -> float:
-        """End the expired messages at the head of a queue with x-message-ttl, some at a time: seconds until the next
-        look.
+        """End the expired messages at the head of a queue, some at a time: seconds until the next look.
 
-        A task that has nowhere to go stays for the worker that claims it and revokes it, see `expired`.
+        A task that has nowhere to go stays for the worker that claims it and revokes it, see `expired`. Where only
+        messages have time limits, the queue's consumers see to them: their heads are not read for nothing.
         """
-        ttl, ends = (terms.ttl or 0) / 1000, time.monotonic() + SWEEP_FOR
+        idle, ends = max(1.0, (terms.ttl or 0) / 1000), time.monotonic() + SWEEP_FOR
+        if terms.ttl is None and self.topology.stored.consumers(queue):
+            return _SELDOM
         for _ in range(SWEEP // _PAGE):
             over, left = self._over(queue, terms)
             if not over:
-                return max(AGAIN, left) if left else max(1.0, ttl)
+                return idle if left is None else max(AGAIN, min(left, max(idle, _SELDOM)))
             claimed = self.broker.claim(queue, over)
             if not claimed:
-                return max(1.0, ttl)
+                return idle
             for at, job in enumerate(claimed):
                 # the head may have changed since it was looked at
-                if (at and time.monotonic() >= ends) or _left(job, terms, job.claimed_at) > 0:
+                if (at and time.monotonic() >= ends) or _left(job, _read(job), terms, job.claimed_at) > 0:
                     self.broker.release(claimed[at:])
                     return AGAIN
                 with self._back_unless_done(claimed[at:]):
@@ -152,9 +153,10 @@ class DeadLetters(Routing):
         head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
         now = self.topology.stored.now_ms() / 1000 if head else 0.0
         for job in head:
-            if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(_read(job))):
+            message = _read(job)
+            if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(message)):
                 break
-            left = _left(job, terms, now)
+            left = _left(job, message, terms, now)
             if left > 0:
                 return over, left
             over += 1
@@ -170,9 +172,13 @@ class DeadLetters(Routing):
             self.broker.ack(job)
 
 
-def _left(job: Job | StoredJob, terms: Terms, now: float) -> float:
-    """Seconds until a message expires by its queue's terms, at the server's time `now`."""
-    return _waits_from(job, _read(job), now) + (terms.ttl or 0) / 1000 - now
+def _left(job: Job | StoredJob, message: MutableMapping[str, Any], terms: Terms | None, now: float) -> float:
+    """Seconds until a message expires, by its queue's terms or its own `expiration`, at the server's time `now`."""
+    limits = [terms.ttl] if terms is not None and terms.ttl is not None else []
+    own = (message.get("properties") or {}).get("expiration")
+    if own is not None and _MILLISECONDS.fullmatch(str(own)):
+        limits.append(int(own))
+    return _waits_from(job, message, now) + min(limits) / 1000 - now if limits else math.inf
 
 
 def _read(job: Job | StoredJob) -> MutableMapping[str, Any]:

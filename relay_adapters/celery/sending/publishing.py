@@ -87,6 +87,9 @@ class Publishing(Routing):
         id = f"{own}~{taken}" if taken else own
         message[marks.ID] = id
         terms = self.topology.terms(queue)
+        dies = "expiration" in message["properties"] and terms is not None and terms.dead_exchange is not None
+        if terms is not None and dies and not terms.limited:
+            self.topology.expect_expired(queue, terms)
         payload, options = pack(message), self._options(message, id, terms, level, dedup)
         # what is more than x-max-length is dropped after each publish
         if (batch := message.get(marks.BATCH)) is not None and (terms is None or terms.length is None):
