@@ -188,9 +188,9 @@ def test_the_thread_outlives_whatever_a_hook_raises(channel: Any, monkeypatch: p
     monkeypatch.setattr(channel.attendance, "_chores", chores)
     with kombu.Consumer(channel, [kombu.Queue("q")]):
         channel.attendance._wake.set()
-        eventually(lambda: len(turns) == 1, "the first turn")
+        eventually(lambda: len(turns) >= 1, "the first turn")
         channel.attendance._wake.set()
-        eventually(lambda: len(turns) == 2, "another turn", 10)
+        eventually(lambda: len(turns) >= 2, "another turn", 10)
 
 
 # what has to be looked after
