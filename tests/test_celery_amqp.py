@@ -8,6 +8,7 @@ from typing import Any
 
 import kombu
 import pytest
+from amqp.exceptions import ChannelError
 
 from relay_adapters.celery.sending.sweeper import Sweeper
 from relay_core import Broker
@@ -110,3 +111,43 @@ def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu
     inbox.messages[0].ack()
     inbox.quiet()
     assert got(here, dead) == [2]
+
+
+# messages that nobody takes
+
+
+def test_a_mandatory_message_that_reaches_no_queue_is_returned(here: kombu.Connection, engine: Broker) -> None:
+    exchange, name, returned = fresh("x"), queue(here), list[Any]()
+    channel = here.channel()
+    channel.exchange_declare(exchange, "topic")
+    channel.queue_bind(name, exchange, "to.#")
+    producer = kombu.Producer(channel, on_return=lambda *what: returned.append(what))
+    producer.publish(1, exchange=exchange, routing_key="to.it", mandatory=True)
+    producer.publish(2, exchange="", routing_key=name, mandatory=True)
+    producer.publish(3, exchange=exchange, routing_key="nowhere")
+    assert not returned
+    gone = fresh("gone")
+    producer.publish(4, exchange=exchange, routing_key="nowhere", mandatory=True, headers={"n": 4})
+    producer.publish(5, exchange="", routing_key=gone, mandatory=True)
+    assert [(error.reply_code, where, key, message.payload) for error, where, key, message in returned] == [
+        (312, exchange, "nowhere", 4), (312, "", gone, 5),
+    ]  # fmt: skip
+    assert returned[0][3].headers == {"n": 4}
+    assert engine.stats(gone).pending == 0
+    assert got(here, name) == [1, 2]
+
+
+def test_a_mandatory_message_that_reaches_no_queue_is_an_error_where_nobody_waits_for_its_return(
+    here: kombu.Connection,
+) -> None:
+    with pytest.raises(ChannelError, match="NO_ROUTE"):
+        send(here, 1, key=fresh("gone"), mandatory=True, retry=True)
+
+
+def test_a_mandatory_message_may_reach_the_alternate_exchange(here: kombu.Connection) -> None:
+    exchange, other, name = fresh("x"), fresh("other"), queue(here)
+    here.default_channel.exchange_declare(other, "fanout")
+    here.default_channel.queue_bind(name, other)
+    here.default_channel.exchange_declare(exchange, "direct", arguments={"alternate-exchange": other})
+    send(here, 1, exchange, "nowhere", mandatory=True)
+    assert got(here, name) == [1]

@@ -39,6 +39,7 @@ class Channel(Mailing, Consuming, Publishing):
         self._unacked: set[str] = set()
         self._no_ack: set[str] = set()
         self._simple: set[str] = set()
+        self.events = {"basic_return": set()}
         self._receivers: dict[str, dict[str, Receiver]] = {}
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
+from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
 from kombu.exceptions import OperationalError
 from kombu.transport.virtual import NotEquivalentError
 
@@ -23,6 +23,7 @@ __all__ = [
     "as_of_the_broker",
     "for_publishers",
     "inequivalent",
+    "no_route",
     "not_found",
     "refused",
     "reserved",
@@ -36,6 +37,12 @@ class Inequivalent(PreconditionFailed, NotEquivalentError):
 def not_found(what: str, name: str, method: str) -> NotFound:
     """404: there is no such exchange or queue."""
     return NotFound(f"NOT_FOUND - no {what} {name!r}", (50, 10), method)
+
+
+def no_route(exchange: str, routing_key: str) -> ChannelError:
+    """312: no queue takes a mandatory message."""
+    text = f"NO_ROUTE - exchange {exchange!r} has no queue for {routing_key!r}"
+    return ChannelError(text, (60, 50), "Basic.return", reply_code=312)
 
 
 def reserved(text: str, method: str) -> AccessRefused:

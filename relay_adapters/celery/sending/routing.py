@@ -6,11 +6,12 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from kombu.transport.virtual import UndeliverableWarning
 
-from relay_adapters.celery.errors import NotFound
+from relay_adapters.celery.errors import NotFound, no_route
 from relay_adapters.celery.holding.leases import Leases
 from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.envelope import pack
@@ -31,11 +32,25 @@ class Routing(Declaring):
     leases: Leases
     priority_order: str
     _used: dict[str, float]
+    events: dict[str, set[Callable[..., object]]]
+    """As py-amqp's channels have them, of which kombu knows `basic_return`: what it calls with a mandatory message that
+    reaches no queue."""
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:
         """Put a message into every queue that it reaches. Raises NotFound when there is no such exchange."""
         self._inplace_augment_message(message, exchange, routing_key)
-        self.route(message, exchange or "", routing_key or "", **options)
+        reached = self.route(message, exchange or "", routing_key or "", **options)
+        if not reached and options.get("mandatory"):
+            self._return(message, exchange or "", routing_key or "")
+
+    def _return(self, message: Any, exchange: str, routing_key: str) -> None:
+        """Tell who published a mandatory message that no queue takes it."""
+        error = no_route(exchange, routing_key)
+        if not self.events["basic_return"]:
+            raise error
+        returned = self.Message({**message, "properties": {**message["properties"], "delivery_tag": None}}, self)
+        for told in list(self.events["basic_return"]):
+            told(error, exchange, routing_key, returned)
 
     def route(
         self, message: Any, exchange: str, routing_key: str, *, passed: tuple[str, ...] = (), **options: Any
@@ -93,7 +108,7 @@ class Routing(Declaring):
             self._new_queue(fallback)
         return [fallback]
 
-    def _to_queue(self, message: Any, queue: str, **options: Any) -> int:
+    def _to_queue(self, message: Any, queue: str, mandatory: bool = False, **options: Any) -> int:
         terms = self.topology.terms(queue)
         if terms is not None and terms.mailbox:
             message[marks.SENT] = True
@@ -104,6 +119,8 @@ class Routing(Declaring):
             )  # fmt: skip
             message[marks.STORED] = True
             return sum(stored)
+        if terms is None and mandatory:
+            return 0
         if terms is None and _is_reply(message):
             logger.debug("queue %r is gone, and with it who waited for a reply, which is dropped", queue)
             return 0
