@@ -10,6 +10,8 @@ import kombu
 import pytest
 from amqp.exceptions import ChannelError
 
+from relay_adapters.celery.queues.terms import Terms
+from relay_adapters.celery.sending import upkeep
 from relay_adapters.celery.sending.sweeper import Sweeper
 from relay_core import Broker
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
@@ -151,3 +153,50 @@ def test_a_mandatory_message_may_reach_the_alternate_exchange(here: kombu.Connec
     here.default_channel.exchange_declare(exchange, "direct", arguments={"alternate-exchange": other})
     send(here, 1, exchange, "nowhere", mandatory=True)
     assert got(here, name) == [1]
+
+
+# queues
+
+
+def test_an_exclusive_queue_ends_with_what_it_holds(here: kombu.Connection, engine: Broker) -> None:
+    """As one for replies to a client that is gone."""
+    topology, names = here.default_channel.topology, [queue(here, exclusive=True), fresh("raw")]
+    here.default_channel.queue_declare(names[1], exclusive=True)
+    for name in names:
+        send(here, 1, key=name)
+        upkeep.end(topology, name, topology.terms(name))
+        assert topology.terms(name, fresh=True) is not None, "it has a minute from its last use"
+        topology.stored.raw("ZINCRBY", topology.places.ends, -60_001, name)
+        upkeep.end(topology, name, topology.terms(name))
+        assert topology.terms(name, fresh=True) is None
+        assert engine.stats(name).pending == 0
+
+
+def test_messages_of_a_quorum_queue_tell_how_often_they_were_delivered_before(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    name, plain = queue(here, queue_arguments={"x-queue-type": "quorum"}), queue(here)
+    for each in (name, plain):
+        kombu.Queue(each)(here.default_channel).declare()  # which says nothing of its type
+        send(here, 1, key=each)
+    told = []
+    for _ in range(3):
+        message = here.default_channel.basic_get(name)
+        told.append(message.headers.get("x-delivery-count"))
+        message.requeue()
+    assert told == [None, 1, 2]
+    here.default_channel.basic_get(plain).requeue()
+    assert here.default_channel.basic_get(plain).headers == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"x-single-active-consumer": False}, {"x-delivery-limit": -1}, {"x-consumer-timeout": 3_600_000},
+        {"x-cancel-on-ha-failover": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)  # fmt: skip
+def test_arguments_that_ask_for_what_is_so_anyway_are_taken(here: kombu.Connection, arguments: dict[str, Any]) -> None:
+    name = queue(here, queue_arguments=arguments)
+    assert here.default_channel.topology.terms(name) == Terms()

@@ -108,10 +108,11 @@ class Declaring(virtual.Channel):
         return queue_declare_ok_t(queue, self._size(queue), consumers)
 
     def _new_queue(
-        self, queue: str, auto_delete: bool = False, arguments: Any = None, durable: bool = True, **_: Any
-    ) -> int:
+        self, queue: str, auto_delete: bool = False, arguments: Any = None, durable: bool = True,
+        exclusive: bool = False, **_: Any,
+    ) -> int:  # fmt: skip
         self.broker.settings.keys(queue)
-        found = terms.parse(queue, arguments, auto_delete=auto_delete, durable=durable)
+        found = terms.parse(queue, arguments, auto_delete=auto_delete, durable=durable, exclusive=exclusive)
         return self.topology.declare_queue(queue, found)
 
     def _has_queue(self, queue: str, **_: Any) -> bool:

@@ -21,9 +21,13 @@ IGNORED = frozenset(
     {
         "x-queue-mode", "x-queue-version", "x-queue-master-locator", "x-queue-leader-locator", "x-ha-policy",
         "x-quorum-initial-group-size", "x-quorum-target-group-size", "x-initial-cluster-size", "x-dead-letter-strategy",
+        "x-cancel-on-ha-failover", "x-consumer-timeout",
     }
 )  # fmt: skip
-"""Where and how RabbitMQ keeps a queue: without meaning here, and harmless."""
+"""Where and how RabbitMQ keeps a queue, and for how long it waits for an ack: without meaning here, and harmless."""
+
+OFF: Mapping[str, Any] = {"x-single-active-consumer": False, "x-delivery-limit": -1}
+"""Values that ask for what is so without the argument."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Terms:
     :ivar delivery_limit: x-delivery-limit: a message that comes back more often goes to dead
     :ivar auto_delete: the queue ends with its last consumer
     :ivar durable: whether its owner called it durable
+    :ivar exclusive: what it holds was meant for who declared it, and ends with it
+    :ivar quorum: its messages tell how often they were delivered before
     :ivar expiring: whether messages with time limits of their own were published, which go to the dead_exchange
     """
 
@@ -51,6 +57,8 @@ class Terms:
     delivery_limit: int | None = None
     auto_delete: bool = False
     durable: bool = True
+    exclusive: bool = False
+    quorum: bool = False
     expiring: bool = False
 
     @property
@@ -113,7 +121,8 @@ class Terms:
                     METHOD,
                 )
             changes[name] = new
-        merged = replace(self, **changes, expiring=self.expiring or other.expiring)
+        changes |= {name: True for name in ("quorum", "expiring") if getattr(other, name)}
+        merged = replace(self, **changes)
         if merged.mailbox != self.mailbox:
             raise inequivalent(f"queue {queue!r} exists as another kind of queue; delete it first", METHOD)
         return merged
@@ -126,11 +135,13 @@ def limits_of(terms: Terms | None) -> dict[str, Any]:
     return {"max_retries": terms.delivery_limit, "max_deliveries": terms.delivery_limit + 1}
 
 
-def parse(queue: str, arguments: Mapping[str, Any] | None, *, auto_delete: bool, durable: bool) -> Terms:
+def parse(
+    queue: str, arguments: Mapping[str, Any] | None, *, auto_delete: bool, durable: bool, exclusive: bool = False
+) -> Terms:
     """Terms from a declaration. Raises PreconditionFailed for an argument that cannot be honoured."""
     found: dict[str, Any] = {}
     for name, value in (arguments or {}).items():
-        if value is None or not name.startswith("x-") or name in IGNORED:
+        if value is None or not name.startswith("x-") or name in IGNORED or (name in OFF and value == OFF[name]):
             continue
         if name in _REFUSED:
             raise refused(f"queue {queue!r}: {name} is not supported by relay; {_REFUSED[name]}", METHOD)
@@ -138,6 +149,8 @@ def parse(queue: str, arguments: Mapping[str, Any] | None, *, auto_delete: bool,
             if value not in _ONLY[name]:
                 only = " or ".join(_ONLY[name])
                 raise refused(f"queue {queue!r}: {name}={value!r} is not supported by relay, only {only}", METHOD)
+            if value == "quorum":
+                found["quorum"] = True
             continue
         if name not in _HONOURED:
             known = ", ".join(sorted(_HONOURED))
@@ -146,7 +159,8 @@ def parse(queue: str, arguments: Mapping[str, Any] | None, *, auto_delete: bool,
         found[field] = check(queue, name, value)
     if "dead_key" in found and "dead_exchange" not in found:
         raise refused(f"queue {queue!r}: x-dead-letter-routing-key needs x-dead-letter-exchange", METHOD)
-    return Terms(**found, auto_delete=bool(auto_delete), durable=bool(durable))
+    ends = bool(auto_delete or exclusive)
+    return Terms(**found, auto_delete=ends, durable=bool(durable), exclusive=bool(exclusive))
 
 
 def _whole(least: int, most: int) -> Callable[[str, str, Any], int]:

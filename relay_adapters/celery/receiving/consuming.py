@@ -271,9 +271,11 @@ class Consuming(Settling):
             return None
         properties = raw["properties"]
         properties["delivery_tag"] = tag
-        redelivered = job.deliveries - properties.pop(DELIVERED, 0) > 1
+        before = job.deliveries - properties.pop(DELIVERED, 0) - 1
         info = properties["delivery_info"] = properties.get("delivery_info") or {}
-        info["redelivered"] = redelivered
+        info["redelivered"] = before > 0
+        if before > 0 and (terms := self.topology.terms(job.queue)) is not None and terms.quorum:
+            raw["headers"] = {**(raw.get("headers") or {}), "x-delivery-count": before}
         due.run_now(raw)
         return raw
 

@@ -87,13 +87,14 @@ class Upkeep:
 
 
 def end(topology: Topology, queue: str, terms: Terms | None) -> None:
-    """End a queue whose time is over. One that is only auto_delete is kept while it holds what nobody else has."""
+    """End a queue whose time is over. One that is only auto_delete is kept while it holds what nobody else has, unless
+    that was meant for its consumer alone."""
     broker = topology.broker
     if terms is None:
         topology.stored.raw("ZREM", topology.places.ends, queue)
     elif terms.mailbox:
         topology.delete_queue(queue, "ended")
-    elif terms.expires is not None or _copies_only(topology, queue) or not broker.stats(queue).pending:
+    elif terms.expires is not None or _its_own(topology, queue, terms) or not broker.stats(queue).pending:
         if topology.delete_queue(queue, "ended"):
             broker.purge(queue)
             broker.delete_queue(queue)
@@ -101,8 +102,11 @@ def end(topology: Topology, queue: str, terms: Terms | None) -> None:
         topology.use(queue, terms)
 
 
-def _copies_only(topology: Topology, queue: str) -> bool:
-    """True for a queue that only fanout exchanges fill: what it holds was meant for its consumer alone."""
+def _its_own(topology: Topology, queue: str, terms: Terms) -> bool:
+    """True for an exclusive queue, and one that only fanout exchanges fill: what it holds was meant for its consumer
+    alone."""
+    if terms.exclusive:
+        return True
     exchanges = {exchange for exchange, _binding in topology.stored.bound(queue)}
     return bool(exchanges) and all((topology.exchange(name) or {}).get("type") == "fanout" for name in exchanges)
 
