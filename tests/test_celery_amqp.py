@@ -200,3 +200,17 @@ def test_messages_of_a_quorum_queue_tell_how_often_they_were_delivered_before(
 def test_arguments_that_ask_for_what_is_so_anyway_are_taken(here: kombu.Connection, arguments: dict[str, Any]) -> None:
     name = queue(here, queue_arguments=arguments)
     assert here.default_channel.topology.terms(name) == Terms()
+
+
+# exchanges
+
+
+def test_what_relay_has_not_of_exchanges_is_refused_with_what_to_do_instead(here: kombu.Connection) -> None:
+    source, destination = (kombu.Exchange(fresh("x"), "topic")(here.default_channel) for _ in range(2))
+    with pytest.raises(NotImplementedError, match=rf"bind the queues of '{destination.name}' to '{source.name}', too"):
+        destination.bind_to(source, routing_key="#")
+    delayed = kombu.Exchange(fresh("x"), "x-delayed-message", arguments={"x-delayed-type": "direct"})
+    with pytest.raises(
+        kombu.exceptions.ChannelError, match=r"'x-delayed-message' is not supported.*by countdown or eta"
+    ):
+        delayed(here.default_channel).declare()

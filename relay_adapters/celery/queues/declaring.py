@@ -18,6 +18,8 @@ from relay_adapters.celery.queues.terms import Terms
 from relay_adapters.celery.queues.topology import Topology
 from relay_core import Broker
 
+_INSTEAD = {"x-delayed-message": "; delay by countdown or eta, or by a queue with x-message-ttl"}
+
 
 class Declaring(virtual.Channel):
     """The part of a channel that declares, binds and deletes, and looks up which queues a publish reaches."""
@@ -42,8 +44,8 @@ class Declaring(virtual.Channel):
                 raise not_found("exchange", exchange, "Exchange.declare")
             return
         if type not in exchanges.TYPES:
-            known = ", ".join(sorted(exchanges.TYPES))
-            raise ChannelError(f"exchange {exchange!r}: type {type!r} is not supported, these are: {known}")
+            known, instead = ", ".join(sorted(exchanges.TYPES)), _INSTEAD.get(type, "")
+            raise ChannelError(f"exchange {exchange!r}: type {type!r} is not supported, these are: {known}{instead}")
         if exchange.startswith("amq.") and exchange not in PREDECLARED:
             raise reserved(f"exchange name {exchange!r} begins with 'amq.', which is reserved", "Exchange.declare")
         properties = {
@@ -59,6 +61,11 @@ class Declaring(virtual.Channel):
             which = repr(exchange) if exchange else "the default exchange"
             raise reserved(f"{which} is always there, and is not deleted", "Exchange.delete")
         self.topology.delete_exchange(exchange, if_unused)
+
+    def exchange_bind(self, destination: str, source: str = "", *_: Any, **__: Any) -> None:
+        raise NotImplementedError(
+            f"relay binds no exchange to another: bind the queues of {destination!r} to {source!r}, too"
+        )
 
     def get_exchanges(self) -> list[str]:
         return self.topology.stored.exchanges()
