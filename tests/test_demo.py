@@ -109,7 +109,10 @@ def test_the_demo_on_another_folder_ends_well_and_tells_all_that_went_wrong_on_p
         row = told["frameworks"][name]
         cells = [name, *(str(row[key]) for key in ("enqueued", "processed", "retried", "dead", "reaped"))]
         assert re.search(r"│ +".join(re.escape(cell) + " +" for cell in cells), shown), (cells, shown)
-        assert f"{name}: a task that kills its worker is in dead: max_deliveries, delivered 3 times without an answer" in shown
+        assert (
+            f"{name}: a task that kills its worker is in dead: max_deliveries, delivered 3 times without an answer"
+            in shown
+        )
     for name in ("celery", "relay"):
         assert f"{name}: 5 duplicates were dropped" in shown
     assert "SIGKILL to the Celery worker" in shown

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -286,6 +287,38 @@ def test_a_celery_worker_goes_on_without_a_server(parted: Cluster, tmp_path: Pat
             regain(server, how)
         parted.wait_until_ok()
         run(gone, "again")
+        assert not worker.logged("Connection to broker lost"), worker.text
+        assert worker.stop() == 0
+    client.close()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads", "gevent"])
+def test_a_celery_worker_goes_on_without_the_server_of_the_mailboxes(
+    parted: Cluster, tmp_path: Path, pool: str, how: str
+) -> None:
+    """Where exchanges and queues are declared, too."""
+    server = server_of(parted, MAIL)
+    there = queue_at(parted, two_without_mail(parted)[0])
+    client = client_of(parted.url, tmp_path)
+
+    def run(key: str) -> None:
+        client.send_task("tests.celery_app.run", (key,), queue=there)
+        eventually(lambda: lines(tmp_path, start=f"{key} "), f"run of {key}")
+
+    with CeleryWorker(parted.url, tmp_path, *POOLS[pool], "-Q", there) as worker:
+        run("first")
+        assert client.control.ping(timeout=20, limit=1)
+        lose(server, how)
+        try:
+            for n in range(30):
+                run(f"without-{n}")
+                time.sleep(0.1)  # longer than what is read of a queue is believed, in all
+        finally:
+            regain(server, how)
+        parted.wait_until_ok()
+        run("again")
+        eventually(lambda: client.control.ping(timeout=1, limit=1), "an answer")
         assert not worker.logged("Connection to broker lost"), worker.text
         assert worker.stop() == 0
     client.close()

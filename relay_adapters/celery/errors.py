@@ -11,13 +11,22 @@ from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionF
 from kombu.exceptions import OperationalError
 from kombu.transport.virtual import NotEquivalentError
 
-from relay_core.errors import AuthError, LayoutError, PermissionDenied, ServerTooOld, StoreError, UnsafeStore
+from relay_core.errors import (
+    AuthError,
+    LayoutError,
+    PermissionDenied,
+    RelayError,
+    ServerTooOld,
+    StoreError,
+    UnsafeStore,
+)
 
 __all__ = [
     "REFUSALS",
     "AccessRefused",
     "BrokerRefused",
     "Inequivalent",
+    "MailboxesAway",
     "NotFound",
     "PreconditionFailed",
     "as_of_the_broker",
@@ -58,6 +67,11 @@ def refused(text: str, method: str) -> PreconditionFailed:
 def inequivalent(text: str, method: str) -> Inequivalent:
     """406: an exchange or queue is known with other properties."""
     return Inequivalent(f"PRECONDITION_FAILED - {text}", (50, 10), method)
+
+
+class MailboxesAway(RelayError, OperationalError):
+    """The server of the mailboxes is away, alone. No error of the connection, for which kombu would connect anew until
+    it is back: Celery keeps its events for later then, and its worker goes on."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -260,12 +260,13 @@ class Transport(virtual.Transport):
             self._turn_at(min(first, now + _TURN))
 
     def _see_who_is_there(self, watch: Watch | MailWatch) -> None:
-        """Raises Unavailable where the servers of all that is waited for are away, or that of the mailboxes: Celery
-        sends events there all the time, and waits for that."""
+        """Raises Unavailable where the servers of all that is waited for are away."""
         if watch.bell is not None and (lost := watch.bell.lost) is not None:
             bells = [other.bell for other in self._watches.values()]
-            if isinstance(watch, MailWatch) or all(bell is None or bell.lost is not None for bell in bells):
+            if all(bell is None or bell.lost is not None for bell in bells):
                 raise lost
+            if isinstance(watch, MailWatch) and isinstance(lost, Unavailable):
+                watch.channel.topology.outage.begin(lost)  # Celery sends events there all the time
 
     def _turn_at(self, when: float) -> None:
         """Let the loop turn by then. A timer that is due earlier is left alone: its turn sets the next one."""

@@ -15,12 +15,16 @@ from typing import Any
 from relay_adapters.celery.errors import inequivalent, not_found
 from relay_adapters.celery.queues.declarations import Declarations, predeclared
 from relay_adapters.celery.queues.exchanges import TYPES, Binding
+from relay_adapters.celery.queues.outage import Outage
 from relay_adapters.celery.queues.remembered import Remembered
 from relay_adapters.celery.queues.terms import Terms
 from relay_core import Broker
 
 FRESH = 1.0
 """Seconds for which the terms of a queue are believed."""
+
+AS_BEFORE: Any = object()
+"""The answer to a declaration that cannot be made now, and that this process has made before."""
 
 GRACE_MS = 10_000
 """How long an auto_delete queue outlives its last consumer, which may be on its way back after a lost connection."""
@@ -54,6 +58,7 @@ class Topology:
     def __init__(self, broker: Broker) -> None:
         self.stored = Declarations(broker)
         self.places = self.stored.places
+        self.outage = Outage(broker, self.places.exchanges)
         self._tables: dict[str, Table] = {}
         self._terms: dict[str, tuple[float, Terms]] = {}
         self.own = Remembered(self.stored, self._terms)
@@ -69,7 +74,12 @@ class Topology:
         fixed = predeclared(name)
         if fixed and properties["type"] == fixed["type"]:
             properties = fixed
-        made = self.stored.make_exchange(name, fixed or properties)
+        declared = self.own.exchanges.get(name) == properties
+        made = self.outage.ask(
+            lambda: self.stored.make_exchange(name, fixed or properties), AS_BEFORE if declared else None
+        )
+        if made is AS_BEFORE:
+            return
         self.own.learn(made.since)
         held: dict[str, Any] = json.loads(made.properties)
         for what, value in properties.items():
@@ -83,7 +93,7 @@ class Topology:
 
     def exchange(self, name: str) -> dict[str, Any] | None:
         """The properties of an exchange as they are now."""
-        found = self.stored.exchange(name)
+        found: dict[str, Any] | None = self.outage.ask(lambda: self.stored.exchange(name), self.own.exchanges.get(name))
         if found is None and name in self.own.exchanges and self.own.was_lost():
             found = self.stored.exchange(name)
         return found
@@ -98,8 +108,13 @@ class Topology:
 
     def bind(self, exchange: str, binding: Binding) -> None:
         """Raises NotFound when there is no such exchange or queue."""
-        made = self.stored.bind(exchange, binding, predeclared(exchange))
-        if made.done == -1 and self.own.was_lost():
+        bound = (exchange, binding) in self.own.bindings.get(binding.queue, {})
+        made = self.outage.ask(
+            lambda: self.stored.bind(exchange, binding, predeclared(exchange)), AS_BEFORE if bound else None
+        )
+        if made is AS_BEFORE:
+            return
+        if made.done != 1 and self.own.was_lost():
             made = self.stored.bind(exchange, binding, predeclared(exchange))
         if made.done == 0:
             raise not_found("exchange", exchange, "Queue.bind")
@@ -118,9 +133,12 @@ class Topology:
         :param believe: skip the check: the caller's script makes it
         """
         held = self._tables.get(exchange)
-        if held is not None and (believe or self._version(exchange) == held.version):
+        if held is not None and (believe or self._is_current(held)):
             return held
         return self.reload(exchange)
+
+    def _is_current(self, held: Table) -> bool:
+        return bool(self.outage.ask(lambda: self._version(held.exchange), held.version) == held.version)
 
     def _version(self, exchange: str) -> str:
         """The version of an exchange, in a store that has what this process declared."""
@@ -152,17 +170,21 @@ class Topology:
 
         Raises Inequivalent when a term contradicts what is known.
         """
-        wanted, made = self.stored.declare_queue(name, terms)
+        declared = self.own.queues.get(name) == terms
+        answer = self.outage.ask(lambda: self.stored.declare_queue(name, terms), AS_BEFORE if declared else None)
+        if answer is AS_BEFORE:
+            return 0
+        wanted, made = answer
         self._terms[name] = (time.monotonic(), wanted)
         self.own.declared_queue(name, wanted, made.since)
-        return made.consumers
+        return int(made.consumers)
 
     def terms(self, name: str, *, fresh: bool = False) -> Terms | None:
         """What a queue is declared to be; None for one that is not, which is asked anew each time."""
         read_at, terms = self._terms.get(name, (0.0, None))
         if terms is not None and not fresh and time.monotonic() - read_at < FRESH:
             return terms
-        terms = self.stored.terms(name).get(name)
+        terms = self.outage.ask(lambda: self.stored.terms(name).get(name), terms or self.own.queues.get(name))
         if terms is None and name in self.own.queues and self.own.was_lost():
             terms = self.stored.terms(name).get(name)
         if terms is None:

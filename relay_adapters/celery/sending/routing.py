@@ -21,6 +21,7 @@ from relay_adapters.celery.queues.declaring import Declaring
 from relay_adapters.celery.queues.terms import Terms
 from relay_adapters.celery.queues.topology import Table
 from relay_adapters.celery.sending.upkeep import end
+from relay_core.errors import Unavailable
 from relay_core.job import new_id
 
 logger = logging.getLogger("relay.celery")
@@ -156,16 +157,23 @@ class Routing(Declaring):
 
     def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> bool:
         """False when the exchange's bindings have changed, and nothing was stored."""
+        outage = self.topology.outage
+        if self.connection.looping:
+            outage.check()
         boxes = [_box(queue, table.terms[queue]) for queue in queues]
         for at in range(0, len(boxes), 200):
             batch = boxes[at : at + 200]
             message[marks.SENT] = True
-            stored = self.broker.store.run(
-                moves.publish(
-                    self.topology.places, "" if at else table.exchange, table.version,
-                    _id(message), pack(message), batch, again,
-                )
+            publish = moves.publish(
+                self.topology.places, "" if at else table.exchange, table.version,
+                _id(message), pack(message), batch, again,
             )  # fmt: skip
+            try:
+                stored = self.broker.store.run(publish)
+            except Unavailable as error:
+                outage.begin(error)
+                outage.check()
+                raise
             if not stored:
                 return False
             message[marks.STORED] = True
