@@ -44,14 +44,19 @@ def payload(
     return json.dumps(head).encode() + b"\n" + body
 
 
-def of_protocol_1(**changed: Any) -> bytes:
-    """A task's message without headers, with other fields in its body; a value of `...` is left out."""
+def body_of_protocol_1(**changed: Any) -> bytes:
+    """The body of a task, with other fields; a value of `...` is left out."""
     body = {
         "task": "tests.celery_app.run", "id": "odd", "args": ["odd"], "kwargs": {}, "retries": 0, "eta": None,
         "expires": None, "utc": True, "callbacks": None, "errbacks": None, "timelimit": [None, None], "taskset": None,
         "chord": None, **changed,
     }  # fmt: skip
-    return payload(json.dumps({name: value for name, value in body.items() if value is not ...}).encode(), headers={})
+    return json.dumps({name: value for name, value in body.items() if value is not ...}).encode()
+
+
+def of_protocol_1(**changed: Any) -> bytes:
+    """A task's message without headers."""
+    return payload(body_of_protocol_1(**changed), headers={})
 
 
 DEEP = b"[" * 100_000
@@ -98,15 +103,23 @@ NO_TASK: Mapping[str, bytes] = {
     "body a text": payload(b'"x"'),
     "body a number": payload(b"7"),
     "body of two": payload(b"[[],{}]"),
+    "args a number": payload(b"[5, {}, null]"),
+    "kwargs a list": payload(b"[[], [1], null]"),
+    "callbacks a list": payload(b'[["odd"], {}, [1]]'),
     "body deep": payload(DEEP),
     "body no UTF-8": payload(b"\xff\xfe"),
     "body empty": payload(b""),
     "headers empty": payload(headers={}),
     "headers missing": payload(headers=...),
+    "headers empty, body a number": payload(b"7", headers={}),
+    "headers empty, body a list": payload(b'["task"]', headers={}),
+    "headers empty, body no task": payload(b"{}", headers={}),
     "content type unknown": payload(content_type="application/x-mine"),
     "content type of a pickle": payload(content_type="application/x-python-serialize"),
     "compression a list": payload(headers__compression=[1]),
-    "stamped_headers of lists": payload(headers__stamped_headers=[[]], headers__stamps=[]),
+    "stamped_headers of lists": payload(headers__stamped_headers=[[]], headers__stamps={}),
+    "stamped_headers a number": payload(headers__stamped_headers=5, headers__stamps={}),
+    "stamps a list": payload(headers__stamped_headers=["a"], headers__stamps=[]),
     "compression unknown": payload(headers__compression="x-mine"),
     "protocol 1, task a list": of_protocol_1(task=[1]),
     "protocol 1, id a list": of_protocol_1(id=[1]),
@@ -117,6 +130,9 @@ NO_TASK: Mapping[str, bytes] = {
     "protocol 1, timelimit a number": of_protocol_1(timelimit=5),
     "protocol 1, shadow a dict": of_protocol_1(shadow={"a": 1}),
     "protocol 1, kwargs a list": of_protocol_1(kwargs=[1]),
+    "protocol 1, args a number": of_protocol_1(args=5),
+    "protocol 1 with headers of 2, args a number": payload(body_of_protocol_1(args=5)),
+    "protocol 1 with headers of 2, kwargs a list": payload(body_of_protocol_1(kwargs=[1])),
 }
 """Delivered to Celery, which can make no task of them."""
 
@@ -151,7 +167,9 @@ LENIENT: Mapping[str, bytes] = {
     "argsrepr a dict": payload(headers__argsrepr={}),
     "origin a list": payload(headers__origin=[1]),
     "x-death a text": payload(**{"headers__x-death": "x"}),
+    "stamped": payload(headers__stamped_headers=["a"], headers__stamps={"a": ["x"]}),
     "protocol 1": of_protocol_1(),
+    "protocol 1 with headers of 2": payload(body_of_protocol_1()),
     "protocol 1, retries a text": of_protocol_1(retries="x"),
     "protocol 1, without all that may be missing": of_protocol_1(
         retries=..., eta=..., expires=..., utc=..., callbacks=..., errbacks=..., timelimit=..., taskset=..., chord=...

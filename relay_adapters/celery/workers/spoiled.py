@@ -25,12 +25,11 @@ _NONE = type(None)
 def fault_of(message: Any) -> str:
     """What is wrong with a message whose types would end the worker; empty for others, also those that Celery itself
     refuses, such as one whose body does not decode."""
-    headers = message.headers or {}
     try:
         body = message.payload
     except Exception:
         return ""  # Celery meets it again
-    return next(filter(None, _faults(headers, body)), "")
+    return next(filter(None, _faults(message.headers, body)), "")
 
 
 def _faults(headers: Mapping[str, Any], body: Any) -> Iterator[str]:
