@@ -127,3 +127,32 @@ def test_a_backend_that_fails_keeps_no_other_from_being_revoked(
     assert broker.stats("celery").delayed == 0
     eventually(lambda: caplog.text.count("it is full") == 3, "its error to be logged")
     app.close()
+
+
+def test_of_a_task_that_runs_nobody_is_told_that_it_is_revoked(broker: Broker, server: Server, tmp_path: Path) -> None:
+    app, events = client_of(server.url, tmp_path), Mock(enabled=True)
+    runs, waits = app.send_task("unknown").id, app.send_task("unknown", countdown=3600).id
+    (job,) = broker.claim("celery")
+    Revoker(app, broker, ["celery"], events, "me").by_ids([runs, waits])
+    assert [call.kwargs["uuid"] for call in events.send.call_args_list] == [waits]
+    broker.ack(job)
+    app.close()
+
+
+def test_one_that_cannot_be_read_keeps_no_other_from_being_revoked(
+    broker: Broker, server: Server, tmp_path: Path
+) -> None:
+    app, events = client_of(server.url, tmp_path), Mock(enabled=True)
+    ids = [broker.enqueue("celery", b"{broken", id="odd").id, app.send_task("unknown").id]
+    Revoker(app, broker, ["celery"], events, "me").by_ids(ids)
+    assert broker.stats("celery").ready == 0
+    assert [call.kwargs["uuid"] for call in events.send.call_args_list] == ids[1:]
+    app.close()
+
+
+def test_a_store_that_is_away_fails_no_revoke(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker has it in its memory all the same."""
+    nowhere = f"relay+unix://{tmp_path}/nobody"
+    with Broker(nowhere, retry_for=0.1) as broker, client_of(nowhere, tmp_path) as app:
+        Revoker(app, broker, ["celery"], None, "me").by_ids(["t"])
+    assert "tasks that wait in the store could not be revoked there" in caplog.text
