@@ -244,6 +244,22 @@ def test_a_dedup_key_may_be_made_of_the_name_and_the_arguments(app: Celery, brok
         app.send_task("pay", [1], relay_dedup_key=True, serializer="pickle")
 
 
+def test_a_dedup_key_of_a_message_that_is_no_task_has_to_be_its_own(server: Server, broker: Broker) -> None:
+    with Connection(server.url) as connection, connection.SimpleQueue("celery") as queue:
+        with pytest.raises(InvalidArgument, match=r"relay_dedup_key=True.* give a key of your own"):
+            queue.put({"a": 1}, headers={"relay_dedup_key": True})
+        for _ in range(2):
+            queue.put({"a": 1}, headers={"relay_dedup_key": "k"})
+    assert len(stored(broker)) == 1
+
+
+@pytest.mark.parametrize("key", [None, False])
+def test_a_dedup_key_may_be_none(app: Celery, broker: Broker, key: object) -> None:
+    for _ in range(2):
+        app.send_task("pay", relay_dedup_key=key, relay_dedup_for=60)
+    assert len(stored(broker)) == 2
+
+
 def test_the_retry_of_a_task_is_no_duplicate_of_it(app: Celery, broker: Broker) -> None:
     keyed = {"relay_dedup_key": "k", "relay_dedup_for": 60}
     app.send_task("pay", [1], task_id="t", headers=keyed)
@@ -273,6 +289,7 @@ def test_an_eta_waits_in_the_store_and_without_a_time_zone_is_utc_as_to_celerys_
     app.send_task("pay", eta=soon.replace(tzinfo=None), queue="naive")
     app.send_task("pay", countdown=-5, queue="past")
     app.send_task("pay", eta=soon, expires=60, queue="expiring")
+    app.send_task("pay", eta=soon, expires=86_400, queue="later")
     with Broker(server.url) as broker:
         (job,) = broker.jobs("aware", "delayed")
         assert job.due_at == near(soon.timestamp())
@@ -280,6 +297,8 @@ def test_an_eta_waits_in_the_store_and_without_a_time_zone_is_utc_as_to_celerys_
             assert envelope.head_of(job.payload)["headers"]["eta"] == soon.isoformat()
             (expiring,) = broker.jobs("expiring", "delayed")
             assert expiring.due_at < soon.timestamp() - 3000
+        (later,) = broker.jobs("later", "delayed")
+        assert later.due_at == near(soon.timestamp())
         (naive,) = broker.jobs("naive", "delayed")
         assert naive.due_at == near(soon.timestamp())
         assert broker.stats("past").ready == 1
