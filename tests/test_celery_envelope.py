@@ -42,6 +42,13 @@ def test_of_a_stored_message_a_body_in_base64_and_a_delivery_tag_are_not_kept() 
     assert unpack(packed) == message(body=b"\x00\xff")
 
 
+def test_a_stored_message_of_another_client_may_lack_headers_and_body() -> None:
+    """As some clients that are not Python's write theirs."""
+    properties = {"body_encoding": "base64", "delivery_tag": "t"}
+    found = unpack(pack_stored({"body": None, "headers": None, "properties": properties}))
+    assert (found["body"], found["headers"], found["properties"]) == (b"", None, {})
+
+
 def test_what_a_published_message_says_of_an_earlier_delivery_is_not_kept_and_not_believed() -> None:
     properties = {**message()["properties"], "body_encoding": "base64", "delivery_tag": "t"}
     assert unpack(pack(message(body=b"AP8=", properties=properties))) == message(body=b"AP8=")
@@ -108,11 +115,16 @@ _ANY = (
     st.fixed_dictionaries({}, optional=dict.fromkeys(("correlation_id", "delivery_mode", "priority", "type"), _ANY)),
     st.sets(st.sampled_from([*task()["headers"], "correlation_id", "delivery_mode", "priority"]), max_size=2),
     st.sampled_from(["application/json", "application/x-python-serialize", None]),
+    st.sampled_from(["utf-8", "binary", None]),
 )
 def test_a_task_is_unpacked_as_it_was_packed_whatever_it_says_and_lacks(
-    headers: dict[str, Any], properties: dict[str, Any], without: set[str], content_type: str | None
+    headers: dict[str, Any],
+    properties: dict[str, Any],
+    without: set[str],
+    content_type: str | None,
+    encoding: str | None,
 ) -> None:
-    sent = task(**{"content-type": content_type})
+    sent = task(**{"content-type": content_type, "content-encoding": encoding})
     for part, own in (("headers", headers), ("properties", properties)):
         sent[part] = {name: value for name, value in (sent[part] | own).items() if name not in without}
     found = unpack(pack(sent))
