@@ -106,6 +106,20 @@ def test_who_asked_for_its_result_by_rpc_is_answered(site: Site) -> None:
     app.close()
 
 
+def test_whatever_has_become_of_a_task_its_revoke_finds_it(broker: Broker, server: Server, tmp_path: Path) -> None:
+    """Its retries, what replaced it and the retries of that, and other tasks of its id."""
+    became: list[dict[str, int]] = [{}] * 10
+    became += [{"retries": n} for n in (1, 2, 100)] + [{"replaced_task_nesting": n} for n in (1, 2, 20)]
+    became += [{"replaced_task_nesting": n, "retries": m} for n, m in ((1, 1), (1, 10), (20, 1), (20, 10))]
+    with client_of(server.url, tmp_path) as app:
+        for options in became:
+            app.send_task("unknown", task_id="t", countdown=3600, **options)
+        app.send_task("unknown", task_id="other", countdown=3600)
+        assert broker.stats("celery").delayed == len(became) + 1
+        Revoker(app, broker, ["celery"], None, "me").by_ids(["t"])
+    assert [job.id for job in broker.jobs("celery", "delayed")] == ["other"]
+
+
 def test_a_task_that_is_not_there_costs_no_search_of_a_long_queue(
     broker: Broker, server: Server, tmp_path: Path
 ) -> None:

@@ -11,9 +11,11 @@ TAKEN = 9
 """How many further tasks of the same id a queue may hold at a time so that each is found by it: Celery lets an id be
 used again."""
 
-
 REPLACED = 20
 """How often a task may replace itself, so that its revoke still finds it in the store."""
+
+RETRIES, RETRIES_OF_REPLACED = 100, 10
+"""How often a task may be tried again, and what replaced one, so that its revoke still finds it in the store."""
 
 
 def job_id_of(told: Mapping[str, Any]) -> str:
@@ -36,9 +38,10 @@ def _is_count(number: Any) -> bool:
     return isinstance(number, int) and 0 < number < 1_000_000
 
 
-def ids_of(task_id: str, retries: int = 100) -> list[str]:
-    """All ids that the jobs of a task may have: of its first send, its retries, what replaced it, and tasks of the
+def ids_of(task_id: str) -> list[str]:
+    """All ids that the jobs of a task may have: of its first send, what replaced it, their retries, and tasks of the
     same id."""
-    again = (f"{task_id}.{n}" for n in range(1, retries + 1))
-    replaced = (f"{task_id}^{n}" for n in range(1, REPLACED + 1))
-    return [task_id, *again, *replaced, *(f"{task_id}~{n}" for n in range(1, TAKEN + 1))]
+    replaced = [f"{task_id}^{n}" for n in range(1, REPLACED + 1)]
+    again = [f"{task_id}.{n}" for n in range(1, RETRIES + 1)]
+    again += [f"{id}.{n}" for id in replaced for n in range(1, RETRIES_OF_REPLACED + 1)]
+    return [task_id, *replaced, *again, *(f"{task_id}~{n}" for n in range(1, TAKEN + 1))]
