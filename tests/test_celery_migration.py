@@ -407,3 +407,48 @@ def test_a_migration_killed_at_any_point_and_started_again_loses_nothing(
 
 def moved(relay: Broker) -> int:
     return sum(relay.stats(queue).counters.get("enqueued", 0) for queue in QUEUES)
+
+
+def test_a_worker_still_on_redis_whose_process_sends_to_relay_is_as_celery_has_it(
+    server: Server, origin: str, relay: Broker
+) -> None:
+    app = application(origin, ran := [])
+    app.conf.update(worker_enable_remote_control=True, task_ignore_result=False, result_backend="cache+memory://")
+
+    @app.task(name="again", shared=False, bind=True, acks_late=True)
+    def again(self: Any, x: int) -> None:
+        if self.request.retries < 2:
+            raise self.retry(countdown=0)
+        ran.append(x)
+
+    @app.task(name="fail", shared=False, acks_late=True)
+    def fail() -> None:
+        raise LookupError("of no use")
+
+    @app.task(name="pass-on", shared=False)
+    def pass_on(x: int) -> None:
+        with application(server.url) as newer:
+            send(newer, [x])
+
+    app.send_task("pass-on", [1])
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30) as worker:
+        eventually(lambda: relay.stats("celery").ready, "a task to be sent to relay")
+        app.send_task("nobody")
+        with app.connection_for_write() as connection, connection.Producer() as producer:
+            producer.publish("{broken", routing_key="celery", content_type="application/json", content_encoding="utf-8")
+        later, failed = app.send_task("note", [2], countdown=3600), app.send_task("fail")
+        app.send_task("note", [3])
+        app.send_task("again", [4]).get(timeout=20)
+        with pytest.raises(LookupError, match="of no use"):
+            failed.get(timeout=20)
+        control, name = app.control, worker.hostname
+        (listed,) = control.inspect([name], timeout=20, limit=1).scheduled()[name]
+        assert listed["request"]["id"] == later.id
+        assert control.inspect([name], timeout=20, limit=1).query_task(later.id)[name][later.id][0] == "scheduled"
+        assert control.inspect([name], timeout=20, limit=1).stats()[name]["broker"]["transport"].startswith("redis")
+        assert control.revoke(later.id, reply=True, destination=[name], timeout=20, limit=1)
+        assert control.revoke_by_stamped_headers({"a": "b"}, reply=True, destination=[name], timeout=20, limit=1)
+        assert later.id in control.inspect([name], timeout=20, limit=1).revoked()[name]
+    app.close()
+    assert ran == [3, 4]
+    assert in_order(relay) == ["(1,)"]
