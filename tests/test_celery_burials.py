@@ -365,13 +365,19 @@ def test_a_buried_task_fails_unless_it_was_done_or_another_process_tells_of_it(
 
 @pytest.mark.parametrize(
     ("ignore", "known", "stored"),
-    [(False, None, True), (True, None, False), (True, {}, False), (True, {"errors": 1}, True)],
-)
+    [
+        (False, None, True), (True, None, False), (True, {}, False), (True, {"errors": 1}, True),
+        (False, {"ignores": 1}, True), (None, {"ignores": 1}, False), (None, {"ignores": 1, "errors": 1}, True),
+        (None, {}, True), (None, None, True),
+    ],
+)  # fmt: skip
 def test_the_result_of_a_buried_task_that_ignores_its_own_is_stored_where_it_stores_errors_all_the_same(
-    ignore: bool, known: dict[str, Any] | None, stored: bool
+    ignore: bool | None, known: dict[str, Any] | None, stored: bool
 ) -> None:
-    """Of one that this process does not know nobody says so."""
-    task = None if known is None else SimpleNamespace(store_errors_even_if_ignored=bool(known))
+    """Of one that this process does not know nobody says so; a client that does not know it sends None."""
+    task = None
+    if known is not None:
+        task = SimpleNamespace(store_errors_even_if_ignored="errors" in known, ignore_result="ignores" in known)
     assert stores_errors(task, {"ignore_result": ignore}) is stored
 
 

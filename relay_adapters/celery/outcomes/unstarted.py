@@ -49,4 +49,7 @@ def stores_errors(task: Any, told: Mapping[str, Any]) -> bool:
 
     :param task: None where this process does not know it
     """
-    return not told.get("ignore_result") or bool(getattr(task, "store_errors_even_if_ignored", False))
+    ignored = told.get("ignore_result")
+    if ignored is None:  # its client left that to who runs it
+        ignored = getattr(task, "ignore_result", False)
+    return not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))
