@@ -11,6 +11,6 @@ from tests.celery_app import note
 
 
 @signals.task_revoked.connect
-def revoked(request: Any, **_: Any) -> None:
+def revoked(request: Any, terminated: bool, signum: Any, expired: bool, **_: Any) -> None:
     note(request.id, "revoked")
     note(f"{request.id} {json.dumps(request.delivery_info, sort_keys=True)}", "revoked-of")

@@ -96,6 +96,18 @@ def test_the_signal_tells_of_its_delivery_what_it_does_where_celery_drops_a_task
     assert told == {"exchange": "", "routing_key": "none", "priority": 3, "redelivered": False}
 
 
+def test_stamps_are_named_by_texts_on_the_command_line(site: Site) -> None:
+    ids = []
+    for customer in ("six", "seven"):
+        task = site.app.signature("tests.celery_app.run", args=("x",)).set(countdown=3600, queue="none")
+        task.stamp(customer=customer)
+        ids.append(task.apply_async().id)
+    to = {"destination": [f"none@{gethostname()}"], "reply": True, "timeout": 20, "limit": 1}
+    assert site.app.control.broadcast("revoke_by_stamped_headers", {"headers": ["customer=seven"]}, **to)
+    eventually(lambda: site.broker.stats("none").delayed == 1, "the one that bears it to be cancelled")
+    assert site.broker.cancel_many("none", ids) == ["delayed", None]
+
+
 def test_who_asked_for_its_result_by_rpc_is_answered(site: Site) -> None:
     app = Celery("tests.celery_app", broker=site.server.url, backend="rpc://", set_as_current=False)
     results = [app.send_task("tests.celery_app.run", ["x"], countdown=3600, queue="rpc") for _ in range(2)]
