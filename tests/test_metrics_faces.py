@@ -82,6 +82,8 @@ def slow(folder):
         time.sleep(0.01)
 """
 
+ROOT = Path(__file__).parent.parent
+
 
 class Process:
     """A framework's own command, in a session of its own, with its log in a file."""
@@ -89,7 +91,13 @@ class Process:
     def __init__(self, folder: Path, command: list[str], url: str, metrics: str, **more: str) -> None:
         self.log = folder / f"{command[0]}-{time.monotonic_ns()}.log"
         script = str(Path(sysconfig.get_path("scripts"), command[0]))
-        environment = {**os.environ, "SITE_URL": url, "SITE_METRICS": metrics, "PYTHONPATH": str(folder), **more}
+        environment = {
+            **os.environ,
+            "SITE_URL": url,
+            "SITE_METRICS": metrics,
+            "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+            **more,
+        }
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [script, *command[1:]], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
