@@ -554,7 +554,8 @@ def test_in_celery_a_trace_goes_from_the_sender_through_retry_and_requeue_and_pl
     server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "traced.py").write_text(CELERY_APP)
-    environment = {**os.environ, "SITE_URL": server.url, "PLUGINS": str(FOLDER), "PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join(map(str, (tmp_path, Path(__file__).parent.parent)))
+    environment = {**os.environ, "SITE_URL": server.url, "PLUGINS": str(FOLDER), "PYTHONPATH": path}
     sent = subprocess.run(
         [sys.executable, "-c", "import traced; traced.send()"], cwd=tmp_path, env=environment, capture_output=True,
         text=True, timeout=60, check=False,
