@@ -9,11 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import kombu
 import pytest
+from kombu.exceptions import OperationalError
 
+from relay_adapters.celery.errors import MailboxesAway
+from relay_adapters.celery.queues.outage import Outage
+from relay_adapters.celery.sending import routing
 from relay_core import AsyncBroker, Broker, Job
 from relay_core.connection import SyncStore
 from relay_core.errors import Unavailable
@@ -306,6 +311,11 @@ def test_a_celery_worker_goes_on_without_the_server_of_the_mailboxes(
         client.send_task("tests.celery_app.run", (key,), queue=there)
         eventually(lambda: lines(tmp_path, start=f"{key} "), f"run of {key}")
 
+    def answered() -> bool:
+        with suppress(OperationalError):  # what sends in a process of a worker hears that they are back a moment later
+            return bool(client.control.ping(timeout=1, limit=1))
+        return False
+
     with CeleryWorker(parted.url, tmp_path, *POOLS[pool], "-Q", there) as worker:
         run("first")
         assert client.control.ping(timeout=20, limit=1)
@@ -318,10 +328,57 @@ def test_a_celery_worker_goes_on_without_the_server_of_the_mailboxes(
             regain(server, how)
         parted.wait_until_ok()
         run("again")
-        eventually(lambda: client.control.ping(timeout=1, limit=1), "an answer")
+        eventually(answered, "an answer")
         assert not worker.logged("Connection to broker lost"), worker.text
         assert worker.stop() == 0
     client.close()
+
+
+def test_an_outage_that_ends_as_it_begins_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Broker("relay+cluster://127.0.0.1:1") as broker:
+        outage = Outage(broker, MAIL)
+        monkeypatch.setattr(broker.store.lookout, "miss", lambda key, one: one.is_back(key))
+        outage.begin(Unavailable("away"))
+        outage.check()
+
+
+def test_an_outage_that_nobody_can_look_out_for_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_key: bytes, _one: Outage) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Broker("relay+cluster://127.0.0.1:1") as broker:
+        outage = Outage(broker, MAIL)
+        monkeypatch.setattr(broker.store.lookout, "miss", refuse)
+        with pytest.raises(RuntimeError):
+            outage.begin(Unavailable("away"))
+        outage.check()
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_a_worker_waits_for_no_mailbox_that_is_known_to_be_away(
+    parted: Cluster, monkeypatch: pytest.MonkeyPatch, worker: bool
+) -> None:
+    """Its events go by a connection of their own, which no loop drives: one that hangs would hold it up with each."""
+    monkeypatch.setattr(routing, "is_worker", lambda: worker)
+    with link(parted.url, lease=60.0, retry_for=0.0) as connection, connection.channel() as channel:
+        exchange = kombu.Exchange("told", "fanout")
+        kombu.Queue(
+            "box", exchange, durable=False, auto_delete=True, message_ttl=60, expires=60, channel=channel
+        ).declare()
+        producer, asked = connection.Producer(exchange=exchange, auto_declare=False), list[object]()
+        producer.publish({})
+        outage = channel.topology.outage
+        monkeypatch.setattr(channel.broker.store.lookout, "miss", lambda _key, _one: None)
+        outage.begin(Unavailable("away"))
+        stock = channel.broker.store.run
+        monkeypatch.setattr(channel.broker.store, "run", lambda *args: asked.append(args) or stock(*args))
+        if worker:
+            with pytest.raises(MailboxesAway):
+                producer.publish({})
+        else:
+            producer.publish({})
+        assert bool(asked) is not worker
+        outage.is_back(MAIL)
 
 
 def test_a_celery_worker_asks_a_server_that_is_away_for_one_of_its_queues_only(

@@ -46,8 +46,12 @@ class Outage:
             raise error
         if self._error is None:
             logger.warning("what is known of exchanges and queues is believed until their server is back: %s", error)
-            self._broker.store.lookout.miss(self._key, self)
-            self._error = error  # at last: where no thread can be had to look out, the server is asked anew each time
+            self._error = error  # at first: the lookout may find it back before this thread goes on
+            try:
+                self._broker.store.lookout.miss(self._key, self)
+            except BaseException:
+                self._error = None  # no thread can be had to look out: the server is asked anew each time
+                raise
 
     def check(self) -> None:
         """Before a message is put into mailboxes, which lie on that server, too. Raises MailboxesAway."""

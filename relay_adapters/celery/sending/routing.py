@@ -13,6 +13,7 @@ from kombu.transport.virtual import UndeliverableWarning
 
 from relay_adapters.celery.errors import NotFound, no_route
 from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.holding.workerstate import is_worker
 from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.envelope import pack
 from relay_adapters.celery.messages.protocol import told_of
@@ -158,8 +159,8 @@ class Routing(Declaring):
     def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> bool:
         """False when the exchange's bindings have changed, and nothing was stored."""
         outage = self.topology.outage
-        if self.connection.looping:
-            outage.check()
+        if is_worker():
+            outage.check()  # its loop waits for no server that hangs; others may
         boxes = [_box(queue, table.terms[queue]) for queue in queues]
         for at in range(0, len(boxes), 200):
             batch = boxes[at : at + 200]
