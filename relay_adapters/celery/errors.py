@@ -71,7 +71,7 @@ def inequivalent(text: str, method: str) -> Inequivalent:
 
 class MailboxesAway(RelayError, OperationalError):
     """The server of the mailboxes is away, alone. No error of the connection, for which kombu would connect anew until
-    it is back: Celery keeps its events for later then, and its worker goes on."""
+    it is back: a worker goes on then."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])

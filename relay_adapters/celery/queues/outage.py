@@ -53,6 +53,10 @@ class Outage:
                 self._error = None  # no thread can be had to look out: the server is asked anew each time
                 raise
 
+    @property
+    def on(self) -> bool:
+        return self._error is not None
+
     def check(self) -> None:
         """Before a message is put into mailboxes, which lie on that server, too. Raises MailboxesAway."""
         if (error := self._error) is not None:

@@ -45,6 +45,7 @@ def install(**_: Any) -> None:
     from celery.app.task import Task
     from celery.concurrency import prefork
     from celery.concurrency.asynpool import AsynPool
+    from celery.events import EventDispatcher
     from celery.worker import strategy
     from celery.worker.consumer.connection import Connection as Connecting
     from celery.worker.consumer.consumer import Consumer
@@ -70,6 +71,7 @@ def install(**_: Any) -> None:
         Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
         gPidbox.loop = _connected_again(gPidbox.loop)
+        EventDispatcher._publish = _dropped_in_an_outage(EventDispatcher._publish)
 
 
 def _derived(stock: Callable[..., type]) -> Callable[..., type]:
@@ -95,6 +97,20 @@ def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:
             stock(step, consumer)
 
     return start
+
+
+def _dropped_in_an_outage(stock: Callable[..., None]) -> Callable[..., None]:
+    """While the server of all mailboxes is away alone, nobody reads events. Celery would keep them all, and try them
+    again with each one that comes: more and more in each turn of its loop."""
+
+    def publish(dispatcher: Any, event: Any, producer: Any, *args: Any, **options: Any) -> None:
+        topology = None
+        with suppress(Exception):  # what is the matter is found out, and seen to, by Celery's own method
+            topology = getattr(producer.channel, "topology", None)
+        if topology is None or not topology.outage.on:
+            stock(dispatcher, event, producer, *args, **options)
+
+    return publish
 
 
 def _connected_again(stock: Callable[..., None]) -> Callable[..., None]:
