@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -10,10 +11,13 @@ import kombu
 import pytest
 from amqp.exceptions import ChannelError
 
+from relay_adapters.celery.errors import MailboxesAway
 from relay_adapters.celery.queues.terms import Terms
+from relay_adapters.celery.receiving import settling
 from relay_adapters.celery.sending import upkeep
 from relay_adapters.celery.sending.sweeper import Sweeper
 from relay_core import Broker
+from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server
 
@@ -115,6 +119,60 @@ def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu
     assert got(here, dead) == [2]
 
 
+@pytest.fixture
+def boxed(here: kombu.Connection) -> tuple[str, str]:
+    """(a mailbox, the exchange that it is bound to)"""
+    exchange, box = fresh("x"), fresh("box")
+    kombu.Queue(box, kombu.Exchange(exchange, "fanout"), **BOX)(here.default_channel).declare()
+    return box, exchange
+
+
+def test_a_dead_letter_may_go_to_a_mailbox_from_a_queue_that_nobody_consumes(
+    here: kombu.Connection, boxed: tuple[str, str]
+) -> None:
+    box, exchange = boxed
+    name = queue(here, queue_arguments={"x-dead-letter-exchange": exchange, "x-message-ttl": 0})
+    send(here, 1, key=name)
+    time.sleep(0.01)
+    topology = here.default_channel.topology
+    Sweeper(topology).sweep(name, topology.terms(name))
+    assert got(here, box) == [1]
+
+
+def test_a_dead_letter_may_go_to_a_mailbox_when_its_channel_is_closed(
+    here: kombu.Connection, boxed: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, exchange = boxed
+    name = queue(here, queue_arguments={"x-dead-letter-exchange": exchange})
+    send(here, 1, key=name)
+    channel = here.channel()
+    message = channel.basic_get(name)
+    monkeypatch.setattr(settling, "running_tags", lambda: {message.delivery_tag})
+    channel.close()
+    message.reject()
+    assert got(here, box) == [1]
+
+
+def test_a_dead_letter_waits_for_mailboxes_that_are_away(
+    here: kombu.Connection, boxed: tuple[str, str], engine: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise MailboxesAway("away")
+
+    box, exchange = boxed
+    name = queue(here, queue_arguments={"x-dead-letter-exchange": exchange, "x-message-ttl": 0})
+    send(here, 1, key=name)
+    time.sleep(0.01)
+    topology = here.default_channel.topology
+    with monkeypatch.context() as patched:
+        patched.setattr(Sweeper, "_to_boxes", away)
+        with pytest.raises(Unavailable):
+            Sweeper(topology).sweep(name, topology.terms(name))
+    assert engine.stats(name).ready == 1, "handed back, uncounted"
+    Sweeper(topology).sweep(name, topology.terms(name))
+    assert got(here, box) == [1]
+
+
 # messages that nobody takes
 
 
@@ -187,6 +245,22 @@ def test_messages_of_a_quorum_queue_tell_how_often_they_were_delivered_before(
     assert told == [None, 1, 2]
     here.default_channel.basic_get(plain).requeue()
     assert here.default_channel.basic_get(plain).headers == {}
+
+
+def test_a_queue_of_which_others_said_more_is_believed_while_the_server_of_queues_is_away(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quorum = {"x-queue-type": "quorum", "x-dead-letter-exchange": "amq.fanout"}
+    topology, name = here.default_channel.topology, queue(here, queue_arguments=quorum)
+    declare = kombu.Queue(name)(here.default_channel).declare
+    declare()
+    monkeypatch.setattr(topology.outage, "_error", Unavailable("away"))
+    for method in ("declare_queue", "terms", "use"):
+        monkeypatch.setattr(topology.stored, method, None)
+    declare()
+    send(here, 1, key=name, expiration=60)
+    send(here, 2, key=name, expiration=60)
+    assert got(here, name) == [1, 2]
 
 
 @pytest.mark.parametrize(

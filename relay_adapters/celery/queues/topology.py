@@ -8,11 +8,12 @@ has read of a queue is believed for a second.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from relay_adapters.celery.errors import inequivalent, not_found
+from relay_adapters.celery.errors import PreconditionFailed, inequivalent, not_found
 from relay_adapters.celery.queues.declarations import Declarations, predeclared
 from relay_adapters.celery.queues.exchanges import TYPES, Binding
 from relay_adapters.celery.queues.outage import Outage
@@ -170,7 +171,7 @@ class Topology:
 
         Raises Inequivalent when a term contradicts what is known.
         """
-        declared = self.own.queues.get(name) == terms
+        declared = self._adds_nothing(name, terms)
         answer = self.outage.ask(lambda: self.stored.declare_queue(name, terms), AS_BEFORE if declared else None)
         if answer is AS_BEFORE:
             return 0
@@ -178,6 +179,14 @@ class Topology:
         self._terms[name] = (time.monotonic(), wanted)
         self.own.declared_queue(name, wanted, made.since)
         return int(made.consumers)
+
+    def _adds_nothing(self, name: str, terms: Terms) -> bool:
+        """Whether this process has declared a queue so, or with what others had said of it."""
+        known = self.own.queues.get(name)
+        try:
+            return known is not None and known.merged(name, terms) == known
+        except PreconditionFailed:
+            return False
 
     def terms(self, name: str, *, fresh: bool = False) -> Terms | None:
         """What a queue is declared to be; None for one that is not, which is asked anew each time."""
@@ -203,8 +212,8 @@ class Topology:
     def expect_expired(self, name: str, terms: Terms) -> None:
         """A message with a time limit of its own is about to be published to a queue: it is looked after from now on,
         as one with x-message-ttl."""
-        self.stored.use(name, terms, expiring=True)
-        self._terms.pop(name, None)
+        self.outage.ask(lambda: self.stored.use(name, terms, expiring=True), AS_BEFORE)
+        self._terms[name] = (-math.inf, terms)  # to be read anew, and believed until that can be
 
     def delete_queue(self, name: str, condition: str = "") -> bool:
         """Forget a queue and its bindings, wherever they were made: False when the condition does not hold.

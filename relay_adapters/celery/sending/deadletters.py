@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from relay_adapters.celery.errors import NotFound
+from relay_adapters.celery.errors import MailboxesAway, NotFound
 from relay_adapters.celery.messages.due import run_now, timestamp
 from relay_adapters.celery.messages.envelope import DELIVERED, SINCE, head_of, unpack
 from relay_adapters.celery.messages.protocol import change_protocol_1, protocol_1, told_of
@@ -95,6 +95,8 @@ class DeadLetters(Routing):
         except (NotFound, InvalidArgument) as error:  # the latter: with its x-death it is too large
             logger.warning("message %s of queue %r cannot be dead-lettered: %s", job.id, job.queue, error)
             return False
+        except MailboxesAway as error:  # the message stays, and is no event that may be kept for later
+            raise Unavailable(str(error)) from error
         self.broker.ack(job)
         return True
 
