@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from relay_adapters.celery.holding.leases import leases_of
 from relay_adapters.celery.queues.topology import Topology
 from relay_adapters.celery.sending.deadletters import DeadLetters
@@ -17,4 +15,3 @@ class Sweeper(Publishing, DeadLetters):
         self.topology, self.broker = topology, topology.broker
         self.leases = leases_of(self.broker)
         self._used = {}
-        self.connection: Any = None
