@@ -8,7 +8,7 @@ from typing import Any
 from celery import Task
 from celery.utils.imports import symbol_by_name
 from celery.worker.request import create_request_cls
-from celery.worker.strategy import proto1_to_proto2
+from celery.worker.strategy import hybrid_to_proto2, proto1_to_proto2
 
 from tests.celery_app import app, note, wait_for
 
@@ -25,8 +25,12 @@ class Batches(Task):  # type: ignore[misc]
         waiting: list[Any] = []
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
-            told = message.body, message.headers, False, True
-            body, headers, decoded, utc = told if body is None else proto1_to_proto2(message, body)
+            if "args" in message.payload:
+                body, headers, decoded, utc = hybrid_to_proto2(message, message.payload)
+            elif body is None:
+                body, headers, decoded, utc = message.body, message.headers, False, True
+            else:
+                body, headers, decoded, utc = proto1_to_proto2(message, body)
             waiting.append(
                 make(message, on_ack=ack, on_reject=reject, body=body, headers=headers, decoded=decoded,
                      utc=utc, app=app, hostname=consumer.hostname, eventer=consumer.event_dispatcher, task=task,
