@@ -59,10 +59,12 @@ class Enqueued(NamedTuple):
 class Options:
     """What travels with a job beside its payload. Unset fields cost no bytes in the store.
 
+    :ivar apart: True of a job whose payload lies beside its record, as a large one does; the store's own business
     :ivar delay_ms: what the enqueue asked for, so that waiting for its time is told from waiting for a worker
     :ivar at_ms: the same for a job that is due at a unix time
     """
 
+    apart: bool | None = None
     max_retries: int | None = None
     max_deliveries: int | None = None
     dedup_key: str | None = None
@@ -77,7 +79,8 @@ class Options:
         if self is NO_OPTIONS:
             return ""
         others = (
-            self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_ms, self.retry, self.delay_ms, self.at_ms,
+            self.apart, self.max_retries, self.max_deliveries, self.dedup_key, self.dedup_ms, self.retry, self.delay_ms,
+            self.at_ms,
         )  # fmt: skip
         if others == _UNSET and len(self.headers) == 1:
             return _one_header(*self.headers.items())  # as an adapter's jobs, with their mark
@@ -98,7 +101,7 @@ class Options:
 
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: json.dumps would make one per call
-_UNSET = (None,) * 7
+_UNSET = (None,) * 8
 
 
 @lru_cache(maxsize=64)
@@ -137,6 +140,7 @@ def _is_policy(value: Any) -> bool:
 
 
 _OPTION_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "apart": ("true", lambda value: value is True),
     "max_retries": (f"a whole number from 0 to {MAX_COUNT}", lambda value: _whole(value, 0, MAX_COUNT)),
     "max_deliveries": (f"a whole number from 0 to {MAX_COUNT}", lambda value: _whole(value, 0, MAX_COUNT)),
     "dedup_key": ("a text", _is_text),
@@ -163,6 +167,12 @@ def _fields(text: str) -> dict[str, Any]:
             raise ValueError(f"option {name} must be {wanted}, got {_to_json(value)[:80]}")
     return known
 
+
+_APART = b'{"apart":true'
+"""How the options of a record begin whose payload lies apart from it. First there, so that no header reads like it."""
+
+_BEFORE_OPTIONS = 16 + 1 + 1 + 1 + 7 + 1 + len(_APART)
+"""Bytes in which they have begun: after the time, the level and the deliveries, and a space each."""
 
 _HEAD = re.compile(r"([0-9]) ([0-9]{1,7}) (.*)", re.DOTALL)
 """As the scripts read it, which know one digit for the level."""
@@ -195,6 +205,18 @@ class Record:
         head = f"{priority} {options.max_deliveries or 0} {options.to_json()}\n"
         return head.encode("ascii") + payload
 
+    @staticmethod
+    def split(packed: bytes) -> tuple[bytes, bytes]:
+        """What `pack` made, as a record that says that its payload lies apart, and the payload."""
+        head, _, payload = packed.partition(b"\n")
+        level, max_deliveries, options = head.split(b" ", 2)
+        return b"%b %b %b%b\n" % (level, max_deliveries, _APART, b"," + options[1:] if options else b"}"), payload
+
+    @staticmethod
+    def lies_apart(record: bytes) -> bool:
+        """Whether the payload of a record is not in it, by its first bytes, as the scripts tell it."""
+        return _APART in record[:_BEFORE_OPTIONS]
+
     @classmethod
     def unpack(cls, raw: bytes) -> Record:
         """Raises InvalidRecord, naming what does not decode."""
@@ -205,8 +227,11 @@ class Record:
             created, _, rest = head.partition(b" ")
             if not created.isdigit() or len(created) > 16:
                 raise ValueError(f"created at {created[:40]!r}, which are no milliseconds")
-            level, options = _head(rest)
-            return cls(int(created), level, Options.from_json(options), payload)
+            level, text = _head(rest)
+            options = Options.from_json(text)
+            if options.apart and not payload:
+                raise ValueError("its payload, which lay apart from it, is gone")
+            return cls(int(created), level, options, payload)
         except (ValueError, RecursionError) as error:
             raise InvalidRecord(f"record of {len(raw)} bytes does not decode: {error}") from error
 

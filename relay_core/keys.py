@@ -60,6 +60,11 @@ class QueueKeys:
         return self._key("j")
 
     @cached_property
+    def payloads(self) -> bytes:
+        """HASH id -> payload, of jobs whose record says that it lies apart, as large ones do."""
+        return self._key("y")
+
+    @cached_property
     def ready(self) -> tuple[bytes, ...]:
         """One LIST of ids per priority level; only levels in use exist."""
         return tuple(self._key(f"r{level}") for level in range(LEVELS))

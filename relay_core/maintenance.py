@@ -10,7 +10,7 @@ from typing import Any
 from relay_core import commands, keys
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument
-from relay_core.job import State
+from relay_core.job import Record, State
 from relay_core.keys import QueueKeys
 from relay_core.operations import Flow, Operations, Raw
 from relay_core.validation import job_ids, whole
@@ -28,7 +28,8 @@ class AuditReport:
     """What an audit found.
 
     :ivar checked: ids looked at
-    :ivar findings: id -> what was wrong: no_record, no_state, two_states, wrong_list, no_lease, leftover
+    :ivar findings: id -> what was wrong: no_record, no_state, two_states, wrong_list, no_lease,
+        leftover, no_payload
     :ivar repaired: False when it only looked
     """
 
@@ -153,7 +154,7 @@ def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) 
             seen.update(page)
             listed.update(dict.fromkeys(page, level))
             start += _SCAN
-    stored, misplaced = yield from _stored(q, listed)
+    stored, misplaced, apart = yield from _stored(q, listed)
     others = set((yield from _scan("HSCAN", q.owners))) | set((yield from _scan("HSCAN", q.errors)))
     untold = set((yield from _scan("ZSCAN", q.untold)))
     if progress:
@@ -165,6 +166,7 @@ def audit(ops: Operations, queue: str, repair: bool, progress: Progress | None) 
     suspects |= {id for id, state in states if state.endswith(b" h") != (id in leased) and id in stored}
     suspects |= leased - {id for id, _state in states}
     suspects |= untold - set((yield from _scan("ZSCAN", q.dead)))
+    suspects |= apart ^ set((yield from _scan("HSCAN", q.payloads, _RECORDS)))
     findings = {}
     ordered = sorted(suspects)
     for at in range(0, len(ordered), _SUSPECTS):
@@ -189,13 +191,15 @@ def _heal_due(ops: Operations, queue: str, q: QueueKeys) -> Flow[None]:
         yield Raw(("HSET", q.config, "levels", merged))
 
 
-def _stored(q: QueueKeys, listed: Mapping[bytes, int]) -> Flow[tuple[set[bytes], set[bytes]]]:
-    """The ids that have a record, and those of them that are on the ready list of another level.
+def _stored(q: QueueKeys, listed: Mapping[bytes, int]) -> Flow[tuple[set[bytes], set[bytes], set[bytes]]]:
+    """The ids that have a record, those of them that are on the ready list of another level, and those whose payload
+    lies apart.
 
     The records pass by in small pages and are not kept: all payloads of the queue are in them.
     """
     ids: set[bytes] = set()
     misplaced: set[bytes] = set()
+    apart: set[bytes] = set()
     cursor: Any = b"0"
     while True:
         cursor, flat = yield Raw(("HSCAN", q.jobs, cursor, "COUNT", _RECORDS))
@@ -203,20 +207,25 @@ def _stored(q: QueueKeys, listed: Mapping[bytes, int]) -> Flow[tuple[set[bytes],
             ids.add(id)
             if id in listed and record[:40].split(b" ")[1:2] != [b"%d" % listed[id]]:
                 misplaced.add(id)
+            if Record.lies_apart(record):
+                apart.add(id)
         if int(cursor) == 0:
-            return ids, misplaced
+            return ids, misplaced, apart
 
 
-def _scan(command: str, key: bytes) -> Flow[list[bytes]]:
-    return [name for name, _value in (yield from _scan_pairs(key, command))]
+def _scan(command: str, key: bytes, count: int = _SCAN) -> Flow[list[bytes]]:
+    """The names alone; what stands beside them may be large, and is let go page by page."""
+    return [name for name, _nothing in (yield from _scan_pairs(key, command, count, values=False))]
 
 
-def _scan_pairs(key: bytes, command: str = "HSCAN") -> Flow[list[tuple[bytes, bytes]]]:
+def _scan_pairs(
+    key: bytes, command: str = "HSCAN", count: int = _SCAN, *, values: bool = True
+) -> Flow[list[tuple[bytes, bytes]]]:
     cursor: Any = b"0"
     found: list[tuple[bytes, bytes]] = []
     while True:
-        cursor, flat = yield Raw((command, key, cursor, "COUNT", _SCAN))
-        found += pairs(flat)
+        cursor, flat = yield Raw((command, key, cursor, "COUNT", count))
+        found += pairs(flat) if values else ((name, b"") for name, _value in pairs(flat))
         if int(cursor) == 0:
             return found
 

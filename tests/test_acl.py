@@ -87,7 +87,7 @@ def direct(url: str) -> None:
         broker.stats("q")
         assert broker.audit("q").clean
         broker.purge("q", ("ready", "delayed", "dead"))
-        broker.enqueue("q", b"6")
+        broker.enqueue("q", b"6" * 100_000)
         worker = Worker(broker, lambda job: worker.stop(), ["q"])
         assert worker.run() == 1
         assert broker.workers() == []

@@ -12,6 +12,7 @@ from celery import Celery, chord, group
 from celery.result import AsyncResult
 
 from relay_core import Broker
+from relay_core.commands.moves import LARGE
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
@@ -85,7 +86,8 @@ def ended(site: Site, pool: str) -> None:
 
 
 def test_tasks_of_a_group_and_their_chord_run_once_each(site: Site, pool: str) -> None:
-    header = group(site.task("run", f"group-{pool}-{n}", queue=pool) for n in range(30))
+    keys = [f"group-{pool}-{n}" for n in range(29)] + [f"group-{pool}-large".ljust(2 * LARGE, "-")]
+    header = group(site.task("run", key, queue=pool) for key in keys)
     assert outcome(chord(header, site.task("count", queue=pool))()) == 30
     ended(site, pool)
     assert len(lines(site.folder, start=f"group-{pool}-")) == 30

@@ -18,6 +18,7 @@ from celery.utils.nodenames import gethostname
 
 from relay_adapters.celery.workers.revoking import Revoker
 from relay_core import Broker
+from relay_core.commands.moves import LARGE
 from tests.celery_workers import CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
 
@@ -81,7 +82,8 @@ def test_its_signal_its_event_its_result_and_its_chord_say_so(site: Site) -> Non
 
 
 def test_without_a_result_backend_all_that_are_named_are_taken_out(site: Site) -> None:
-    ids = [site.app.send_task("tests.celery_app.run", ["x"], countdown=3600, queue="none").id for _ in range(3)]
+    names = ["x", "y", "z" * 2 * LARGE]
+    ids = [site.app.send_task("tests.celery_app.run", [name], countdown=3600, queue="none").id for name in names]
     assert "ok" in site.revoke("none", *ids)
     assert site.broker.stats("none").delayed == 0
     eventually(lambda: all(lines(site.folder, "revoked", id) for id in ids), "the signals")

@@ -299,6 +299,7 @@ def nacks(n: int) -> Sequence[Nack]:
 
 BUILD: dict[str, Build] = {
     "enqueue": lambda n: commands.enqueue(Q, [NewJob(id, "", "", RECORD) for id in ids(n)]),
+    "tidy": lambda n: commands.tidy(Q, ids(n)),
     "enqueue_one": lambda n: commands.enqueue_one(Q, NewJob("a", "", "", RECORD)),
     "claim": lambda n: commands.claim(Q, 1, 1000, "a", levels="90", acks=acks(n)),
     "claim_one": lambda n: commands.claim_one(Q, 1000, "a", levels="90"),
@@ -339,7 +340,8 @@ WORDS = {"two": 2, "three": 3, "four": 4, "seven": 7}
 LETTERS = {
     "o": Q.owners, "j": Q.jobs, "l": Q.leases, "e": Q.errors, "u": Q.dedup, "t": Q.dedup_expiry, "f": Q.finished,
     "s": Q.counters, "m": Q.marker, "c": Q.config, "d": Q.delayed, "x": Q.dead,
-    "k": Q.ticks, "b": Q.bulk, "g": Q.untold, "w": W.alive, "i": W.about, "p": S.plans, "n": S.next_ticks, "a": S.alarm,
+    "k": Q.ticks, "b": Q.bulk, "g": Q.untold, "y": Q.payloads, "w": W.alive, "i": W.about, "p": S.plans,
+    "n": S.next_ticks, "a": S.alarm,
     **{f"r{level}": key for level, key in enumerate(Q.ready)},
 }  # fmt: skip
 
@@ -353,7 +355,7 @@ def test_every_script_has_a_builder() -> None:
 def test_the_builder_passes_the_keys_of_the_header_in_its_order(name: str) -> None:
     command = BUILD[name](1)
     at_hand = {
-        "enqueue": (8, (Q.ready[3],)),
+        "enqueue": (9, (Q.ready[3],)),
         "enqueue_one": (3, (Q.ready[3],)),
         "claim": (7, (Q.ready[9], Q.ready[0])),
         "claim_one": (5, (Q.ready[9], Q.ready[0])),

@@ -21,13 +21,16 @@ from relay_core.commands.moves import (
     claim,
     claim_one,
     enqueue,
+    enqueue_large,
     enqueue_one,
     extend,
     finish,
+    is_large,
     nack,
     promote,
     reap,
     release,
+    tidy,
 )
 from relay_core.commands.schedules import Due, advance, due, retire, schedule, tick, unschedule
 from relay_core.commands.upkeep import (
@@ -81,10 +84,12 @@ __all__ = [
     "drop",
     "due",
     "enqueue",
+    "enqueue_large",
     "enqueue_one",
     "extend",
     "finish",
     "id_of",
+    "is_large",
     "list_jobs",
     "nack",
     "promote",
@@ -101,6 +106,7 @@ __all__ = [
     "show",
     "stats",
     "tick",
+    "tidy",
     "told",
     "unschedule",
 ]

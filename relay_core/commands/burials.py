@@ -24,7 +24,9 @@ def retell(q: QueueKeys, limit: int = MOST_RETOLD) -> Command[list[Grant]]:
             for id, token, retries, record, again in rows
         ]
 
-    return Command(scripts.load("retell"), (q.config, q.untold, q.dead, q.jobs, q.owners), (LAYOUT, limit), parse)
+    return Command(
+        scripts.load("retell"), (q.config, q.untold, q.dead, q.jobs, q.owners, q.payloads), (LAYOUT, limit), parse
+    )
 
 
 def told(q: QueueKeys, burials: Sequence[tuple[str, str]], *, by_all: bool = True) -> Command[int]:

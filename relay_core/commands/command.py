@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from relay_core.clock import sent_now
 from relay_core.scripts import Script
@@ -20,6 +20,18 @@ def id_of(raw: bytes) -> str:
     return raw.decode(errors="surrogateescape")
 
 
+class Apart(NamedTuple):
+    """The same command with large arguments kept out of its script, which would have to hash them: sent in one
+    transaction with what stores them.
+
+    :ivar args: in place of the command's own
+    :ivar after: plain commands that follow the script
+    """
+
+    args: tuple[Arg, ...]
+    after: tuple[tuple[Arg, ...], ...]
+
+
 @dataclass(slots=True)
 class Command(Generic[T]):
     """One script call: what to send, and how to read the reply. Building one does no I/O.
@@ -30,6 +42,7 @@ class Command(Generic[T]):
         None
     :ivar since: `sent_now()` at which an earlier command was sent that may have done the same, or None
     :ivar durable: True when the shells must confirm it as the broker's `durability` asks
+    :ivar apart: the better way to send it where that is possible, or None
     """
 
     script: Final[Script]
@@ -39,16 +52,28 @@ class Command(Generic[T]):
     resent_at: Final[int | None] = None
     durable: Final[bool] = False
     since: Final[float | None] = None
+    apart: Final[Apart | None] = None
 
-    def wire(self, since: float | None = None) -> tuple[Arg, ...]:
+    def wire(self, since: float | None = None, args: tuple[Arg, ...] | None = None) -> tuple[Arg, ...]:
         """`sha numkeys keys... args...`, what follows EVALSHA on the wire.
 
         :param since: `sent_now()` of its first send, where that may have run
+        :param args: other ones than its own
         """
-        args = self.args
+        args = self.args if args is None else args
         if self.since is not None:
             since = self.since
         if since is not None and self.resent_at is not None:
             age = max(1, math.ceil((sent_now() - since) * 1000))
             args = (*args[: self.resent_at], age, *args[self.resent_at + 1 :])
         return (self.script.sha, len(self.keys), *self.keys, *args)
+
+    def transaction(self, since: float | None = None) -> list[tuple[Arg, ...]] | None:
+        """All of its wires, where it is better sent that way. The reply to the script is the first in that of the last.
+
+        :param since: as of `wire`
+        """
+        if self.apart is None:
+            return None
+        script = ("EVALSHA", *self.wire(since, self.apart.args))
+        return [("MULTI",), script, *self.apart.after, ("EXEC",)]

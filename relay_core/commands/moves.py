@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 from relay_core import scripts
-from relay_core.commands.command import Arg, Command, id_of
-from relay_core.job import Enqueued
+from relay_core.commands.command import Apart, Arg, Command, id_of
+from relay_core.job import Enqueued, Record
 from relay_core.keys import LAYOUT, QueueKeys
 
 MAX_BATCH = 200
 """Most jobs in one script call: a longer one would keep the server from its other clients."""
+
+LARGE = 16384
+"""Bytes of a record from which on its payload is stored apart from it, by plain commands and not by scripts: a server's
+Lua hashes every byte of each string that it meets, which takes longer than all else that is done with a large one."""
 
 DEFAULT_KEEP_MS = 7 * 86_400_000
 """How long dead jobs are kept."""
@@ -30,6 +35,11 @@ class NewJob(NamedTuple):
     due: str
     dedup: str
     record: bytes
+
+
+def is_large(job: NewJob) -> bool:
+    """Whether its payload is to lie apart from its record, for which there is no short way."""
+    return len(job.record) >= LARGE
 
 
 class Ack(NamedTuple):
@@ -134,7 +144,7 @@ _LIMITS = (None, "paused", "rate", "max_inflight")
 def _sweep_keys(q: QueueKeys) -> tuple[bytes, ...]:
     return (
         q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors,
-        q.dedup, q.dedup_expiry, q.untold, *q.ready,
+        q.dedup, q.dedup_expiry, q.untold, *q.ready, q.payloads,
     )  # fmt: skip
 
 
@@ -192,9 +202,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
     :param since: `sent_now()` at which an earlier command was sent that may have stored them
     """
     levels = {job.record[:1] for job in jobs}
-    args: list[Arg] = [LAYOUT, 0, b"".join(levels)]
-    for job in jobs:
-        args += job
+    ahead: tuple[Arg, ...] = (LAYOUT, 0, b"".join(levels))
 
     def parse(reply: Sequence[Any], resent: bool) -> Stored:
         founded, *answers = reply
@@ -207,8 +215,51 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
         )
 
     lists = [q.ready[int(level)] for level in levels]
-    keys = (q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, *lists)
-    return Command(scripts.load("enqueue"), keys, tuple(args), parse, resent_at=1, durable=True, since=since)
+    keys = (
+        q.config, q.jobs, q.counters, q.marker, q.delayed, q.dedup, q.dedup_expiry, q.finished, q.payloads, *lists,
+    )  # fmt: skip
+    args: tuple[Arg, ...] = (*ahead, *(arg for job in jobs for arg in job))
+    apart = _apart(q, ahead, jobs) if any(map(is_large, jobs)) else None
+    script = scripts.load("enqueue")
+    return Command(script, keys, args, parse, resent_at=1, durable=True, since=since, apart=apart)
+
+
+def _apart(q: QueueKeys, ahead: tuple[Arg, ...], jobs: Sequence[NewJob]) -> Apart | None:
+    """The enqueue whose large payloads are stored after its script, which does not see them; None for none."""
+    args, payloads, named = list(ahead), {}, Counter(job.id for job in jobs)
+    for job in jobs:
+        record = job.record
+        if is_large(job) and named[job.id] == 1:  # of several of one id, nobody knows yet which is stored
+            record, payloads[job.id] = Record.split(record)
+        args += (*job[:3], record)
+    if not payloads:
+        return None
+    # a job that was there before keeps its payload if that lies apart; what is stored for others is tidied up
+    stores = (("HSETNX", q.payloads, id, payload) for id, payload in payloads.items())
+    # by its text, as nothing loads it where the server does not know it
+    tidied = tidy(q, list(payloads))
+    return Apart(tuple(args), (*stores, ("EVAL", tidied.script.text, *tidied.wire()[1:])))
+
+
+def enqueue_large(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
+    """Store a large job; the long way is `enqueue`, for what else there is to do than with most.
+
+    :param job: one that is ready now (`due` is "") and has no dedup key
+    """
+
+    def parse(reply: Sequence[Any], resent: bool) -> Enqueued | LongWay:
+        founded, answer = reply
+        if answer == 1 and not founded:
+            return Enqueued(job.id)
+        return LongWay(resent or answer == 1, id=job.id)
+
+    stored = enqueue(q, (job,))
+    return Command(stored.script, stored.keys, stored.args, parse, resent_at=1, durable=True, apart=stored.apart)
+
+
+def tidy(q: QueueKeys, ids: Sequence[str]) -> Command[int]:
+    """Payloads that lie apart from jobs that are not there, or have theirs in their records, leave the store."""
+    return Command(scripts.load("tidy"), (q.jobs, q.payloads), tuple(ids), lambda reply, _resent: int(reply))
 
 
 def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
@@ -299,7 +350,7 @@ def ack(q: QueueKeys, acks: Sequence[Ack]) -> Command[list[Verdict]]:
     """The jobs are done and leave the store."""
     args = tuple(arg for item in acks for arg in item)
     keys = (
-        q.owners, q.jobs, q.leases, q.errors, q.dedup, q.finished, q.counters, q.marker,
+        q.owners, q.jobs, q.leases, q.errors, q.dedup, q.finished, q.counters, q.marker, q.payloads,
     )  # fmt: skip
     return Command(scripts.load("ack"), keys, args, _acked)
 
@@ -322,6 +373,7 @@ def nack(q: QueueKeys, nacks: Sequence[Nack]) -> Command[list[Verdict]]:
     args = tuple(arg for item in nacks for arg in item)
     keys = (
         q.owners, q.jobs, q.leases, q.errors, q.dedup, q.delayed, q.counters, q.config, q.marker, q.dead, *q.ready,
+        q.payloads,
     )  # fmt: skip
     return Command(scripts.load("nack"), keys, args, _nacked)
 

@@ -128,7 +128,7 @@ def _number(text: str) -> int:
 
 
 def _state_keys(q: QueueKeys) -> tuple[bytes, ...]:
-    return (q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, *q.ready)
+    return (q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, *q.ready, q.payloads)
 
 
 def list_jobs(q: QueueKeys, state: State, skip: int, limit: int) -> Command[list[StoredJob]]:
@@ -204,7 +204,7 @@ def scan(
         rows = [reply[i : i + 6] for i in range(1, len(reply), 6)]
         return reply[0], [(_stored_job(q, *row), int(row[2])) for row in rows]
 
-    keys = (q.config, q.jobs, q.dead, q.owners, q.errors)
+    keys = (q.config, q.jobs, q.dead, q.owners, q.errors, q.payloads)
     args = (LAYOUT, point[0], point[1], until_ms, limit, most_bytes, int(records))
     return Command(scripts.load("scan"), keys, args, parse)
 
@@ -216,7 +216,7 @@ def bookmark(q: QueueKeys, run: str, place: str) -> Command[int]:
 
 def drop(q: QueueKeys, ids: Sequence[str]) -> Command[list[bool]]:
     """Dead jobs leave the store: True per id that was dead."""
-    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.untold)
+    keys = (q.config, q.dead, q.jobs, q.owners, q.errors, q.counters, q.untold, q.payloads)
     return Command(scripts.load("drop"), keys, (LAYOUT, *ids), lambda reply, _resent: [bool(one) for one in reply])
 
 
@@ -224,6 +224,7 @@ def cancel(q: QueueKeys, ids: Sequence[str]) -> Command[list[State | None]]:
     """Take jobs out: the state each was in (inflight: left alone), None for one that is not there."""
     keys = (
         q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.counters, q.untold, *q.ready,
+        q.payloads,
     )  # fmt: skip
     return Command(
         scripts.load("cancel"),
@@ -238,7 +239,9 @@ def purge(q: QueueKeys, state: State, limit: int, *, keep: int = 0) -> Command[i
 
     :param keep: ready jobs to leave, however many there are
     """
-    keys = (q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, q.untold, *q.ready)
+    keys = (
+        q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, q.untold, *q.ready, q.payloads,
+    )  # fmt: skip
     return Command(scripts.load("purge"), keys, (LAYOUT, state, limit, keep), lambda reply, _resent: int(reply))
 
 
@@ -246,7 +249,7 @@ def delete_queue(q: QueueKeys) -> Command[bool]:
     """Drop all keys of a queue that holds no job: False when it holds one."""
     keys = (
         q.config, q.jobs, q.delayed, q.leases, q.dead, q.owners, q.errors, q.dedup, q.dedup_expiry, q.marker,
-        q.counters, q.finished, q.bulk, q.ticks, q.untold, *q.ready,
+        q.counters, q.finished, q.bulk, q.ticks, q.untold, *q.ready, q.payloads,
     )  # fmt: skip
     return Command(scripts.load("delete_queue"), keys, (LAYOUT,), lambda reply, _resent: bool(reply))
 
@@ -270,7 +273,7 @@ def audit(q: QueueKeys, ids: Sequence[str], *, repair: bool) -> Command[list[str
     """Look closely at up to 50 ids: a finding per id, empty when it is sound."""
     keys = (
         q.config, q.jobs, q.counters, q.marker, q.delayed, q.leases, q.dead, q.owners, q.errors, q.untold,
-        *q.ready,
+        *q.ready, q.payloads,
     )  # fmt: skip
     assert len(q.ready) == LEVELS
     return Command(

@@ -49,7 +49,11 @@ class AsyncStore:
         address = self._router.ready(command.keys[0], started)
         first = None
         if address is not None and not (command.durable and self._policy.confirm):
-            outcome = await self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
+            if wires := command.transaction():
+                exchanged = await self._exchange(address, clients.pack_all(wires), len(wires))
+                outcome = attempts.answered(exchanged, len(wires))
+            else:
+                outcome = await self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
             if outcome.failure is None:
                 reply = outcome.replies[0]
                 if not isinstance(reply, Exception):

@@ -95,6 +95,7 @@ class Policy:
 class Call:
     """One command on its way.
 
+    :ivar transaction: the better way to send it, see `Command.transaction`, where there is one
     :ivar key: what it is routed by; None for any server
     :ivar target: the one server it is for, whatever its key
     :ivar ask_at: the server that a migrating slot's next send goes to
@@ -120,6 +121,7 @@ class Call:
         "script",
         "sent_at",
         "target",
+        "transaction",
         "trouble",
         "wire",
     )
@@ -134,9 +136,10 @@ class Call:
         durable: bool = False,
         target: Address | None = None,
         sent_at: float | None = None,
+        transaction: Callable[[float | None], list[tuple[Arg, ...]] | None] = lambda _since: None,
     ) -> None:
         self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
-        self.target = target
+        self.target, self.transaction = target, transaction
         self.sent_at = sent_now() if sent_at is None else sent_at
         self.resent = self.done = self.load = False
         self.ask_at: Address | None = None
@@ -144,6 +147,13 @@ class Call:
         self.error: RelayError | None = None
         self.free_turns = FREE_TURNS
         self.trouble = ""
+
+    def wires(self) -> list[tuple[Arg, ...]]:
+        """All that is to be sent now."""
+        since = self.sent_at if self.resent else None
+        if self.ask_at is not None:
+            return [("ASKING",), self.wire(since)]  # which is good for one command only
+        return self.transaction(since) or [self.wire(since)]
 
     def succeed(self, reply: Any) -> None:
         self.done = True
@@ -182,6 +192,7 @@ def call_for(command: Command[Any], sent_at: float | None = None) -> Call:
         script=command.script,
         durable=command.durable,
         sent_at=sent_at,
+        transaction=command.transaction,
     )
 
 
@@ -343,17 +354,14 @@ def _look_at(address: Address, router: Router, policy: Policy) -> Flow[Judgement
 def _send(address: Address, group: Sequence[Call], router: Router, policy: Policy) -> Flow[None]:
     """One pipeline to one server: scripts it lacks, the calls, and the request for confirmation."""
     wires: list[tuple[Arg, ...]] = []
-    owners: list[Call | None] = []
+    spans: list[tuple[Call, int, int]] = []
     for script in {call.script.sha: call.script for call in group if call.load and call.script}.values():
         wires.append(("SCRIPT", "LOAD", script.text))
     ahead = len(wires)
-    owners += [None] * ahead
     for call in group:
-        if call.ask_at is not None:
-            wires.append(("ASKING",))
-            owners.append(None)
-        wires.append(call.wire(call.sent_at if call.resent else None))
-        owners.append(call)
+        first = len(wires)
+        wires += call.wires()
+        spans.append((call, first, len(wires)))
     confirm = policy.confirm if any(call.durable for call in group) else None
     if confirm is not None:
         wires.append(confirm)
@@ -365,9 +373,9 @@ def _send(address: Address, group: Sequence[Call], router: Router, policy: Polic
                 if call.load:
                     call.fail(judged.error)
     pairs = [
-        (call, reply)
-        for call, reply in zip(owners, outcome.replies, strict=False)
-        if call is not None and not call.done
+        (call, _answer(outcome.replies[first:end]))
+        for call, first, end in spans
+        if end <= len(outcome.replies) and not call.done
     ]
     if confirm is None:
         yield from _take_in(group, pairs, outcome, address, router)
@@ -377,6 +385,20 @@ def _send(address: Address, group: Sequence[Call], router: Router, policy: Polic
         yield from _take_in(group, unsure, outcome, address, router)
     else:
         yield from _take_in(group, pairs, outcome, address, router, policy.unconfirmed(outcome.replies[-1], address))
+
+
+def answered(outcome: Outcome, count: int) -> Outcome:
+    """How the one command ended whose wires were so many."""
+    outcome.replies = [_answer(outcome.replies)] if len(outcome.replies) == count else []
+    return outcome
+
+
+def _answer(replies: Sequence[Any]) -> Any:
+    """The reply that counts, of those to the wires of one call: the last, or what kept a transaction from all of it."""
+    if len(replies) < 3:
+        return replies[-1]  # before it may be that to ASKING
+    refused = next((reply for reply in replies if isinstance(reply, Exception)), None)
+    return refused or replies[-1][0]
 
 
 def _take_in(

@@ -53,7 +53,10 @@ class SyncStore:
         address = self.ready(command, started)
         outcome = None
         if address is not None:
-            outcome = self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
+            if wires := command.transaction():
+                outcome = attempts.answered(self._exchange(address, clients.pack_all(wires), len(wires)), len(wires))
+            else:
+                outcome = self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
             if outcome.failure is None and not isinstance(reply := outcome.replies[0], Exception):
                 return command.parse(reply, False)
         return self.settle(command, started, sent_at, address, outcome)

@@ -8,10 +8,11 @@
 -- KEYS[6] f LIST ids finished lately
 -- KEYS[7] s HASH counters
 -- KEYS[8] m ZSET wake marker
+-- KEYS[9] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1..] three per job, at most 200 jobs: id | token | dedup key held until done, or ''
 -- returns answer per job: 1 done, 2 already done by this token, 0 lease lost
 -- moves: inflight -> done | cost O(jobs log inflight)
 local owners, jobs, leases, errors, dedup = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local finished, counters, marker = KEYS[6], KEYS[7], KEYS[8]
+local finished, counters, marker, payloads = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 --@include ack
 return ack(1, #ARGV / 3)

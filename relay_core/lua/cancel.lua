@@ -11,11 +11,12 @@
 -- KEYS[9] s HASH counters
 -- KEYS[10] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- KEYS[11..20] r0..r9 LIST id, one per priority level
+-- KEYS[21] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version | ARGV[2..] at most 200 ids
 -- returns state per id as it was found: ready, delayed, dead: gone now; inflight: left alone; '': no such job
 -- moves: ready, delayed, dead -> none | cost O(log delayed) per delayed or dead id, O(ready) per ready one
 local config, jobs, delayed, leases, dead, owners, errors, dedup, counters, untold = unpack(KEYS, 1, 10)
-local ready = {unpack(KEYS, 11, 20)}
+local ready, payloads = {unpack(KEYS, 11, 20)}, KEYS[21]
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
 --@include record
 --@include dedup
@@ -33,6 +34,7 @@ for i, id in ipairs(ids) do
     end
     if state ~= '' and state ~= 'inflight' then
       redis.call('HDEL', jobs, id)
+      redis.call('HDEL', payloads, id)
       redis.call('HDEL', owners, id)
       redis.call('HDEL', errors, id)
       if state == 'dead' then redis.call('ZREM', untold, id) end

@@ -16,6 +16,7 @@
 -- KEYS[14] k ZSET schedule, score = its last tick, unix ms
 -- KEYS[15] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- KEYS[16..25] r0..r9 LIST id, one per priority level
+-- KEYS[26] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version
 -- returns 1 it is gone | 0 jobs keep it
 -- moves: none | cost O(receipts + dedup keys)
@@ -24,5 +25,5 @@ local layout = ARGV[1]
 local found = redis.call('HGET', config, 'v')
 --@include layout
 if redis.call('EXISTS', jobs) == 1 then return 0 end
-redis.call('DEL', unpack(KEYS, 1, 25))
+redis.call('DEL', unpack(KEYS, 1, 26))
 return 1

@@ -7,10 +7,11 @@
 -- KEYS[5] e HASH id -> last failure
 -- KEYS[6] s HASH counters
 -- KEYS[7] g ZSET id, score = unix ms from which on anybody may tell of its burial
+-- KEYS[8] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version | ARGV[2..] at most 200 ids
 -- returns answer per id: 1 dropped, 0 not dead
 -- moves: dead -> none | cost O(ids log dead)
-local config, dead, jobs, owners, errors, counters, untold = unpack(KEYS, 1, 7)
+local config, dead, jobs, owners, errors, counters, untold, payloads = unpack(KEYS, 1, 8)
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
 local found = redis.call('HGET', config, 'v')
 --@include layout
@@ -21,6 +22,7 @@ for i, id in ipairs(ids) do
     redis.call('HDEL', owners, id)
     redis.call('HDEL', errors, id)
     redis.call('ZREM', untold, id)
+    redis.call('HDEL', payloads, id)
     dropped = dropped + redis.call('HDEL', jobs, id)
   end
 end

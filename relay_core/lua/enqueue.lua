@@ -8,7 +8,8 @@
 -- KEYS[6] u HASH dedup key -> id
 -- KEYS[7] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[8] f LIST ids finished lately
--- KEYS[9..18] LIST id, the ready lists of the levels that the third argument names, in its order
+-- KEYS[9] y HASH id -> payload, of jobs whose record says that it lies apart
+-- KEYS[10..19] LIST id, the ready lists of the levels that the third argument names, in its order
 -- ARGV[1] layout version | ARGV[2] 0, or ms since an earlier send that may have run
 -- ARGV[3] the levels of these jobs, a digit each
 -- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
@@ -18,7 +19,8 @@
 -- moves: none -> ready | none -> delayed | cost O(jobs log delayed), re-sent: and O(ids finished lately)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, dedup, dedup_expiry, finished = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
-local FIRST_LIST = 8 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
+local payloads = KEYS[9]
+local FIRST_LIST = 9 -- the ready list of the nth digit of `named` is KEYS[FIRST_LIST + n]
 local layout, age, named, args = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV
 -- ms: what is older than the earlier send by more is not that send's. Clocks, and the way here, may make up less
 local LATE = 60000
@@ -35,6 +37,7 @@ if #ids > 1 or age > 0 or args[6] ~= '' then known = redis.call('HMGET', jobs, u
 
 local resent, since = age > 0, now - age - LATE
 local answers, puts, pushes, stored, seen, duplicates = {set[2] and 0 or 1}, {}, {}, {}, {}, 0
+local apart = {}
 local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
@@ -76,6 +79,7 @@ for i, id in ipairs(ids) do
   else
     answers[i + 1] = 1
     stored[id] = true
+    if string.find(record, '^%d %d+ {"apart":') then apart[#apart + 1] = id end
     if keep then
       redis.call('HSET', dedup, key, id)
       if keep == '0' then
@@ -111,6 +115,8 @@ end
 
 local wake = false
 if #puts > 0 then redis.call('HSET', jobs, unpack(puts)) end
+-- their payloads come with the next commands, each of which keeps what is there: an earlier try may have left another
+if #apart > 0 then redis.call('HDEL', payloads, unpack(apart)) end
 for level, list in pairs(pushes) do
   redis.call('RPUSH', KEYS[FIRST_LIST + string.find(named, level, 1, true)], unpack(list))
   wake = true

@@ -13,7 +13,8 @@
 -- KEYS[11] t ZSET dedup key, score = unix ms at which it is free
 -- KEYS[12] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- KEYS[13..22] r0..r9 LIST id, one per priority level
--- KEYS[23] f LIST ids finished lately
+-- KEYS[23] y HASH id -> payload, of jobs whose record says that it lies apart
+-- KEYS[24] f LIST ids finished lately
 -- ARGV[1] layout version | ARGV[2] 0, or ms since an earlier send that may have run | ARGV[3] count to claim, 0..200
 -- ARGV[4] lease, ms | ARGV[5] nonce | ARGV[6] max deliveries of jobs that name none
 -- ARGV[7] how long dead jobs are kept, ms | ARGV[8] 1 when the caller took the wake marker
@@ -26,9 +27,9 @@
 --   cost O((acks + nacks + count) log inflight)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, leases, dead, owners, errors = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
-local dedup, dedup_expiry, untold = KEYS[10], KEYS[11], KEYS[12]
+local dedup, dedup_expiry, untold, payloads = KEYS[10], KEYS[11], KEYS[12], KEYS[23]
 local READY = 13 -- the ready list of level n is KEYS[READY + n]
-local finished = KEYS[23]
+local finished = KEYS[24]
 local layout, resent, want, lease_ms, nonce = ARGV[1], ARGV[2] ~= '0', tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local max_deliveries, keep_ms, woken = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
 local acks, nacks, items_from = tonumber(ARGV[9]), tonumber(ARGV[10]), 11

@@ -8,12 +8,14 @@
 -- KEYS[6] o HASH id -> delivery state
 -- KEYS[7] e HASH id -> last failure
 -- KEYS[8..17] r0..r9 LIST id, one per priority level
+-- KEYS[18] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version | ARGV[2] state | ARGV[3] jobs to pass over | ARGV[4] most jobs to return, 1..200
 -- returns {id, state, score or -1, record or '', delivery state or '', last failure or '', ...}, six per job
 -- moves: none | cost O(passed over + returned)
 local config, jobs, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 7)
-local ready = {unpack(KEYS, 8, 17)}
+local ready, payloads = {unpack(KEYS, 8, 17)}, KEYS[18]
 local layout, state, skip, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+--@include whole
 --@include rows
 local found = redis.call('HGET', config, 'v')
 --@include layout

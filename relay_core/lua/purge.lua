@@ -10,12 +10,13 @@
 -- KEYS[8] s HASH counters
 -- KEYS[9] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- KEYS[10..19] r0..r9 LIST id, one per priority level
+-- KEYS[20] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version | ARGV[2] state: ready, delayed or dead | ARGV[3] most jobs to drop, 1..200
 -- ARGV[4] how many ready jobs to leave
 -- returns number of jobs dropped
 -- moves: ready, delayed, dead -> none | cost O(dropped log state)
 local config, jobs, delayed, dead, owners, errors, dedup, counters, untold = unpack(KEYS, 1, 9)
-local ready = {unpack(KEYS, 10, 19)}
+local ready, payloads = {unpack(KEYS, 10, 19)}, KEYS[20]
 local layout, state, limit, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 --@include dedup
 local found = redis.call('HGET', config, 'v')
@@ -39,6 +40,7 @@ end
 if #ids == 0 then return 0 end
 for i, record in ipairs(redis.call('HMGET', jobs, unpack(ids))) do free_dedup_of(ids[i], record) end
 redis.call('HDEL', jobs, unpack(ids))
+redis.call('HDEL', payloads, unpack(ids))
 redis.call('HDEL', owners, unpack(ids))
 redis.call('HDEL', errors, unpack(ids))
 if state == 'dead' then redis.call('ZREM', untold, unpack(ids)) end

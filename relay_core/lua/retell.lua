@@ -6,14 +6,16 @@
 -- KEYS[3] x ZSET id, score = time of death, unix ms
 -- KEYS[4] j HASH id -> record
 -- KEYS[5] o HASH id -> delivery state
+-- KEYS[6] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version | ARGV[2] most burials to hand out, 1..200
 -- returns {id, token, retries, record, 1 if all but some were told before, else 0, ...}, five per job
 -- moves: none | cost O(handed out log dead)
-local config, untold, dead, jobs, owners = unpack(KEYS, 1, 5)
+local config, untold, dead, jobs, owners, payloads = unpack(KEYS, 1, 6)
 local layout, limit = ARGV[1], tonumber(ARGV[2])
 local TELL_WITHIN, LONGEST = 30000, 600000 -- ms for which it is left to the caller
 --@include clock
 --@include owner
+--@include whole
 local found = redis.call('HGET', config, 'v')
 --@include layout
 local reply = {}
@@ -25,7 +27,7 @@ for i = 1, #notes, 2 do
   if record then
     local token, _, _, retries = parse_owner(redis.call('HGET', owners, id))
     local at = #reply
-    reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] = id, token, retries, record
+    reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] = id, token, retries, whole(id, record)
     reply[at + 5] = again > 0 and 1 or 0
     local pause = TELL_WITHIN
     -- who was not ready is told ever less often: after half of the time that has gone by since

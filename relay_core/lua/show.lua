@@ -8,12 +8,14 @@
 -- KEYS[6] o HASH id -> delivery state
 -- KEYS[7] e HASH id -> last failure
 -- KEYS[8..17] r0..r9 LIST id, one per priority level
+-- KEYS[18] y HASH id -> payload, of jobs whose record says that it lies apart
 -- ARGV[1] layout version | ARGV[2..] at most 200 ids
 -- returns six per job as `list` does; state '' for an id that is in none
 -- moves: none | cost O(log n) per id, O(ready) for one that is ready
 local config, jobs, delayed, leases, dead, owners, errors = unpack(KEYS, 1, 7)
-local ready = {unpack(KEYS, 8, 17)}
+local ready, payloads = {unpack(KEYS, 8, 17)}, KEYS[18]
 local layout, ids = ARGV[1], {unpack(ARGV, 2)}
+--@include whole
 --@include rows
 local found = redis.call('HGET', config, 'v')
 --@include layout

@@ -120,7 +120,7 @@ class Claiming(Ending, Burials):
         jobs = Claimed((), reply.limited, None if reply.hint_ms is None else reply.hint_ms / 1000)
         spoiled: list[tuple[Job, str]] = []
         tell = self.plugins.wants("relay_job_claimed")
-        for grant in reply.grants:
+        for grant in (yield from self.whole(queue, reply.grants)):
             job, problem = self.job_of(queue, grant, reply.now_ms, sent)
             if problem:
                 spoiled.append((job, problem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from relay_core import commands
@@ -39,8 +40,8 @@ def holds_key(job: Job) -> bool:
 
 def is_plain(job: Job) -> bool:
     """May its ack go the short way? A job that failed before is sent back there, and one of a queue with limits, which
-    the last letter of its token tells."""
-    return not (job.retries or job.token.endswith("g") or holds_key(job))
+    the last letter of its token tells. It leaves payloads that lie apart where they are."""
+    return not (job.retries or job.token.endswith("g") or holds_key(job) or job.options.apart)
 
 
 def are_plain(jobs: Sequence[Job]) -> bool:
@@ -115,7 +116,7 @@ class Ending(Base):
         if payload is not None:
             body = self.plugins.encode(payload_bytes(payload), job.queue)
             payload_size(body, self.settings.max_payload)
-            record = Record.pack(job.priority, job.options, body)
+            record = Record.pack(job.priority, replace(job.options, apart=None), body)
         why = "_".join(error_text(reason).split()) or ("rejected" if dead else "max_retries")
         return Nack(job.id, job.token, ms, limit, why, error_text(error), record)
 

@@ -95,7 +95,12 @@ class Enqueueing(Base):
         payload = payload_bytes(payload)
         payload_size(payload, self.settings.max_payload)
         job = plain_job(payload, id, priority, headers)
-        return None if job is None else commands.enqueue_one(self.settings.keys(queue), job)
+        return None if job is None else self._short(queue, job)
+
+    def _short(self, queue: str, job: NewJob) -> Command[Enqueued | LongWay]:
+        """The command of most, which are ready now and have no dedup key."""
+        short = commands.enqueue_large if commands.is_large(job) else commands.enqueue_one
+        return short(self.settings.keys(queue), job)
 
     def told(self, queue: str, answer: Enqueued, headers: Mapping[str, str] | None) -> Enqueued:
         """The answer to a straight enqueue, of which the plugins know now."""
@@ -124,7 +129,7 @@ class Enqueueing(Base):
         q = self.settings.keys(queue)
         if answer is None and since is None and not (job.due or job.dedup):
             since = sent_now()
-            answer = yield commands.enqueue_one(q, job)
+            answer = yield self._short(queue, job)
         if isinstance(answer, Enqueued):
             return answer
         if answer is not None and not answer.resent:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 from relay_core.commands import Grant
-from relay_core.errors import InvalidRecord
+from relay_core.errors import InvalidRecord, RelayError
 from relay_core.job import NO_OPTIONS, Job, Record
+from relay_core.keys import QueueKeys
 from relay_core.operations.base import Base
+from relay_core.operations.steps import Flow, Raw
+
+
+def fetch(q: QueueKeys, records: Mapping[str, bytes]) -> Flow[dict[str, bytes]]:
+    """The same records by id, with their payloads also where those lie apart and are still there."""
+    apart = [id for id, record in records.items() if Record.lies_apart(record)]
+    payloads = (yield Raw(("HMGET", q.payloads, *apart))) if apart else ()
+    return {**records, **{id: records[id] + (payload or b"") for id, payload in zip(apart, payloads, strict=True)}}
 
 
 class Grants(Base):
     """Reads the rows of leased and of buried jobs."""
+
+    def whole(self, queue: str, grants: Sequence[Grant]) -> Flow[Sequence[Grant]]:
+        """The grants of a claim with their payloads, of which scripts hand out no large ones."""
+        apart = {grant.id: grant.record for grant in grants if Record.lies_apart(grant.record)}
+        if not apart:
+            return grants
+        try:
+            records = yield from fetch(self.settings.keys(queue), apart)
+        except RelayError:
+            rest = [grant for grant in grants if grant.id not in apart]
+            if not rest:
+                raise
+            return rest  # the leases of the others end by themselves; these must reach their worker
+        return [grant._replace(record=records.get(grant.id, grant.record)) for grant in grants]
 
     def job_of(self, queue: str, grant: Grant, now_ms: int, sent: float) -> tuple[Job, str]:
         """The job, and what is wrong with its record or payload, if anything."""

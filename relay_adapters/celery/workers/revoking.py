@@ -20,6 +20,7 @@ from relay_adapters.telling import PATIENCE
 from relay_core import Broker
 from relay_core.errors import RelayError
 from relay_core.job import Record, State
+from relay_core.operations.grants import fetch
 
 logger = logging.getLogger("relay.celery")
 
@@ -115,12 +116,10 @@ def _mark_as_revoked(app: Any, told: Mapping[str, Any], context: Any, _is_ours: 
 
 def payloads(broker: Broker, queue: str, ids: Sequence[str]) -> dict[str, bytes]:
     """Of the jobs of these ids that are there. Most are not, so that no list of a queue is searched for them."""
-    records = broker.store.raw("HMGET", broker.settings.keys(queue).jobs, *ids)
-    found: dict[str, bytes] = {}
-    for id, record in zip(ids, records, strict=True):
-        if record is None:
-            continue
-        found[id] = record
+    q = broker.settings.keys(queue)
+    records = zip(ids, broker.store.raw("HMGET", q.jobs, *ids), strict=True)
+    found = broker.drive(fetch(q, {id: record for id, record in records if record is not None}))
+    for id, record in found.items():
         with suppress(Exception):  # of one that cannot be read, it is only known that it is there
             found[id] = broker.plugins.decode(Record.unpack(record).payload, queue)
     return found

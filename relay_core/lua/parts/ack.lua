@@ -1,5 +1,5 @@
 -- ack: jobs are done, with a check of each token before every write
--- uses: jobs, leases, owners, errors, dedup, counters, marker, finished
+-- uses: jobs, payloads, leases, owners, errors, dedup, counters, marker, finished
 -- ack(from, count): ARGV[from..] = count times id, token, dedup key or ''
 --   answers per job: 1 done, 2 already done by this token, 0 lease lost
 local function ack(from, count)
@@ -31,6 +31,7 @@ local function ack(from, count)
   end
   if #done > 0 then
     redis.call('HDEL', jobs, unpack(done))
+    redis.call('HDEL', payloads, unpack(done))
     redis.call('HDEL', owners, unpack(done))
     redis.call('ZREM', leases, unpack(done))
     if failed then redis.call('HDEL', errors, unpack(failed)) end

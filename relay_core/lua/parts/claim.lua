@@ -1,6 +1,6 @@
 -- claim: the long way to claim, with all that a claim may have to do. Plain code, since it runs once, and what is
 --   rarely needed is included where it is needed: a closure costs as much as a command
--- uses: now, config, jobs, counters, marker, delayed, leases, dead, owners, errors, dedup, dedup_expiry, READY,
+-- uses: now, config, jobs, payloads, counters, marker, delayed, leases, dead, owners, errors, dedup, dedup_expiry, READY,
 --   layout, resent, want, lease_ms, nonce, max_deliveries, keep_ms, woken, untold
 -- defines: reply = {status, hint ms, now, promoted, reaped, buried rows, levels, id, token, retries, record, ...}
 --   status 0 free, 1 paused, 2 rate, 3 max_inflight; hint: ms until asking again makes sense, -1: only a wake-up tells;
@@ -12,6 +12,7 @@ local gone, promoted, reaped = {}, 0, 0
 if due and due <= now then
   --@include owner
   --@include record
+  --@include whole
   --@include dedup
   --@include bury
   --@include sweep
@@ -65,9 +66,10 @@ if ids then
         --@include bury
         local told = 'delivered ' .. (deliveries - failed) .. ' times without an answer'
         bury(id, old, failed, record, 'r', 'max_deliveries', told)
+        --@include whole
         --@include note
         local last = #gone
-        gone[last + 1], gone[last + 2], gone[last + 3], gone[last + 4] = id, old, failed, record
+        gone[last + 1], gone[last + 2], gone[last + 3], gone[last + 4] = id, old, failed, whole(id, record)
       else
         token, retries = deliveries + 1 .. ':' .. fence + i .. tail, failed
       end

@@ -1,5 +1,5 @@
 -- nack: jobs failed, with a check of each token before every write
--- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, counters, marker,
+-- uses: now, config, jobs, payloads, READY, delayed, leases, dead, owners, errors, counters, marker,
 --       parse_owner, parse_record, bury
 -- nack(from, count): ARGV[from..] = count times id, token, delay ms (-1: dead now), max retries, reason,
 --   error, record without its creation time ('': unchanged)
@@ -27,6 +27,7 @@ local function nack(from, count)
       if rewritten ~= '' then
         record = (string.match(record, '^%d+') or now) .. ' ' .. rewritten
         redis.call('HSET', jobs, id, record)
+        redis.call('HDEL', payloads, id)
       end
       if delay < 0 or retries >= max_retries then
         bury(id, token, retries, record, 'n', reason, message)

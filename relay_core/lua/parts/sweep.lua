@@ -1,6 +1,6 @@
 -- sweep: promote due jobs, reap expired leases, forget what was kept long enough; at most `limit` of each
--- uses: now, config, jobs, READY, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
---       untold, parse_owner, parse_record, bury
+-- uses: now, config, jobs, payloads, READY, delayed, leases, dead, owners, errors, dedup, dedup_expiry, counters,
+--       untold, parse_owner, parse_record, whole, bury
 -- moves: delayed -> ready | inflight -> ready (at the head: it waited longest), or dead past max deliveries
 -- set_due(more): writes the exact next due time, which is now where there is more to forget, returns it or nil
 -- promote(limit): number promoted
@@ -52,7 +52,7 @@ local function reap(limit, max_deliveries, gone)
         gone[#gone + 1] = id
         gone[#gone + 1] = token
         gone[#gone + 1] = retries
-        gone[#gone + 1] = record
+        gone[#gone + 1] = whole(id, record)
       else
         redis.call('HSET', owners, id, token .. ' ' .. retries .. ' r')
         redis.call('LPUSH', KEYS[READY + level], id)
@@ -73,6 +73,7 @@ local function forget(limit, keep_ms)
   local ids = redis.call('ZRANGE', dead, '-inf', now - keep_ms, 'BYSCORE', 'LIMIT', 0, limit)
   if #ids > 0 then
     redis.call('HDEL', jobs, unpack(ids))
+    redis.call('HDEL', payloads, unpack(ids))
     redis.call('HDEL', owners, unpack(ids))
     redis.call('HDEL', errors, unpack(ids))
     redis.call('ZREM', dead, unpack(ids))
