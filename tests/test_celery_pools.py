@@ -12,7 +12,7 @@ from celery import Celery, chord, group
 from celery.result import AsyncResult
 
 from relay_core import Broker
-from relay_core.commands.moves import LARGE
+from relay_core.commands.enqueues import LARGE
 from relay_core.testing import advance
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually

@@ -18,7 +18,7 @@ from celery.utils.nodenames import gethostname
 
 from relay_adapters.celery.workers.revoking import Revoker
 from relay_core import Broker
-from relay_core.commands.moves import LARGE
+from relay_core.commands.enqueues import LARGE
 from tests.celery_workers import CeleryWorker, client_of, lines, results_of
 from tests.servers import Server, eventually
 

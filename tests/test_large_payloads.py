@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relay_core import AsyncBroker, Broker, Enqueued, JobSpec, commands, hookimpl
-from relay_core.commands.moves import LARGE
+from relay_core.commands.enqueues import LARGE
 from relay_core.errors import LayoutError, RelayError, StoreError, Unavailable
 from relay_core.job import Job, Record, State
 from tests.proxy import Proxy, to_socket
@@ -197,6 +197,15 @@ def test_who_hears_of_a_burial_hears_of_the_payload(finder: str, server: Server)
         with Broker(server.url, plugins=[told], max_deliveries=1) as other:
             other.reap("q") if finder == "reap" else other.claim("q")
         assert told.payloads == [BIG]
+
+
+def test_the_first_of_a_queue_that_was_deleted_makes_its_name_known_again(broker: Broker, server: Server) -> None:
+    broker.ack_many(broker.claim("q") if broker.enqueue("q", b"") else [])
+    with Broker(server.url) as other:
+        assert other.delete_queue("q")
+        assert other.queues() == []
+    broker.enqueue("q", BIG)
+    assert broker.queues() == ["q"]
 
 
 # ids that are taken

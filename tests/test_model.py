@@ -22,7 +22,7 @@ from relay_core import commands, scripts
 from relay_core.broker import Broker
 from relay_core.clock import sent_now
 from relay_core.commands import Ack, ClaimReply, Command, Finish, Grant, LongWay, Nack, NewJob, Verdict
-from relay_core.commands.moves import LARGE
+from relay_core.commands.enqueues import LARGE
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
 from relay_core.maintenance import limits

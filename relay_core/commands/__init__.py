@@ -5,6 +5,15 @@ They are the only Python that knows the order of a script's KEYS and ARGV.
 
 from relay_core.commands.burials import retell, told
 from relay_core.commands.command import Command, id_of
+from relay_core.commands.enqueues import (
+    NewJob,
+    Stored,
+    enqueue,
+    enqueue_large,
+    enqueue_one,
+    is_large,
+    tidy,
+)
 from relay_core.commands.moves import (
     Ack,
     ClaimReply,
@@ -12,25 +21,18 @@ from relay_core.commands.moves import (
     Grant,
     LongWay,
     Nack,
-    NewJob,
     Reaped,
-    Stored,
     Verdict,
     ack,
     ack_one,
     claim,
     claim_one,
-    enqueue,
-    enqueue_large,
-    enqueue_one,
     extend,
     finish,
-    is_large,
     nack,
     promote,
     reap,
     release,
-    tidy,
 )
 from relay_core.commands.schedules import Due, advance, due, retire, schedule, tick, unschedule
 from relay_core.commands.upkeep import (

@@ -8,7 +8,7 @@ from typing import Any
 
 from relay_core import scripts
 from relay_core.commands.command import Command
-from relay_core.commands.moves import NewJob
+from relay_core.commands.enqueues import NewJob
 from relay_core.job import Enqueued
 from relay_core.keys import LAYOUT, QueueKeys, ScheduleKeys
 
