@@ -352,3 +352,105 @@ def test_two_apps_of_one_process_attend_to_one_mailbox_apart(server: Server, bro
         assert broker.store.raw("ZRANGE", consumers, 0, -1) == [attendances[0].consumer.encode()]
         send(staying, 2, "news")
         assert first.wait(2) == [1, 2]
+
+
+# queues whose users could not say that they live
+
+
+def pass_by(channel: Any, seconds: float) -> None:
+    """As if so much time had passed in which nobody told the store anything."""
+    places, raw = channel.topology.places, channel.topology.stored.raw
+    for queue in raw("ZRANGE", places.ends, 0, -1):
+        raw("ZINCRBY", places.ends, -seconds * 1000, queue)
+    for field in ("amq.told", "amq.spared"):
+        if raw("HEXISTS", places.versions, field):
+            raw("HINCRBY", places.versions, field, round(-seconds * 1000))
+
+
+@pytest.mark.parametrize("options", [{"exclusive": True}, {"expires": 60}, {"auto_delete": True}], ids=repr)
+def test_the_first_process_back_after_an_outage_ends_no_queue_of_another(server: Server, options: Any) -> None:
+    """Nobody could say that he lives. Who can again may not be the first."""
+    with link(server.url) as first, link(server.url) as other:
+        queue = kombu.Queue("theirs", kombu.Exchange("news", "fanout"), **options)
+        queue(other.default_channel).declare()
+        send(other, 1, "news")
+        attendance = Inbox(first, kombu.Queue("q")).channel.attendance
+        attendance.turn()
+        pass_by(first.default_channel, 61)
+        attendance.turn()
+        pass_by(first.default_channel, 20)
+        attendance.turn()
+        inbox = Inbox(other, queue)
+        assert inbox.wait(1) == [1]
+        inbox.messages[0].ack()
+
+
+def test_an_outage_after_the_outage_ends_no_queue_of_a_process_that_was_not_back_in_between(server: Server) -> None:
+    with link(server.url) as first, link(server.url) as other:
+        kombu.Queue("theirs", exclusive=True)(other.default_channel).declare()
+        send(other, 1, key="theirs")
+        attendance = Inbox(first, kombu.Queue("q")).channel.attendance
+        for _ in range(5):
+            attendance.turn()
+            pass_by(first.default_channel, 31)
+        attendance.turn()
+        assert got(other, "theirs") == [1]
+
+
+def test_a_process_that_could_not_tell_the_store_ends_no_queue_of_others_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could not either, and a queue may have less time than tells an outage from a silence."""
+    with link(server.url) as first, link(server.url) as other:
+        kombu.Queue("theirs", expires=5)(other.default_channel).declare()
+        send(other, 1, key="theirs")
+        attendance = Inbox(first, kombu.Queue("q")).channel.attendance
+        attendance.turn()
+
+        def cut_off(_command: Any) -> Any:
+            raise Unavailable("cut off, for this test")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(attendance.topology.broker.store, "run", cut_off)
+            with pytest.raises(Unavailable):
+                attendance.turn()
+        pass_by(first.default_channel, 6)
+        attendance.turn()
+        attendance.turn()
+        assert got(other, "theirs") == [1]
+
+
+def test_a_queue_whose_user_does_not_come_back_after_an_outage_ends(server: Server, broker: Broker) -> None:
+    with link(server.url) as first, link(server.url) as other:
+        kombu.Queue("theirs", exclusive=True)(other.default_channel).declare()
+        send(other, 1, key="theirs")
+        channel = Inbox(first, kombu.Queue("q")).channel
+        channel.attendance.turn()
+        pass_by(channel, 61)
+        for _ in range(3):
+            channel.attendance.turn()
+            assert broker.stats("theirs").ready == 1
+            pass_by(channel, 20)
+        channel.attendance.turn()
+        assert channel.topology.terms("theirs", fresh=True) is None
+        assert broker.stats("theirs").pending == 0
+
+
+def test_the_first_publish_after_an_outage_reaches_those_that_could_not_say_that_they_live(
+    server: Server, broker: Broker
+) -> None:
+    """One that nobody consumes still ends by what is published, where no process consumes anything."""
+    with link(server.url) as sender, link(server.url) as other:
+        kombu.Queue("copies", kombu.Exchange("news", "fanout"), auto_delete=True)(other.default_channel).declare()
+        channel: Any = sender.default_channel
+        send(sender, 0, "news")
+        with kombu.Consumer(other.channel(), [kombu.Queue("q")]):
+            pass  # somebody was there
+        pass_by(channel, 61)
+        for number in range(1, 4):
+            send(sender, number, "news")
+            assert broker.stats("copies").ready == number + 1
+            pass_by(channel, 20)
+        send(sender, 4, "news")
+        assert broker.stats("copies").pending == 0
+        assert channel.topology.terms("copies", fresh=True) is None

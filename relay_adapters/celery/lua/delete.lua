@@ -8,7 +8,7 @@
 -- KEYS[6] b STREAM messages of this queue, where it is a mailbox
 -- KEYS[7] s SET queues of jobs with a time limit for messages, which have to be looked after
 -- KEYS[8..] t SET bindings of an exchange that it is bound to, one per binding
--- ARGV[1] queue | ARGV[2] '' in any case, 'unused' without consumers, 'ended' when its time is over,
+-- ARGV[1] queue | ARGV[2] '' in any case, 'unused' without consumers, 'ended' when its time is over and it is not spared,
 --   'vanished' a mailbox whose messages' key has ended
 -- ARGV[3..] two per binding: exchange | binding, JSON
 -- returns 1; 0 when it was bound elsewhere in the meantime; -1 when the condition does not hold
@@ -18,11 +18,12 @@ local queue, condition, args = ARGV[1], ARGV[2], ARGV
 local TABLES = 7 -- the bindings of the nth exchange are KEYS[TABLES + n]
 --@include clock
 --@include stamp
+--@include spared
 if condition == 'unused' and redis.call('ZCOUNT', consumers, now, '+inf') > 0 then return -1 end
 if condition == 'vanished' and redis.call('EXISTS', box) == 1 then return -1 end
 if condition == 'ended' then
   local at = redis.call('ZSCORE', ends, queue)
-  if not at or tonumber(at) > now then return -1 end
+  if not at or tonumber(at) > now or spared() then return -1 end
 end
 if redis.call('SCARD', places) ~= (#args - 2) / 2 then return 0 end
 for at = 3, #args, 2 do

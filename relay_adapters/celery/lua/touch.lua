@@ -3,18 +3,22 @@
 -- KEYS[1] q HASH queue -> what it is, JSON
 -- KEYS[2] e ZSET queue, score = unix ms at which it ends unless it is used before
 -- KEYS[3] s SET queues of jobs with a time limit for messages, which have to be looked after
--- KEYS[4..] two per queue: c ZSET consumer, score = unix ms until which it counts as alive |
+-- KEYS[4] v HASH exchange -> version of its bindings; 'amq.told' -> unix ms at which a consumer said anything;
+--   'amq.spared' -> unix ms before which no queue ends
+-- KEYS[5..] two per queue: c ZSET consumer, score = unix ms until which it counts as alive |
 --   b STREAM messages, where it is a mailbox
 -- ARGV[1] consumer | ARGV[2] ms for which it counts as alive from now
--- ARGV[3..] five per queue, or per reader of one: queue | ms without use after which it ends, 0 never |
+-- ARGV[3] 1 where it could not say so before: then others could not either, and no queue ends for a while
+-- ARGV[4..] five per queue, or per reader of one: queue | ms without use after which it ends, 0 never |
 --   ms for which a mailbox keeps a message, 0 no limit, -1 no mailbox | who reads it | id of the last message that this
 --   one received, '' none
--- returns {queues whose time is over, queues to be looked after, per row: 1 it is there, 0 it is not}
+-- returns {queues that may end as their time is over, queues to be looked after, per row: 1 it is there, 0 it is not}
 -- moves: none | cost O(queues log queues + messages received)
-local queues, ends, limited = KEYS[1], KEYS[2], KEYS[3]
-local consumer, alive_ms, args = ARGV[1], tonumber(ARGV[2]), ARGV
-local PLACES = 4 -- consumers and mailbox of the nth row, from 0, are KEYS[PLACES + 2 * n] and the one after
+local queues, ends, limited, versions = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local consumer, alive_ms, away, args = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', ARGV
+local PLACES = 5 -- consumers and mailbox of the nth row, from 0, are KEYS[PLACES + 2 * n] and the one after
 --@include clock
+--@include spared
 local function drop(box, taken)
   if #taken == 0 then return end
   local ids = {}
@@ -22,9 +26,11 @@ local function drop(box, taken)
   redis.call('XACK', box, 'q', unpack(ids))
   redis.call('XDEL', box, unpack(ids))
 end
+if away or silent() then redis.call('HSET', versions, 'amq.spared', now + SPARED_MS) end
+redis.call('HSET', versions, 'amq.told', now)
 local answers = {0, redis.call('SCARD', limited)}
-for at = 3, #args, 5 do
-  local n = (at - 3) / 5
+for at = 4, #args, 5 do
+  local n = (at - 4) / 5
   local consumers, box = KEYS[PLACES + 2 * n], KEYS[PLACES + 2 * n + 1]
   local queue, idle_ms, keep_ms = args[at], tonumber(args[at + 1]), tonumber(args[at + 2])
   local reader, last = args[at + 3], args[at + 4]
@@ -47,5 +53,5 @@ for at = 3, #args, 5 do
   end
   answers[n + 3] = there and 1 or 0
 end
-answers[1] = redis.call('ZCOUNT', ends, '-inf', now)
+if not spared() then answers[1] = redis.call('ZCOUNT', ends, '-inf', now) end
 return answers

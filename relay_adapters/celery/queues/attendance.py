@@ -81,6 +81,8 @@ class Attendance:
         self._received = 0
         self._pause = 0.0
         self._failures = 0
+        self._away = False
+        """Whether the store could not be told something since it was touched last."""
         self._ended = self._limited = 0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -186,7 +188,10 @@ class Attendance:
         alive_ms = self._alive_ms
         for at in range(0, len(told), 100):
             batch = told[at : at + 100]
-            ended, limited, *answers = self._run(moves.touch(self.topology.places, self.consumer, alive_ms, batch))
+            ended, limited, *answers = self._run(
+                moves.touch(self.topology.places, self.consumer, alive_ms, batch, away=self._away)
+            )
+            self._away = False
             if limited > self._limited:
                 self._wake.set()
             self._ended, self._limited = ended, limited
@@ -220,7 +225,11 @@ class Attendance:
                     self._left = {**untold, **self._left}
 
     def _run(self, command: Command[T]) -> T:
-        return self.topology.broker.store.run(command)
+        try:
+            return self.topology.broker.store.run(command)
+        except RelayError:
+            self._away = True
+            raise
 
     def turn(self) -> float:
         """What the thread does each time: seconds until the next time."""

@@ -184,9 +184,12 @@ class Declarations:
         return max(0, int(self.raw("XLEN", box)) - given)
 
     def has_ended(self, name: str) -> bool:
-        """True for a queue that expires and was not used for its time."""
+        """True for a queue that expires and was not used for its time, though whoever uses it could have said so."""
         at = self.raw("ZSCORE", self.places.ends, name)
-        return at is not None and float(at) <= self.now_ms()
+        if at is None or float(at) > self.now_ms():
+            return False
+        may_end, *_ = self.broker.store.run(moves.touch(self.places, "", 0, ()))
+        return may_end > 0
 
     def ended(self, limit: int = 50) -> list[str]:
         """Queues whose time is over, the longest over first."""

@@ -120,10 +120,15 @@ def publish(
     return Command(_script("publish"), keys, tuple(args), parse, resent_at=0)
 
 
-def touch(p: Places, consumer: str, alive_ms: int, queues: Sequence[Touched]) -> Command[list[int]]:
-    """How many queues' time is over, how many have to be looked after; and per row: 1 it is there, 0 it is not."""
-    keys = [p.queues, p.ends, p.limited]
-    args: list[Any] = [consumer, alive_ms]
+def touch(
+    p: Places, consumer: str, alive_ms: int, queues: Sequence[Touched], *, away: bool = False
+) -> Command[list[int]]:
+    """How many queues end as their time is over, how many have to be looked after; per row: 1 it is there, 0 it is not.
+
+    :param away: whether the store could not be told before: it spares the queues whose time is over for a while
+    """
+    keys = [p.queues, p.ends, p.limited, p.versions]
+    args: list[Any] = [consumer, alive_ms, int(away)]
     for touched in queues:
         keys += (p.consumers(touched.queue), p.box(touched.queue))
         args += touched

@@ -41,7 +41,8 @@ class Places:
     @cached_property
     def versions(self) -> bytes:
         """HASH exchange -> version of its properties and bindings; '' -> how many there were; 'amq.' -> since when
-        there are declarations, which another store, or one that was emptied, answers otherwise."""
+        there are declarations, which another store, or one that was emptied, answers otherwise; 'amq.told' and
+        'amq.spared': see lua/touch.lua."""
         return self._key("v")
 
     def bindings(self, exchange: str) -> bytes:
