@@ -454,3 +454,15 @@ def test_the_first_publish_after_an_outage_reaches_those_that_could_not_say_that
         send(sender, 4, "news")
         assert broker.stats("copies").pending == 0
         assert channel.topology.terms("copies", fresh=True) is None
+
+
+def test_a_copy_goes_to_a_queue_that_is_kept_for_what_it_holds(server: Server) -> None:
+    """As who publishes it finds out only after its time."""
+    with link(server.url) as here:
+        queue = kombu.Queue("kept", kombu.Exchange("news", "fanout"), auto_delete=True)(here.default_channel)
+        queue.declare()
+        queue.bind_to("amq.direct", routing_key="kept")
+        send(here, 1, "amq.direct", "kept")
+        pass_by(here.default_channel, 61)
+        send(here, 2, "news")
+        assert got(here, "kept") == [1, 2]

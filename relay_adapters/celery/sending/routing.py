@@ -136,12 +136,14 @@ class Routing(Declaring):
         terms = self.topology.terms(queue) or table.terms.get(queue)
         if table.type != "fanout":
             self._use(queue, terms)
-        elif terms is not None and terms.idle_ms and self.topology.stored.has_ended(queue):
-            # a copy for a consumer that is gone: nobody misses it
-            end(self.topology, queue, terms)
-            return
+        elif terms is not None and self._ends(queue, terms):
+            return  # a copy for a consumer that is gone: nobody misses it
         self._put(queue, message, **options)
         self._bound(queue, terms)
+
+    def _ends(self, queue: str, terms: Terms) -> bool:
+        """End a queue whose time is over: whether it was, and is gone."""
+        return bool(terms.idle_ms) and self.topology.stored.has_ended(queue) and end(self.topology, queue, terms)
 
     def _bound(self, queue: str, terms: Terms | None) -> None:
         """After a publish into a queue of jobs."""

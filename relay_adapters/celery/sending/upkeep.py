@@ -86,20 +86,23 @@ class Upkeep:
         return self._channel
 
 
-def end(topology: Topology, queue: str, terms: Terms | None) -> None:
-    """End a queue whose time is over. One that is only auto_delete is kept while it holds what nobody else has, unless
-    that was meant for its consumer alone."""
+def end(topology: Topology, queue: str, terms: Terms | None) -> bool:
+    """End a queue whose time is over: whether it is gone. One that is only auto_delete is kept while it holds what
+    nobody else has, unless that was meant for its consumer alone."""
     broker = topology.broker
     if terms is None:
         topology.stored.raw("ZREM", topology.places.ends, queue)
-    elif terms.mailbox:
-        topology.delete_queue(queue, "ended")
-    elif terms.expires is not None or _its_own(topology, queue, terms) or not broker.stats(queue).pending:
-        if topology.delete_queue(queue, "ended"):
-            broker.purge(queue)
-            broker.delete_queue(queue)
-    else:
+        return True
+    if terms.mailbox:
+        return topology.delete_queue(queue, "ended")
+    if terms.expires is None and not _its_own(topology, queue, terms) and broker.stats(queue).pending:
         topology.use(queue, terms)
+        return False
+    if not topology.delete_queue(queue, "ended"):
+        return False
+    broker.purge(queue)
+    broker.delete_queue(queue)
+    return True
 
 
 def _its_own(topology: Topology, queue: str, terms: Terms) -> bool:
