@@ -836,6 +836,36 @@ def test_a_publish_keeps_a_queue_of_jobs_that_expires(here: kombu.Connection) ->
     assert topo.stored.has_ended(name)
 
 
+@pytest.mark.parametrize("options", [{"exclusive": True}, {"expires": 60}, BOX], ids=["exclusive", "expires", "box"])
+def test_who_only_gets_from_a_queue_keeps_it(here: kombu.Connection, options: dict[str, Any]) -> None:
+    topo = attendance_of(here.default_channel.broker).topology
+    name = queue(here, **options)
+    before = seconds_left(topo, name)
+    for _ in range(3):
+        pass_time(topo, name, seconds=before / 2)
+        here.default_channel._used.clear()  # it was said long ago
+        assert here.default_channel.basic_get(name) is None
+        assert seconds_left(topo, name) > before - 5
+
+
+def test_what_could_not_be_told_of_the_use_of_a_queue_is_told_with_the_next_one(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topo = attendance_of(here.default_channel.broker).topology
+    name = queue(here, expires=600)
+    pass_time(topo, name, seconds=500)
+
+    def cut_off(*_: Any) -> None:
+        raise Unavailable("cut off, for this test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(topo.stored, "use", cut_off)
+        with pytest.raises(Unavailable):
+            here.default_channel.basic_get(name)
+    here.default_channel.basic_get(name)
+    assert seconds_left(topo, name) > 400
+
+
 def test_a_publish_keeps_a_queue_also_on_a_machine_that_has_just_started(
     here: kombu.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,7 @@ class Consuming(Settling):
         raise Empty
 
     def basic_get(self, queue: str, no_ack: bool = False, **options: Any) -> Any:
+        self._use(queue, self.topology.terms(queue))
         message = super().basic_get(queue, no_ack, **options)
         if message is not None and no_ack:
             self._done_with(message.delivery_tag)

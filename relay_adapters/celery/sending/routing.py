@@ -149,14 +149,14 @@ class Routing(Declaring):
         """After a publish into a queue of jobs."""
 
     def _use(self, queue: str, terms: Terms | None) -> None:
-        """A queue that expires and is published to is in use: it lives on for its time."""
+        """A queue that expires and is published to, or asked for a message, is in use: it lives on for its time."""
         if terms is not None and terms.idle_ms:
             now = time.monotonic()
             if now - self._used.get(queue, -math.inf) > terms.idle_ms / 4000:
                 if len(self._used) >= 1000:
                     self._used.clear()
-                self._used[queue] = now
                 self.topology.use(queue, terms)
+                self._used[queue] = now
 
     def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> bool:
         """False when the exchange's bindings have changed, and nothing was stored."""
