@@ -206,15 +206,15 @@ class Delays:
         self.broker: Broker = self.channel.broker
         self.upkeep = upkeep.Upkeep(self.channel.topology)
 
-    def make(self, name: str, ttl: float = 0.001) -> str:
+    def make(self, name: str, ttl: float | None = 0.001) -> str:
         arguments = {"x-dead-letter-exchange": "dlx", "x-dead-letter-routing-key": "k"}
         kombu.Queue(name, message_ttl=ttl, queue_arguments=arguments)(self.channel).declare()
         return name
 
-    def fill(self, name: str, numbers: Iterable[int]) -> None:
+    def fill(self, name: str, numbers: Iterable[int], **options: Any) -> None:
         """Messages, which expire at once."""
         for number in numbers:
-            send(self.connection, number, key=name)
+            send(self.connection, number, key=name, **options)
         before = self.channel.topology.stored.now_ms()
         eventually(lambda: self.channel.topology.stored.now_ms() > before + 1, "they expire")
 
@@ -306,6 +306,25 @@ def test_what_is_no_message_does_not_keep_the_others_from_being_moved(delays: De
     delays.fill("delay", range(2))
     eventually(lambda: delays.turn() and delays.moved == 2, "they are moved")
     assert delays.broker.dead("delay")[0].reason == "undecodable"
+
+
+def test_of_what_is_no_message_nobody_can_tell_whether_it_expires_and_it_holds_up_no_other(delays: Delays) -> None:
+    """Where only messages have time limits. Perhaps another process can read it: it stays as it is."""
+    delays.make("delay", ttl=None)
+    delays.broker.enqueue("delay", b"no message", id="first")
+    delays.fill("delay", range(2), expiration=0.001)
+    delays.broker.enqueue("delay", b"no message", id="second")
+    delays.fill("delay", range(2, 4), expiration=0.001)
+    send(delays.connection, 4, key="delay")
+    delays.fill("delay", [5], expiration=0.001)
+    eventually(lambda: delays.turn() and delays.moved == 4, "they are moved")
+    assert got(delays.connection, "out") == [0, 1, 2, 3]
+    assert delays.turn() > 1
+    left = delays.broker.jobs("delay", "ready")
+    assert [(job.id, job.deliveries) for job in left[:2]] == [("first", 0), ("second", 0)]
+    assert len(left) == 4, "nor does a message expire behind one that does not, as on RabbitMQ"
+    assert got(delays.connection, "delay") == [4]
+    assert [dead.reason for dead in delays.broker.dead("delay")] == ["undecodable"] * 2, "by whom it is handed to"
 
 
 @pytest.mark.parametrize("name", ["other", "delay"], ids=["another queue", "other terms"])

@@ -127,9 +127,12 @@ class DeadLetters(Routing):
             over, left = self._over(queue, terms)
             if not over:
                 return idle if left is None else max(AGAIN, min(left, max(idle, _SELDOM)))
-            claimed = self.broker.claim(queue, over)
-            if not claimed:
+            found = self.broker.claim(queue, over)
+            if not found:
                 return idle
+            claimed = [job for job in found if not _is_riddle(job, terms)]
+            if len(claimed) < len(found):
+                self.broker.release([job for job in found if job not in claimed])
             for at, job in enumerate(claimed):
                 # the head may have changed since it was looked at
                 if (at and time.monotonic() >= ends) or _left(job, _read(job), terms, job.claimed_at) > 0:
@@ -151,17 +154,22 @@ class DeadLetters(Routing):
             raise
 
     def _over(self, queue: str, terms: Terms) -> tuple[int, float | None]:
-        """How many messages at a queue's head have expired, one page at most, and seconds until the next one does."""
+        """How many messages at a queue's head have expired, one page at most, and seconds until the next one does.
+
+        Those in between of which nobody can tell are counted.
+        """
         head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
         now = self.topology.stored.now_ms() / 1000 if head else 0.0
-        for job in head:
+        for at, job in enumerate(head, 1):
+            if _is_riddle(job, terms):
+                continue
             message = _read(job)
             if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(message)):
                 break
             left = _left(job, message, terms, now)
             if left > 0:
                 return over, left
-            over += 1
+            over = at
         return over, None
 
     def _end_expired(self, job: Job) -> None:
@@ -188,6 +196,12 @@ def _read(job: Job | StoredJob) -> MutableMapping[str, Any]:
         return unpack(job.payload)
     except ValueError:
         return {}
+
+
+def _is_riddle(job: Job | StoredJob, terms: Terms) -> bool:
+    """True for what does not decode, where a message's own limit alone could say that it expires: it is left to its
+    consumer, and holds up none that comes after it."""
+    return terms.ttl is None and not _read(job)
 
 
 def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any], now: float) -> float:
