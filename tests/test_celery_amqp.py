@@ -230,6 +230,22 @@ def test_an_exclusive_queue_ends_with_what_it_holds(here: kombu.Connection, engi
         assert engine.stats(name).pending == 0
 
 
+def test_a_queue_that_ends_by_itself_becomes_exclusive_by_a_later_declaration(
+    here: kombu.Connection, engine: Broker
+) -> None:
+    """As where who sends there has declared it first. It is no reason for another queue to end with what it holds."""
+    topology, names = here.default_channel.topology, [queue(here, auto_delete=True), queue(here)]
+    for name in names:
+        kombu.Queue(name, exclusive=True)(here.default_channel).declare()
+        kombu.Queue(name)(here.default_channel).declare()
+        send(here, 1, key=name)
+    assert [topology.terms(name, fresh=True) for name in names] == [Terms(auto_delete=True, exclusive=True), Terms()]
+    topology.stored.raw("ZINCRBY", topology.places.ends, -60_001, names[0])
+    assert topology.stored.ended() == names[:1]
+    assert upkeep.end(topology, names[0], topology.terms(names[0]))
+    assert [engine.stats(name).pending for name in names] == [0, 1]
+
+
 def test_messages_of_a_quorum_queue_tell_how_often_they_were_delivered_before(
     here: kombu.Connection, engine: Broker
 ) -> None:

@@ -122,6 +122,8 @@ class Terms:
                 )
             changes[name] = new
         changes |= {name: True for name in ("quorum", "expiring") if getattr(other, name)}
+        if other.exclusive and self.auto_delete:  # of one that stays, nobody else's messages may end by it
+            changes["exclusive"] = True
         merged = replace(self, **changes)
         if merged.mailbox != self.mailbox:
             raise inequivalent(f"queue {queue!r} exists as another kind of queue; delete it first", METHOD)
