@@ -25,7 +25,7 @@ from relay_core.errors import Unavailable
 from relay_core.keys import queue_keys
 from relay_core.settings import StoreSettings, parse_url
 from relay_core.worker import Worker
-from tests.celery_links import Inbox, link, send
+from tests.celery_links import BOX, Inbox, link, send
 from tests.celery_workers import POOLS, CeleryWorker, client_of, lines
 from tests.servers import Server, eventually
 from tests.shells import Open, kind, store_at  # noqa: F401 (fixtures)
@@ -332,6 +332,77 @@ def test_a_celery_worker_goes_on_without_the_server_of_the_mailboxes(
         assert not worker.logged("Connection to broker lost"), worker.text
         assert worker.stop() == 0
     client.close()
+
+
+@pytest.mark.parametrize(("pool", "how"), [("prefork", "killed"), ("solo", "stopped"), ("gevent", "killed")])
+def test_a_celery_worker_connects_anew_while_the_server_of_the_mailboxes_is_away(
+    parted: Cluster, tmp_path: Path, pool: str, how: str
+) -> None:
+    server, other = server_of(parted, MAIL), two_without_mail(parted)[0]
+    there = queue_at(parted, other)
+    client = client_of(parted.url, tmp_path)
+
+    def sent(key: str) -> bool:
+        with suppress(OperationalError):  # the servers have not agreed again on who is there
+            return bool(client.send_task("tests.celery_app.run", (key,), queue=there))
+        return False
+
+    def run(key: str) -> None:
+        eventually(lambda: sent(key), "it to be sent", 60)
+        eventually(lambda: lines(tmp_path, start=f"{key} "), f"run of {key}", 60)
+
+    def answered() -> bool:
+        with suppress(OperationalError):
+            return bool(client.control.ping(timeout=1, limit=1))
+        return False
+
+    with CeleryWorker(parted.url, tmp_path, *POOLS[pool], "-Q", there) as worker:
+        run("first")
+        lose(server, how)
+        try:
+            run("without")
+            lose(other, "killed")
+            try:
+                eventually(lambda: worker.logged("Connection to broker lost"), "the worker to lose its connection", 60)
+            finally:
+                regain(other, "killed")
+            for n in range(10):
+                run(f"anew-{n}")
+        finally:
+            regain(server, how)
+        parted.wait_until_ok()
+        run("again")
+        eventually(answered, "an answer")
+        assert worker.stop() == 0
+    client.close()
+
+
+def test_who_knew_its_queues_declares_and_consumes_them_while_their_server_is_away(parted: Cluster) -> None:
+    server, other = server_of(parted, MAIL), two_without_mail(parted)[0]
+    names = [name for n in range(1000) if queue_is_at(parted, other, name := f"q{n}")]
+    queues = [
+        kombu.Queue("box", kombu.Exchange("told", "fanout"), **BOX),
+        kombu.Queue(names[0], expires=60),
+        kombu.Queue(names[1], kombu.Exchange("copies", "fanout"), expires=60),
+    ]
+    with link(parted.url, lease=60.0, retry_for=0.0) as connection:
+        first = Inbox(connection, *queues, no_ack=True)
+        send(connection, 0, key=names[0])
+        send(connection, 0, "copies")
+        first.wait(2)
+        first.channel.close()
+        lose(server, "killed")
+        try:
+            with connection.clone() as anew:
+                inbox = Inbox(anew, *queues, no_ack=True)
+                send(anew, 1, key=names[0])
+                assert inbox.wait(1) == [1]
+                send(anew, 2, "copies")
+                assert inbox.wait(2) == [1, 2]
+                assert inbox.channel.basic_get(names[0]) is None
+        finally:
+            regain(server, "killed")
+        parted.wait_until_ok()
 
 
 def test_an_outage_that_ends_as_it_begins_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

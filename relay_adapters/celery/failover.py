@@ -12,6 +12,9 @@ from relay_adapters.celery.options import broker_at, is_relay, options_of, say_o
 from relay_core import Broker
 from relay_core.errors import RelayError
 
+_KEYS = [b"%d" % n for n in range(64)]
+"""By which the servers of a cluster are found: of so many keys one lies with each of them, or nearly each."""
+
 _LOOK_EVERY = 0.2
 _STEP, _LONGEST = 2.0, 30.0
 """Seconds, as Celery waits before it tries again: 2, 4, 6 ... 30."""
@@ -43,10 +46,17 @@ def keep_whole(client: Any) -> None:
 
 
 def answers(broker: Broker) -> bool:
-    """True when its server takes commands right now; asked once. Raises AuthError and the like."""
-    for address in set(broker.store.locate([b"relay"]).values()):
-        broker.store.doubt(address)
-    return bool(broker.store.locate([b"relay"]))
+    """True when its server, or one of a cluster's, takes commands right now; each is asked once. Raises AuthError and
+    the like."""
+    store, keys = broker.store, _KEYS if broker.url.several else _KEYS[:1]
+    for address in {store.where(key) for key in keys}:
+        if address is not None:
+            store.doubt(address)
+    found = list(store.find(keys).values())
+    errors = [error for error in found if isinstance(error, RelayError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    return True
 
 
 class Pace:

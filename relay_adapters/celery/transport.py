@@ -27,6 +27,7 @@ from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.receiving.watch import Watch
 from relay_adapters.celery.sending import groups, lookups, producers
 from relay_adapters.celery.workers import worker
+from relay_core import Broker
 from relay_core.connection import readable
 from relay_core.errors import StoreError, Unavailable
 
@@ -117,7 +118,7 @@ class Transport(virtual.Transport):
             if pace is not None:
                 answers(channel.broker)
             else:
-                channel.broker.store.raw("PING")
+                _ping(channel.broker)
             channel.leases.cut_off = False
             if channel.leases.holding:
                 try:
@@ -239,6 +240,7 @@ class Transport(virtual.Transport):
         self._loop_thread, self._awake = threading.get_ident(), False
         busy, first, now = False, None, time.monotonic()
         spoke, self._spoke = self._spoke, set()
+        armed: list[Watch | MailWatch] = []
         for watch in list(self._watches.values()):
             asked = watch in spoke
             if asked or not watch.quiet(now):
@@ -246,7 +248,7 @@ class Transport(virtual.Transport):
                 if watch.channel.closed or watch not in self._watches.values():
                     continue
                 watch.arm()
-                self._see_who_is_there(watch)
+                armed.append(watch)
                 self._read(watch)
                 # what Celery put off with call_soon waits for the next turn, and the loop is about to sleep
                 busy = busy or delivered > 0 or watch.busy
@@ -254,6 +256,8 @@ class Transport(virtual.Transport):
                 first = watch.look_at
         if self._waker is None:
             return  # what was delivered has closed the connection
+        for watch in armed:  # not before: until it is armed, nobody knows that another one's servers are there
+            self._see_who_is_there(watch)
         self._hurry() if busy else self._rest()
         if first is not None and not busy:
             # once a second at least: an embedded worker is told to stop by a flag that its loop has to look at
@@ -366,6 +370,16 @@ class Transport(virtual.Transport):
         """Every channel in turn: control messages do not wait for tasks."""
         # no generator: that would make a RuntimeError of a callback's StopIteration
         return sum([watch.look() for watch in list(self._watches.values())])
+
+
+def _ping(broker: Broker) -> None:
+    """Ask any server, for as long as a command is repeated."""
+    try:
+        broker.store.raw("PING")
+    except Unavailable:
+        if not broker.url.several:
+            raise
+        answers(broker)  # that one may be away alone
 
 
 _forgotten: dict[Leases, set[str]] = {}

@@ -7,6 +7,7 @@ from collections import deque
 from queue import Empty
 from typing import Any
 
+from relay_adapters.celery.holding.workerstate import is_worker
 from relay_adapters.celery.messages.envelope import unpack
 from relay_adapters.celery.queues import moves
 from relay_adapters.celery.queues.declaring import Declaring
@@ -29,6 +30,11 @@ class Mailing(Declaring):
     mail: deque[tuple[str, int, str, bytes]]
     _held: dict[str, tuple[str, bytes]]
     _no_ack: set[str]
+
+    @property
+    def _declares_later(self) -> bool:
+        """A worker goes on meanwhile. It has a new mailbox for what others tell with each connection."""
+        return is_worker()
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> None:
         terms = self.topology.terms(queue, fresh=True) or Terms()

@@ -19,7 +19,7 @@ from relay_adapters.celery.queues import moves
 from relay_adapters.celery.queues.declarations import process_name
 from relay_adapters.celery.queues.moves import Touched
 from relay_adapters.celery.queues.terms import Terms
-from relay_adapters.celery.queues.topology import GRACE_MS, Topology
+from relay_adapters.celery.queues.topology import AS_BEFORE, GRACE_MS, Topology
 from relay_core.commands import Command
 from relay_core.connection import forks
 from relay_core.errors import RelayError
@@ -104,7 +104,9 @@ class Attendance:
                 self._thread = threading.Thread(target=_attend, args=(weakref.ref(self),), daemon=True)
                 self._thread.name = "relay-celery-attendance"
                 self._thread.start()
-        self.touch([queue])
+        known = queue in self.topology.own.queues
+        # where the server is away, the thread tells it later
+        self.topology.outage.ask(lambda: self.touch([queue]), AS_BEFORE if known else None)
 
     def part(self, channel: int, queue: str) -> None:
         """A channel consumes no more. The thread tells the store, so that a lost connection holds nobody up."""

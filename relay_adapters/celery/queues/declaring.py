@@ -120,7 +120,12 @@ class Declaring(virtual.Channel):
     ) -> int:  # fmt: skip
         self.broker.settings.keys(queue)
         found = terms.parse(queue, arguments, auto_delete=auto_delete, durable=durable, exclusive=exclusive)
-        return self.topology.declare_queue(queue, found)
+        return self.topology.declare_queue(queue, found, later=found.mailbox and self._declares_later)
+
+    @property
+    def _declares_later(self) -> bool:
+        """Whether a mailbox whose server is away alone may be declared when that is back."""
+        return False
 
     def _has_queue(self, queue: str, **_: Any) -> bool:
         return self.topology.terms(queue, fresh=True) is not None
@@ -145,7 +150,7 @@ class Declaring(virtual.Channel):
 
     def _size(self, queue: str) -> int:
         if self._mailbox(queue) is not None:
-            return self.topology.stored.waiting(queue)
+            return self.topology.waiting(queue)
         stats = self.broker.stats(queue)
         return stats.ready + stats.delayed
 

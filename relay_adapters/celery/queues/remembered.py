@@ -139,6 +139,16 @@ class Remembered:
             waiting = [name for name in list(self._owed) if not self._revive(name)]
             self._owed_at = time.monotonic() + PAUSE if waiting else 0.0
 
+    def owe(self, name: str, terms: Terms) -> None:
+        """A queue that cannot be declared now: it is by `revive`, with the bindings that it has by then."""
+        with self._reviving:
+            self.queues[name] = terms
+            self.used(name)
+            self._owe([name])
+
+    def owes(self, name: str) -> bool:
+        return name in self._owed
+
     def _revive(self, name: str) -> bool:
         """False where an exchange or the queue is another process's, which has not declared it again yet."""
         if name in self.queues:

@@ -25,7 +25,7 @@ FRESH = 1.0
 """Seconds for which the terms of a queue are believed."""
 
 AS_BEFORE: Any = object()
-"""The answer to a declaration that cannot be made now, and that this process has made before."""
+"""The answer to a declaration that cannot be made now, and that this process has made before, or owes to the store."""
 
 GRACE_MS = 10_000
 """How long an auto_delete queue outlives its last consumer, which may be on its way back after a lost connection."""
@@ -109,11 +109,12 @@ class Topology:
 
     def bind(self, exchange: str, binding: Binding) -> None:
         """Raises NotFound when there is no such exchange or queue."""
-        bound = (exchange, binding) in self.own.bindings.get(binding.queue, {})
+        bound = (exchange, binding) in self.own.bindings.get(binding.queue, {}) or self.own.owes(binding.queue)
         made = self.outage.ask(
             lambda: self.stored.bind(exchange, binding, predeclared(exchange)), AS_BEFORE if bound else None
         )
         if made is AS_BEFORE:
+            self.own.bound(exchange, binding)
             return
         if made.done != 1 and self.own.was_lost():
             made = self.stored.bind(exchange, binding, predeclared(exchange))
@@ -166,14 +167,19 @@ class Topology:
 
     # queues
 
-    def declare_queue(self, name: str, terms: Terms) -> int:
+    def declare_queue(self, name: str, terms: Terms, later: bool = False) -> int:
         """Make a queue known, or add to what is known of it: how many consumers other processes have.
 
         Raises Inequivalent when a term contradicts what is known.
+
+        :param later: whether that may be done when the server is back, if it is away
         """
         declared = self._adds_nothing(name, terms)
-        answer = self.outage.ask(lambda: self.stored.declare_queue(name, terms), AS_BEFORE if declared else None)
+        believed = AS_BEFORE if declared or later else None
+        answer = self.outage.ask(lambda: self.stored.declare_queue(name, terms), believed)
         if answer is AS_BEFORE:
+            if not declared:
+                self.own.owe(name, terms)
             return 0
         wanted, made = answer
         self._terms[name] = (time.monotonic(), wanted)
@@ -207,7 +213,15 @@ class Topology:
     def use(self, name: str, terms: Terms) -> None:
         """A queue that expires was used: it lives on for its time."""
         self.own.used(name)
-        self.stored.use(name, terms)
+        self.outage.ask(lambda: self.stored.use(name, terms), AS_BEFORE)
+
+    def has_ended(self, name: str) -> bool:
+        """True for a queue that expires and was not used for its time, though whoever uses it could have said so."""
+        return bool(self.outage.ask(lambda: self.stored.has_ended(name), False))
+
+    def waiting(self, name: str) -> int:
+        """How many messages wait in a mailbox, as far as can be told."""
+        return int(self.outage.ask(lambda: self.stored.waiting(name), 0))
 
     def expect_expired(self, name: str, terms: Terms) -> None:
         """A message with a time limit of its own is about to be published to a queue: it is looked after from now on,

@@ -143,7 +143,7 @@ class Routing(Declaring):
 
     def _ends(self, queue: str, terms: Terms) -> bool:
         """End a queue whose time is over: whether it was, and is gone."""
-        return bool(terms.idle_ms) and self.topology.stored.has_ended(queue) and end(self.topology, queue, terms)
+        return bool(terms.idle_ms) and self.topology.has_ended(queue) and end(self.topology, queue, terms)
 
     def _bound(self, queue: str, terms: Terms | None) -> None:
         """After a publish into a queue of jobs."""
