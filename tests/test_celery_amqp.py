@@ -204,6 +204,37 @@ def test_a_mandatory_message_that_reaches_no_queue_is_an_error_where_nobody_wait
         send(here, 1, key=fresh("gone"), mandatory=True, retry=True)
 
 
+def test_a_mandatory_message_whose_only_mailbox_has_vanished_is_returned(
+    here: kombu.Connection, server: Server
+) -> None:
+    exchange, names, returned = fresh("x"), [fresh("box"), fresh("box")], list[Any]()
+    for name in names:
+        kombu.Queue(name, kombu.Exchange(exchange, "fanout"), **BOX)(here.default_channel).declare()
+    producer = kombu.Producer(here.channel(), on_return=lambda *what: returned.append(what))
+    vanish = [here.default_channel.topology.places.box(name) for name in names]
+    server.cli("DEL", vanish[0])
+    producer.publish(1, exchange=exchange, mandatory=True)
+    assert not returned
+    assert got(here, names[1]) == [1]
+    server.cli("DEL", vanish[1])
+    producer.publish(2, exchange=exchange, mandatory=True)
+    assert [(error.reply_code, message.payload) for error, _exchange, _key, message in returned] == [(312, 2)]
+
+
+def test_a_message_whose_only_mailbox_has_vanished_reaches_the_alternate_exchange(
+    here: kombu.Connection, server: Server
+) -> None:
+    exchange, other, name, box = fresh("x"), fresh("other"), queue(here), fresh("box")
+    here.default_channel.exchange_declare(other, "fanout")
+    here.default_channel.queue_bind(name, other)
+    here.default_channel.exchange_declare(exchange, "fanout", arguments={"alternate-exchange": other})
+    kombu.Queue(box, **BOX)(here.default_channel).declare()
+    here.default_channel.queue_bind(box, exchange)
+    server.cli("DEL", here.default_channel.topology.places.box(box))
+    send(here, 1, exchange)
+    assert got(here, name) == [1]
+
+
 def test_a_mandatory_message_may_reach_the_alternate_exchange(here: kombu.Connection) -> None:
     exchange, other, name = fresh("x"), fresh("other"), queue(here)
     here.default_channel.exchange_declare(other, "fanout")

@@ -82,8 +82,9 @@ class Routing(Declaring):
                 if queue not in boxes:
                     self._to_jobs(message, queue, table, **options)
                     served.add(queue)
-            if not boxes or self._to_boxes(message, table, boxes, _again(message)):
-                served.update(boxes)
+            stored = self._to_boxes(message, table, boxes, _again(message))
+            if stored is not None:
+                served.update(stored)
                 break
             table = self.topology.reload(exchange)
         if served:
@@ -158,9 +159,12 @@ class Routing(Declaring):
                 self.topology.use(queue, terms)
                 self._used[queue] = now
 
-    def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> bool:
-        """False when the exchange's bindings have changed, and nothing was stored."""
-        outage = self.topology.outage
+    def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> list[str] | None:
+        """Those of the mailboxes that are there; None when the exchange's bindings have changed: then nothing was
+        stored."""
+        if not queues:
+            return []
+        outage, found = self.topology.outage, list[str]()
         if is_worker():
             outage.check()  # its loop waits for no server that hangs; others may
         boxes = [_box(queue, table.terms[queue]) for queue in queues]
@@ -178,12 +182,14 @@ class Routing(Declaring):
                 outage.check()
                 raise
             if not stored:
-                return False
+                return None
             message[marks.STORED] = True
             for (queue, _keep, _most), there in zip(batch, stored, strict=True):
-                if not there:
+                if there:
+                    found.append(queue)
+                else:
                     self.topology.delete_queue(queue, "vanished")
-        return True
+        return found
 
     def _lookup(self, exchange: str, routing_key: str, default: str | None = None) -> list[str]:
         if not exchange:
