@@ -297,6 +297,26 @@ def test_a_celery_worker_goes_on_without_a_server(parted: Cluster, tmp_path: Pat
     client.close()
 
 
+def test_a_celery_worker_starts_without_a_server(
+    parted: Cluster, apart: tuple[Server, str, str], tmp_path: Path
+) -> None:
+    server, away, there = apart
+    client = client_of(parted.url, tmp_path)
+    flags = ("-P", "solo", "-Q", f"{away},{there}")
+    with CeleryWorker(parted.url, tmp_path, *flags) as before:
+        assert before.stop() == 0  # the queues are known
+    lose(server, "killed")
+    with CeleryWorker(parted.url, tmp_path, *flags) as worker:
+        for queue, key in ((there, "there"), (away, "again")):
+            if queue == away:
+                regain(server, "killed")
+                parted.wait_until_ok()
+            client.send_task("tests.celery_app.run", (key,), queue=queue)
+            eventually(lambda: lines(tmp_path, start=f"{key} "), f"run of {key}")  # noqa: B023
+        assert worker.stop() == 0
+    client.close()
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("pool", ["prefork", "solo", "threads", "gevent"])
 def test_a_celery_worker_goes_on_without_the_server_of_the_mailboxes(

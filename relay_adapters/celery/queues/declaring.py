@@ -17,6 +17,7 @@ from relay_adapters.celery.queues.exchanges import PREDECLARED, Binding
 from relay_adapters.celery.queues.terms import Terms
 from relay_adapters.celery.queues.topology import Topology
 from relay_core import Broker
+from relay_core.errors import Unavailable
 
 _INSTEAD = {"x-delayed-message": "; delay by countdown or eta, or by a queue with x-message-ttl"}
 
@@ -112,7 +113,18 @@ class Declaring(virtual.Channel):
                 raise not_found("queue", queue, "Queue.declare")
             return queue_declare_ok_t(queue, self._size(queue), self.topology.stored.consumers(queue))
         consumers = self._new_queue(queue, **options)
-        return queue_declare_ok_t(queue, self._size(queue), consumers)
+        return queue_declare_ok_t(queue, self._size_if_there(queue), consumers)
+
+    def _size_if_there(self, queue: str) -> int:
+        """Of a queue that was just declared. It may lie on a server of a cluster that is away alone, which keeps no worker
+        from its other queues."""
+        if not self.broker.url.several:
+            return self._size(queue)
+        try:
+            with self.broker.store.hurried(0.0):
+                return self._size(queue)
+        except Unavailable:
+            return 0
 
     def _new_queue(
         self, queue: str, auto_delete: bool = False, arguments: Any = None, durable: bool = True,
