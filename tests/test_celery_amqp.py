@@ -33,12 +33,6 @@ def here(server: Server) -> Iterator[kombu.Connection]:
         yield connection
 
 
-@pytest.fixture
-def engine(server: Server) -> Iterator[Broker]:
-    with Broker(server.url) as broker:
-        yield broker
-
-
 def queue(connection: kombu.Connection, **options: Any) -> str:
     """A new queue of these options of kombu.Queue."""
     name = fresh("q")
@@ -101,7 +95,7 @@ def test_a_message_with_a_time_limit_of_its_own_leaves_a_queue_that_nobody_consu
     assert got(here, waiting) == ["stays"]
 
 
-def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu.Connection, engine: Broker) -> None:
+def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu.Connection, broker: Broker) -> None:
     """They see for themselves whether a message's time is over, and nobody reads what waits for them."""
     dead = queue(here)
     name = queue(here, queue_arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
@@ -113,7 +107,7 @@ def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu
     terms = topology.terms(name, fresh=True)
     assert terms.limited
     assert Sweeper(topology).sweep(name, terms) >= 1
-    assert engine.stats(name).ready == 1
+    assert broker.stats(name).ready == 1
     inbox.messages[0].ack()
     inbox.quiet()
     assert got(here, dead) == [2]
@@ -154,7 +148,7 @@ def test_a_dead_letter_may_go_to_a_mailbox_when_its_channel_is_closed(
 
 
 def test_a_dead_letter_waits_for_mailboxes_that_are_away(
-    here: kombu.Connection, boxed: tuple[str, str], engine: Broker, monkeypatch: pytest.MonkeyPatch
+    here: kombu.Connection, boxed: tuple[str, str], broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object) -> None:
         raise MailboxesAway("away")
@@ -168,7 +162,7 @@ def test_a_dead_letter_waits_for_mailboxes_that_are_away(
         patched.setattr(Sweeper, "_to_boxes", away)
         with pytest.raises(Unavailable):
             Sweeper(topology).sweep(name, topology.terms(name))
-    assert engine.stats(name).ready == 1, "handed back, uncounted"
+    assert broker.stats(name).ready == 1, "handed back, uncounted"
     Sweeper(topology).sweep(name, topology.terms(name))
     assert got(here, box) == [1]
 
@@ -176,7 +170,7 @@ def test_a_dead_letter_waits_for_mailboxes_that_are_away(
 # messages that nobody takes
 
 
-def test_a_mandatory_message_that_reaches_no_queue_is_returned(here: kombu.Connection, engine: Broker) -> None:
+def test_a_mandatory_message_that_reaches_no_queue_is_returned(here: kombu.Connection, broker: Broker) -> None:
     exchange, name, returned = fresh("x"), queue(here), list[Any]()
     channel = here.channel()
     channel.exchange_declare(exchange, "topic")
@@ -193,7 +187,7 @@ def test_a_mandatory_message_that_reaches_no_queue_is_returned(here: kombu.Conne
         (312, exchange, "nowhere", 4), (312, "", gone, 5),
     ]  # fmt: skip
     assert returned[0][3].headers == {"n": 4}
-    assert engine.stats(gone).pending == 0
+    assert broker.stats(gone).pending == 0
     assert got(here, name) == [1, 2]
 
 
@@ -247,7 +241,7 @@ def test_a_mandatory_message_may_reach_the_alternate_exchange(here: kombu.Connec
 # queues
 
 
-def test_an_exclusive_queue_ends_with_what_it_holds(here: kombu.Connection, engine: Broker) -> None:
+def test_an_exclusive_queue_ends_with_what_it_holds(here: kombu.Connection, broker: Broker) -> None:
     """As one for replies to a client that is gone."""
     topology, names = here.default_channel.topology, [queue(here, exclusive=True), fresh("raw")]
     here.default_channel.queue_declare(names[1], exclusive=True)
@@ -258,11 +252,11 @@ def test_an_exclusive_queue_ends_with_what_it_holds(here: kombu.Connection, engi
         topology.stored.raw("ZINCRBY", topology.places.ends, -60_001, name)
         upkeep.end(topology, name, topology.terms(name))
         assert topology.terms(name, fresh=True) is None
-        assert engine.stats(name).pending == 0
+        assert broker.stats(name).pending == 0
 
 
 def test_a_queue_that_ends_by_itself_becomes_exclusive_by_a_later_declaration(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     """As where who sends there has declared it first. It is no reason for another queue to end with what it holds."""
     topology, names = here.default_channel.topology, [queue(here, auto_delete=True), queue(here)]
@@ -274,11 +268,11 @@ def test_a_queue_that_ends_by_itself_becomes_exclusive_by_a_later_declaration(
     topology.stored.raw("ZINCRBY", topology.places.ends, -60_001, names[0])
     assert topology.stored.ended() == names[:1]
     assert upkeep.end(topology, names[0], topology.terms(names[0]))
-    assert [engine.stats(name).pending for name in names] == [0, 1]
+    assert [broker.stats(name).pending for name in names] == [0, 1]
 
 
 def test_messages_of_a_quorum_queue_tell_how_often_they_were_delivered_before(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     name, plain = queue(here, queue_arguments={"x-queue-type": "quorum"}), queue(here)
     for each in (name, plain):

@@ -42,12 +42,6 @@ def here(server: Server) -> Iterator[kombu.Connection]:
         yield connection
 
 
-@pytest.fixture
-def engine(server: Server) -> Iterator[Broker]:
-    with Broker(server.url) as broker:
-        yield broker
-
-
 def queue(connection: kombu.Connection, **options: Any) -> str:
     """A new queue: options of kombu.Queue, or its arguments by `x_…`."""
     name = fresh("q")
@@ -146,33 +140,33 @@ def test_priorities_within_a_queue_are_in_the_order_that_the_option_names(
 # time limits
 
 
-def test_an_expired_message_is_not_delivered_and_others_behind_it_are(here: kombu.Connection, engine: Broker) -> None:
+def test_an_expired_message_is_not_delivered_and_others_behind_it_are(here: kombu.Connection, broker: Broker) -> None:
     name, short = queue(here), queue(here, message_ttl=60)
     send(here, "late", key=name, expiration=60)
     send(here, "none", key=name)
     send(here, "late", key=short)
     for one in (name, short):
-        age_by(engine, one, 100)
+        age_by(broker, one, 100)
     send(here, "soon", key=short, expiration=90)
     assert got(here, name) == ["none"]
     assert got(here, short) == ["soon"]
 
 
 def test_an_expired_task_is_delivered_as_expired_so_that_its_worker_revokes_it(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     name = queue(here, message_ttl=60)
     send(here, 1, key=name, headers={"task": "t", "id": "1", "lang": "py"})
-    age_by(engine, name, 100)
+    age_by(broker, name, 100)
     assert headers_of(here, name)["expires"].startswith("1970")
     send(here, 1, key=name, headers={"task": "t", "id": "2", "lang": "py"})
     assert "expires" not in headers_of(here, name)
 
 
-def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.Connection, engine: Broker) -> None:
+def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.Connection, broker: Broker) -> None:
     name = queue(here, message_ttl=60)
     send(here, {"task": "t", "id": "1", "args": [], "kwargs": {}, "eta": None, "expires": None}, key=name)
-    age_by(engine, name, 100)
+    age_by(broker, name, 100)
     message = here.default_channel.basic_get(name, no_ack=True)
     assert message.payload["expires"].startswith("1970")
     assert message.payload["id"] == "1"
@@ -180,7 +174,7 @@ def test_an_expired_task_of_protocol_1_is_delivered_as_expired_too(here: kombu.C
 
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_an_expired_task_keeps_its_own_time_where_that_is_over_too(
-    here: kombu.Connection, engine: Broker, protocol: int
+    here: kombu.Connection, broker: Broker, protocol: int
 ) -> None:
     """What is connected to `task_revoked` sees when it expired."""
     name = queue(here, message_ttl=60)
@@ -191,7 +185,7 @@ def test_an_expired_task_keeps_its_own_time_where_that_is_over_too(
             send(here, {**head, "args": [], "kwargs": {}}, key=name)
         else:
             send(here, 1, key=name, headers=head)
-    age_by(engine, name, 100)
+    age_by(broker, name, 100)
     told = []
     for _ in range(2):
         message = here.default_channel.basic_get(name, no_ack=True)
@@ -199,23 +193,23 @@ def test_an_expired_task_keeps_its_own_time_where_that_is_over_too(
     assert told == [over.isoformat(), "1970-01-01T00:00:00+00:00"]
 
 
-def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection, engine: Broker) -> None:
+def test_a_time_limit_counts_from_when_a_task_is_due(here: kombu.Connection, broker: Broker) -> None:
     name = queue(here, message_ttl=60)
     due = time.time() + 100.6
     eta = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(due)) + f".{int(due % 1 * 1e6):06}+00:00"
     send(here, 1, key=name, headers={"task": "t", "id": "1", "eta": eta})
-    age_by(engine, name, 100)  # since its publish its time is over
-    advance(engine, 100, name)
+    age_by(broker, name, 100)  # since its publish its time is over
+    advance(broker, 100, name)
     inbox = Inbox(here, kombu.Queue(name, message_ttl=60), no_ack=True)
     inbox.wait(1)
     assert "expires" not in inbox.messages[0].headers
 
 
-def waited(engine: Broker, name: str, seconds: int) -> None:
+def waited(broker: Broker, name: str, seconds: int) -> None:
     """So long ago everything was sent that is in a queue, which holds delayed messages alone, and so much is over."""
-    age_by(engine, name, seconds)
-    advance(engine, seconds, name)
-    engine.promote(name)
+    age_by(broker, name, seconds)
+    advance(broker, seconds, name)
+    broker.promote(name)
 
 
 def send_due(here: kombu.Connection, key: str, seconds: float, skew: float, ago: float = 0.0) -> None:
@@ -229,23 +223,23 @@ def send_due(here: kombu.Connection, key: str, seconds: float, skew: float, ago:
 
 @pytest.mark.parametrize("skew", [-86_400.0, 50.0, 86_400.0])
 def test_a_time_limit_counts_by_the_server_s_clock_whatever_that_of_the_client_says(
-    here: kombu.Connection, engine: Broker, skew: float
+    here: kombu.Connection, broker: Broker, skew: float
 ) -> None:
     name = queue(here, message_ttl=60)
     for seconds, over in ((3600, False), (3700, True)):
         send_due(here, name, 3600, skew, ago=seconds)
-        waited(engine, name, seconds)
+        waited(broker, name, seconds)
         assert ("expires" in headers_of(here, name)) == over
 
 
 def test_the_time_limit_of_a_task_that_was_taken_over_counts_from_when_it_is_due(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     name, now = queue(here, message_ttl=60), time.time()
     send_due(here, name, 3600, skew=0.0, ago=3600)
-    (job,) = engine.jobs(name, "delayed")
-    engine.purge(name)
-    engine.adopt([Arrival(name, "moved", job.payload, "delayed", at=now - 1, created_at=now - 3600)])
+    (job,) = broker.jobs(name, "delayed")
+    broker.purge(name)
+    broker.adopt([Arrival(name, "moved", job.payload, "delayed", at=now - 1, created_at=now - 3600)])
     assert "expires" not in headers_of(here, name)
 
 
@@ -262,15 +256,15 @@ def dead_letter_queue(here: kombu.Connection, key: str = "#") -> tuple[str, str]
 
 
 def test_a_rejected_message_goes_to_the_dead_letter_exchange_with_its_history(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     exchange, dead = dead_letter_queue(here, "by.this")
     name = queue(here, x_dead_letter_exchange=exchange, x_dead_letter_routing_key="by.this")
     send(here, {"n": 1}, key=name, headers={"mine": 1}, priority=7)
     message = here.default_channel.basic_get(name)
     message.reject()
-    assert engine.stats(name).pending == engine.stats(name).dead == 0
-    (stored,) = engine.jobs(dead, "ready")
+    assert broker.stats(name).pending == broker.stats(name).dead == 0
+    (stored,) = broker.jobs(dead, "ready")
     assert stored.priority == 7
     letter = here.default_channel.basic_get(dead)
     assert letter.payload == {"n": 1}
@@ -301,17 +295,17 @@ def test_a_dead_letter_is_no_duplicate_of_itself(here: kombu.Connection) -> None
     assert got(here, name) == [1]
 
 
-def test_a_dead_letter_does_not_wait_again_for_the_clock_of_its_client(here: kombu.Connection, engine: Broker) -> None:
+def test_a_dead_letter_does_not_wait_again_for_the_clock_of_its_client(here: kombu.Connection, broker: Broker) -> None:
     exchange, dead = dead_letter_queue(here)
     name = queue(here, x_dead_letter_exchange=exchange)
     send_due(here, name, 3600, skew=86_400.0)
-    waited(engine, name, 3600)
+    waited(broker, name, 3600)
     here.default_channel.basic_get(name).reject()
     assert got(here, dead) == [1]
 
 
 def test_a_failed_task_of_a_queue_with_a_dead_letter_exchange_goes_there_at_once(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     """As over AMQP: it is not retried by relay's policy first."""
     exchange, dead = dead_letter_queue(here)
@@ -321,26 +315,26 @@ def test_a_failed_task_of_a_queue_with_a_dead_letter_exchange_goes_there_at_once
     held = here.default_channel.leases.get(message.delivery_tag)
     held.task, held.cause = True, ValueError("no")
     message.reject()
-    assert engine.stats(name).pending == 0
+    assert broker.stats(name).pending == 0
     assert got(here, dead) == [1]
 
 
 def test_a_message_that_another_consumer_has_meanwhile_is_no_dead_letter(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     exchange, dead = dead_letter_queue(here)
     name = queue(here, x_dead_letter_exchange=exchange)
     send(here, 1, key=name)
     message = here.default_channel.basic_get(name)
     held = here.default_channel.leases.get(message.delivery_tag)
-    engine.release(held.job)  # as when its lease is over
-    (elsewhere,) = engine.claim(name)
+    broker.release(held.job)  # as when its lease is over
+    (elsewhere,) = broker.claim(name)
     message.reject()
-    assert engine.stats(dead).ready == 0
-    engine.ack(elsewhere)
+    assert broker.stats(dead).ready == 0
+    broker.ack(elsewhere)
 
 
-def test_a_reject_holds_up_no_event_loop(here: kombu.Connection, engine: Broker, server: Server) -> None:
+def test_a_reject_holds_up_no_event_loop(here: kombu.Connection, broker: Broker, server: Server) -> None:
     """Where the server is full, which lets a message leave its queue and takes no dead letter."""
     exchange, dead = dead_letter_queue(here)
     name = queue(here, x_dead_letter_exchange=exchange)
@@ -362,20 +356,20 @@ def test_a_reject_holds_up_no_event_loop(here: kombu.Connection, engine: Broker,
     assert got(here, dead) == [1]
 
 
-def test_a_consumer_puts_back_what_is_no_task_as_often_as_it_likes(here: kombu.Connection, engine: Broker) -> None:
+def test_a_consumer_puts_back_what_is_no_task_as_often_as_it_likes(here: kombu.Connection, broker: Broker) -> None:
     name = queue(here)
     send(here, 1, key=name)
     for _ in range(30):
         message = here.default_channel.basic_get(name)
         message.requeue()
-        assert engine.stats(name).ready == 1, "at once"
+        assert broker.stats(name).ready == 1, "at once"
     message = here.default_channel.basic_get(name)
     assert message.delivery_info["redelivered"] is True
     message.ack()
 
 
 def test_a_message_that_cannot_be_dead_lettered_now_stays_where_it_is_until_it_can(
-    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+    here: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exchange, dead = dead_letter_queue(here)
     name = queue(here, x_dead_letter_exchange=exchange)
@@ -385,7 +379,7 @@ def test_a_message_that_cannot_be_dead_lettered_now_stays_where_it_is_until_it_c
     tries = []
 
     def cut(*_args: Any, **_options: Any) -> None:
-        tries.append(engine.stats(name).inflight)
+        tries.append(broker.stats(name).inflight)
         raise Unavailable("cut", maybe_executed=True)
 
     with monkeypatch.context() as patch:
@@ -393,21 +387,21 @@ def test_a_message_that_cannot_be_dead_lettered_now_stays_where_it_is_until_it_c
         message.reject()
         eventually(lambda: len(tries) > 1, "another try")
     assert set(tries) == {1}
-    eventually(lambda: engine.stats(name).pending == 0, "it to be dead-lettered")
+    eventually(lambda: broker.stats(name).pending == 0, "it to be dead-lettered")
     assert got(here, dead) == [1]
 
 
 @pytest.mark.parametrize("exchange", ["nobody-listens", "no-such-exchange"])
 def test_a_dead_letter_that_nobody_takes_stays_among_relays_own(
-    here: kombu.Connection, engine: Broker, exchange: str
+    here: kombu.Connection, broker: Broker, exchange: str
 ) -> None:
     if exchange == "nobody-listens":
         here.default_channel.exchange_declare(exchange, "topic")
     name = queue(here, x_dead_letter_exchange=exchange)
     send(here, 1, key=name)
     here.default_channel.basic_get(name).reject()
-    assert engine.stats(name).dead == 1
-    assert engine.requeue(name) == 1
+    assert broker.stats(name).dead == 1
+    assert broker.requeue(name) == 1
     assert got(here, name) == [1]
 
 
@@ -437,7 +431,7 @@ def test_beyond_its_length_a_queue_drops_or_dead_letters_the_oldest(here: kombu.
 
 
 def test_what_is_beyond_a_queue_s_length_and_cannot_be_dead_lettered_now_stays_where_it_is(
-    here: kombu.Connection, engine: Broker, monkeypatch: pytest.MonkeyPatch
+    here: kombu.Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exchange, dead = dead_letter_queue(here)
     name = queue(here, x_max_length=1, x_dead_letter_exchange=exchange)
@@ -450,13 +444,13 @@ def test_what_is_beyond_a_queue_s_length_and_cannot_be_dead_lettered_now_stays_w
         patch.setattr(here.default_channel, "dead_letter", full)
         with pytest.raises(Unavailable, match="full"):
             send(here, 1, key=name)
-    assert [job.deliveries for job in engine.jobs(name, "ready")] == [0, 0]
+    assert [job.deliveries for job in broker.jobs(name, "ready")] == [0, 0]
     send(here, 2, key=name)
     assert (got(here, dead), got(here, name)) == ([0, 1], [2])
 
 
 def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     name = queue(here, x_delivery_limit=2)
     send(here, 1, key=name)
@@ -467,8 +461,8 @@ def test_a_message_that_comes_back_more_often_than_the_delivery_limit_is_dead(
         seen += 1
         inbox.messages[-1].requeue()
     assert seen == 3
-    assert engine.stats(name).dead == 1
-    assert engine.stats(name).pending == 0
+    assert broker.stats(name).dead == 1
+    assert broker.stats(name).pending == 0
 
 
 # what is drained by calls
@@ -501,7 +495,7 @@ def test_what_is_asked_for_is_to_be_acked_also_beside_a_consumer_that_acks_nothi
 
 
 def test_a_consumer_that_acks_nothing_goes_on_so_when_another_one_of_its_queue_is_cancelled(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     name, channel, bodies = queue(here), here.default_channel, list[Any]()
     for tag in ("one", "other"):
@@ -510,16 +504,16 @@ def test_a_consumer_that_acks_nothing_goes_on_so_when_another_one_of_its_queue_i
     send(here, 1, key=name)
     here.drain_events(timeout=20)
     assert bodies == [1]
-    assert not engine.stats(name).pending
+    assert not broker.stats(name).pending
     channel.basic_cancel("other")
     inbox = Inbox(here, kombu.Queue(name))
     send(here, 2, key=name)
     assert inbox.wait(1) == [2]
-    assert engine.stats(name).inflight == 1
+    assert broker.stats(name).inflight == 1
 
 
 def test_of_two_consumers_of_a_queue_the_one_that_is_handed_a_message_decides_whether_it_is_acked(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     """On one channel that is the one that came last, and after its end the other one."""
     channel, messages, name = here.default_channel, list[Any](), queue(here)
@@ -534,11 +528,11 @@ def test_of_two_consumers_of_a_queue_the_one_that_is_handed_a_message_decides_wh
     send(here, 2, key=name)
     here.drain_events(timeout=20)
     assert [message.payload for message in messages] == [1, 1, 2]
-    assert (engine.stats(name).pending, engine.stats(name).inflight) == (0, 0)
+    assert (broker.stats(name).pending, broker.stats(name).inflight) == (0, 0)
 
 
 def test_what_was_claimed_to_be_acked_and_is_handed_to_a_consumer_that_does_not_is_done(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     channel, messages, name = here.default_channel, list[Any](), queue(here)
     channel.basic_consume(name, False, messages.append, "first")
@@ -548,9 +542,9 @@ def test_what_was_claimed_to_be_acked_and_is_handed_to_a_consumer_that_does_not_
     channel.basic_consume(name, True, messages.append, "second")
     while len(messages) < 3:
         here.drain_events(timeout=20)
-    assert engine.stats(name).inflight == 1
+    assert broker.stats(name).inflight == 1
     messages[0].ack()
-    assert (engine.stats(name).pending, engine.stats(name).inflight) == (0, 0)
+    assert (broker.stats(name).pending, broker.stats(name).inflight) == (0, 0)
 
 
 def test_a_call_of_drain_events_brings_one_message_and_a_cancel_what_is_on_its_way(here: kombu.Connection) -> None:
@@ -565,7 +559,7 @@ def test_a_call_of_drain_events_brings_one_message_and_a_cancel_what_is_on_its_w
     assert inbox.bodies == [0, 1, 2]
 
 
-def test_of_a_consumer_with_a_prefetch_count_nothing_is_on_its_way(here: kombu.Connection, engine: Broker) -> None:
+def test_of_a_consumer_with_a_prefetch_count_nothing_is_on_its_way(here: kombu.Connection, broker: Broker) -> None:
     name = queue(here)
     inbox = Inbox(here, kombu.Queue(name), prefetch=1)
     for n in range(3):
@@ -574,15 +568,15 @@ def test_of_a_consumer_with_a_prefetch_count_nothing_is_on_its_way(here: kombu.C
     inbox.messages[0].ack()
     inbox.consumer.cancel()
     assert inbox.bodies == [0]
-    assert engine.stats(name).ready == 2
+    assert broker.stats(name).ready == 2
 
 
-def ready(engine: Broker, name: str) -> list[bytes]:
+def ready(broker: Broker, name: str) -> list[bytes]:
     """The bodies of what waits, each a digit, in its order."""
-    return [job.payload[-1:] for job in engine.jobs(name, "ready")]
+    return [job.payload[-1:] for job in broker.jobs(name, "ready")]
 
 
-def test_a_consumer_that_a_callback_cancels_gets_no_more(here: kombu.Connection, engine: Broker) -> None:
+def test_a_consumer_that_a_callback_cancels_gets_no_more(here: kombu.Connection, broker: Broker) -> None:
     name = queue(here)
     for n in range(4):
         send(here, n, key=name)
@@ -597,13 +591,13 @@ def test_a_consumer_that_a_callback_cancels_gets_no_more(here: kombu.Connection,
     consumer.consume()
     here.drain_events(timeout=10)
     assert seen == [0]
-    assert ready(engine, name) == [b"1", b"2", b"3"]
-    assert engine.stats(name).counters.get("retried", 0) == 0
+    assert ready(broker, name) == [b"1", b"2", b"3"]
+    assert broker.stats(name).counters.get("retried", 0) == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_consumer_that_an_error_ends_gets_no_more(
-    here: kombu.Connection, engine: Broker, error: type[BaseException]
+    here: kombu.Connection, broker: Broker, error: type[BaseException]
 ) -> None:
     name = queue(here)
     for n in range(4):
@@ -619,12 +613,12 @@ def test_a_consumer_that_an_error_ends_gets_no_more(
     with pytest.raises(error):
         consume()
     assert inbox.bodies == [0]
-    assert ready(engine, name) == [b"1", b"2", b"3"]
+    assert ready(broker, name) == [b"1", b"2", b"3"]
 
 
 @pytest.mark.parametrize("error", [StopIteration, ValueError])
 def test_a_consumer_whose_callback_ends_the_loop_by_an_error_gets_no_more(
-    here: kombu.Connection, engine: Broker, error: type[Exception]
+    here: kombu.Connection, broker: Broker, error: type[Exception]
 ) -> None:
     """Also where the loop catches that before it cancels: celery.contrib.migrate ends at its limit so."""
     name = queue(here)
@@ -641,11 +635,11 @@ def test_a_consumer_whose_callback_ends_the_loop_by_an_error_gets_no_more(
         while True:
             here.drain_events(timeout=10)
     assert inbox.bodies == [0, 1]
-    assert ready(engine, name) == [b"2", b"3"]
+    assert ready(broker, name) == [b"2", b"3"]
 
 
 def test_a_callback_that_fails_during_a_cancel_keeps_the_rest_from_nobody(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
     name = queue(here)
     for n in range(5):
@@ -659,7 +653,7 @@ def test_a_callback_that_fails_during_a_cancel_keeps_the_rest_from_nobody(
     channel = here.channel()
     with suppress(ValueError), kombu.Consumer(channel, [kombu.Queue(name)], callbacks=[fails]):
         here.drain_events(timeout=10)
-    assert ready(engine, name) == [b"3", b"4"]
+    assert ready(broker, name) == [b"3", b"4"]
     assert name not in channel.consumed
 
 
@@ -678,7 +672,7 @@ def test_a_simple_queue_takes_one_of_what_others_read_too(here: kombu.Connection
             assert again.get(timeout=10).payload == n
 
 
-def test_a_channel_that_closes_delivers_nothing_more(here: kombu.Connection, engine: Broker) -> None:
+def test_a_channel_that_closes_delivers_nothing_more(here: kombu.Connection, broker: Broker) -> None:
     name = queue(here)
     inbox = Inbox(here, kombu.Queue(name))
     for n in range(3):
@@ -686,13 +680,13 @@ def test_a_channel_that_closes_delivers_nothing_more(here: kombu.Connection, eng
     here.drain_events(timeout=10)
     inbox.channel.close()
     assert inbox.bodies == [0]
-    assert ready(engine, name) == [b"0", b"1", b"2"]
+    assert ready(broker, name) == [b"0", b"1", b"2"]
 
 
 @pytest.mark.parametrize("no_ack", [True, False])
 @pytest.mark.parametrize("prefetch", [None, 10])
 def test_kombus_helpers_that_count_messages_lose_none(
-    here: kombu.Connection, engine: Broker, prefetch: int | None, no_ack: bool
+    here: kombu.Connection, broker: Broker, prefetch: int | None, no_ack: bool
 ) -> None:
     name = queue(here)
     for n in range(6):
@@ -708,7 +702,7 @@ def test_kombus_helpers_that_count_messages_lose_none(
     channel.close()
     assert found == [0, 1, 2]
     assert got(here, name) == [3, 4, 5]
-    assert engine.stats(name).pending == 0
+    assert broker.stats(name).pending == 0
 
 
 def test_who_listens_first_is_woken(here: kombu.Connection) -> None:
@@ -721,42 +715,42 @@ def test_who_listens_first_is_woken(here: kombu.Connection) -> None:
     assert not watch.hungry
 
 
-def test_a_recover_hands_back_what_was_not_acked(here: kombu.Connection, engine: Broker) -> None:
+def test_a_recover_hands_back_what_was_not_acked(here: kombu.Connection, broker: Broker) -> None:
     inbox = Inbox(here, kombu.Queue(name := queue(here)))
     for number in range(3):
         send(here, number, key=name)
     inbox.wait(3)
     inbox.messages[1].ack()
     inbox.channel.basic_recover(requeue=True)
-    stats = engine.stats(name)
+    stats = broker.stats(name)
     assert (stats.ready, stats.inflight) == (2, 0)
     assert sorted(inbox.wait(5)) == [0, 0, 1, 2, 2]
 
 
-def test_a_program_of_kombu_alone_has_nothing_of_celery_imported(server: Server, engine: Broker) -> None:
+def test_a_program_of_kombu_alone_has_nothing_of_celery_imported(server: Server, broker: Broker) -> None:
     program = (
         "import sys, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('alone').put(1)\n"
         "sys.exit(f'{found}' if (found := [name for name in sys.modules if name.split('.')[0] == 'celery']) else 0)"
     )
     subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=150)
-    assert engine.stats("alone").ready == 1
+    assert broker.stats("alone").ready == 1
 
 
-def test_a_program_that_has_little_of_celery_connects_too(server: Server, engine: Broker) -> None:
+def test_a_program_that_has_little_of_celery_connects_too(server: Server, broker: Broker) -> None:
     """Its package imports its modules as they are asked for."""
     program = "import sys, celery.exceptions, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('little').put(1)"
     subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=150)
-    assert engine.stats("little").ready == 1
+    assert broker.stats("little").ready == 1
 
 
 def test_a_program_that_ends_without_closing_its_connection_hands_back_what_it_did_not_ack(
-    server: Server, engine: Broker
+    server: Server, broker: Broker
 ) -> None:
     with link(server.url) as connection, connection.SimpleQueue("left") as left:
         left.put("x")
     program = "import sys, kombu, kombu.simple; kombu.Connection(sys.argv[1]).SimpleQueue('left').get(timeout=10)"
     subprocess.run([sys.executable, "-c", program, server.url], check=True, timeout=60)
-    (job,) = engine.claim("left")
+    (job,) = broker.claim("left")
     assert job.deliveries == 1, "that was no death"
 
 
@@ -773,7 +767,7 @@ def seconds_left(topo: topology.Topology, name: str) -> float:
     return (float(topo.stored.raw("ZSCORE", topo.places.ends, name)) - topo.stored.now_ms()) / 1000
 
 
-def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, engine: Broker) -> None:
+def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, broker: Broker) -> None:
     attendance = attendance_of(here.default_channel.broker)
     topo = attendance.topology
     used, unused = queue(here, expires=600), queue(here, expires=600)
@@ -784,9 +778,9 @@ def test_a_queue_ends_when_nobody_used_it_for_its_time(here: kombu.Connection, e
     eventually(lambda: seconds_left(topo, used) > 400, "its consumer uses it")
     pass_time(topo, used, unused, seconds=300)
     attendance._wake.set()  # it has seen that a queue's time is over, and ends it
-    eventually(lambda: engine.queues() == [], "the end of the other, whose name is not shown any more either")
+    eventually(lambda: broker.queues() == [], "the end of the other, whose name is not shown any more either")
     assert topo.terms(unused, fresh=True) is None
-    assert engine.stats(unused).pending == 0
+    assert broker.stats(unused).pending == 0
     assert topo.terms(used, fresh=True) is not None
     inbox.consumer.cancel()
     attendance.say_goodbye()
@@ -878,9 +872,9 @@ def test_a_publish_keeps_a_queue_also_on_a_machine_that_has_just_started(
 
 
 def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
-    here: kombu.Connection, engine: Broker
+    here: kombu.Connection, broker: Broker
 ) -> None:
-    topo = topology.Topology(engine)
+    topo = topology.Topology(broker)
     exchange = fresh("x")
     here.default_channel.exchange_declare(exchange, "fanout")
     copies, work = queue(here, auto_delete=True), queue(here, auto_delete=True)
@@ -902,14 +896,14 @@ def test_an_auto_delete_queue_is_kept_while_it_holds_what_nobody_else_has(
     assert topo.terms(work, fresh=True) is None
 
 
-def test_a_copy_for_a_consumer_that_is_gone_is_not_stored(here: kombu.Connection, engine: Broker) -> None:
+def test_a_copy_for_a_consumer_that_is_gone_is_not_stored(here: kombu.Connection, broker: Broker) -> None:
     exchange = fresh("x")
     here.default_channel.exchange_declare(exchange, "fanout")
     name = queue(here, auto_delete=True)
     here.default_channel.queue_bind(name, exchange)
     send(here, 1, exchange)
-    assert engine.stats(name).ready == 1
-    pass_time(topology.Topology(engine), name, seconds=60)
+    assert broker.stats(name).ready == 1
+    pass_time(topology.Topology(broker), name, seconds=60)
     send(here, 2, exchange)
-    assert engine.stats(name).pending == 0
+    assert broker.stats(name).pending == 0
     assert list(here.default_channel.list_bindings()) == []
