@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from celery.exceptions import Reject
+from celery.exceptions import Reject, Retry
 
 FOLDER = Path(os.environ.get("APP_FOLDER", "."))
 NAME = os.environ.get("APP_NAME", "w")
@@ -120,6 +120,28 @@ def wait_again(self: Any, key: str) -> None:
     """Its next try is an hour away."""
     note(key)
     raise self.retry(countdown=3600)
+
+
+def _again_meanwhile(task: Any, key: str) -> None:
+    note(key, "started")
+    wait_for(f"{key}-send")
+    try:
+        task.retry(countdown=3600)
+    except Retry:
+        wait_for(f"{key}-end")
+        raise
+
+
+@app.task(bind=True)
+def again_meanwhile_early(self: Any, key: str) -> None:
+    """Sends its next try, an hour away, when the test makes a file, and ends at the next one."""
+    _again_meanwhile(self, key)
+
+
+@app.task(bind=True, acks_late=True)
+def again_meanwhile_late(self: Any, key: str) -> None:
+    """The same, acked late."""
+    _again_meanwhile(self, key)
 
 
 @app.task(bind=True, acks_late=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.celery_workers import POOLS, CeleryWorker, client_of, lines, results_
 from tests.servers import Server, eventually
 
 OPTIONS = {"lease": 3.0, "max_deliveries": 2, "retry": {"base": 0.1, "factor": 1.0, "max_retries": 2, "jitter": False}}
+SETTINGS: Mapping[str, Any] = {"options": OPTIONS, "conf": {"result_extended": True}}
 
 
 class Site:
@@ -30,7 +31,7 @@ class Site:
         self.app = client_of(server.url, folder, self.results)
         self.workers = {
             pool: CeleryWorker(
-                server.url, folder, *flags, "-Q", pool, name=pool, results=self.results, options=OPTIONS, ready=False
+                server.url, folder, *flags, "-Q", pool, name=pool, results=self.results, **SETTINGS, ready=False
             )
             for pool, flags in POOLS.items()
         }
@@ -73,6 +74,12 @@ def outcome(result: AsyncResult) -> Any:
     """What a task returned or raised, by asking: a listening backend would outlive its server."""
     eventually(result.ready, f"the result of {result.id}")
     return result.result
+
+
+def state_of(result: AsyncResult) -> Any:
+    """What its backend says now, and of which task: the result itself keeps what it once said."""
+    meta = result.backend.get_task_meta(result.id)
+    return meta["status"], meta.get("name")
 
 
 def ended(site: Site, pool: str) -> None:
@@ -189,6 +196,47 @@ def test_revoking_by_stamps_cancels_what_waits_in_the_store_and_bears_them(site:
     assert site.broker.cancel_many(pool, [result.id for result in kept]) == ["delayed"] * len(kept)
     site.broker.resume(pool)
     ended(site, pool)
+
+
+@pytest.mark.parametrize("ack", ["early", "late"])
+def test_a_task_that_is_revoked_as_its_next_try_was_sent_says_so_and_not_that_it_is_tried_again(
+    site: Site, pool: str, ack: str, send: Send
+) -> None:
+    """Celery stores RETRY once the next try is sent, which a revoke may have found by then."""
+    key, gone = f"meanwhile-{pool}-{ack}", ("REVOKED", f"tests.celery_app.again_meanwhile_{ack}")
+    result = send(f"again_meanwhile_{ack}", key)
+    (site.folder / f"{key}-send").touch()
+    eventually(lambda: site.broker.stats(pool).delayed == 1, "its next try")
+    # Celery 5.7's workers that do not know the task would store the same, without its name
+    site.app.control.revoke(result.id, destination=[f"{pool}@{_host()}"])
+    if pool != "solo":  # which hears of nothing while a task runs
+        eventually(lambda: site.broker.stats(pool).delayed == 0, "it to be taken out")
+        eventually(lambda: state_of(result) == gone, "its result to say so")
+    (site.folder / f"{key}-end").touch()
+    eventually(lambda: site.workers[pool].logged(f"[{result.id}] retry:"), "what Celery stores then")
+    eventually(lambda: state_of(result) == gone, "its result to say so again")
+    ended(site, pool)
+
+
+@pytest.mark.parametrize("ack", ["early", "late"])
+@pytest.mark.parametrize("by", ["id", "stamp"])
+def test_a_task_that_is_revoked_while_it_runs_waits_for_no_next_try(site: Site, pool: str, by: str, ack: str) -> None:
+    key = f"no-next-{pool}-{by}-{ack}"
+    task = site.task(f"again_meanwhile_{ack}", key, queue=pool)
+    task.stamp(customer=key)
+    result = task.apply_async()
+    eventually(lambda: key in lines(site.folder, "started"), "it to run")
+    to = {"destination": [f"{pool}@{_host()}"]}
+    if by == "id":
+        site.app.control.revoke(result.id, **to)
+    else:
+        site.app.control.revoke_by_stamped_headers({"customer": key}, **to)
+    if pool != "solo":
+        site.app.control.inspect(**to, timeout=10, limit=1).ping()
+    for step in ("send", "end"):
+        (site.folder / f"{key}-{step}").touch()
+    ended(site, pool)
+    eventually(lambda: result.state == "REVOKED", "its result to say so")
 
 
 def test_inspect_tells_of_what_waits_in_the_store(site: Site, pool: str, send: Send) -> None:

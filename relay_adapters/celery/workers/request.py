@@ -17,6 +17,8 @@ from celery.worker.state import task_ready
 from relay_adapters.celery.holding.forgotten import Forgotten
 from relay_adapters.celery.holding.inhand import LEASE, lease_of, lent
 from relay_adapters.celery.holding.leases import Leases
+from relay_adapters.celery.outcomes.announcing import dispatcher
+from relay_adapters.celery.workers.revoking import Revoker, is_revoked
 from relay_core import Job
 
 logger = logging.getLogger("relay.celery")
@@ -88,6 +90,10 @@ class Request(Stock):
     def on_retry(self, exc_info: Any) -> None:
         self._blame(None)
         super().on_retry(exc_info)
+        if self._leases is not None and self._job is not None and is_revoked(self):
+            # the connection may be another one by now, and have no such channel: then there is the task's own queue
+            queues = dict.fromkeys([self._job.queue, *self.message.channel.consumed])
+            Revoker(self.app, self._leases.broker, [*queues], dispatcher(), self.hostname).next_try(self)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         error = exc_info.exception

@@ -16,7 +16,7 @@ from relay_adapters.celery.messages.protocol import told_of
 from relay_adapters.celery.outcomes.announcing import announce
 from relay_adapters.celery.outcomes.telling import teller
 from relay_adapters.celery.outcomes.unstarted import context_of, stores_errors
-from relay_adapters.telling import PATIENCE
+from relay_adapters.telling import PATIENCE, Tell
 from relay_core import Broker
 from relay_core.errors import RelayError
 from relay_core.job import Record, State
@@ -47,14 +47,25 @@ class Revoker:
         # of many that are revoked at once, a result backend that is not there holds up the first
         self._told_by = time.monotonic() + PATIENCE
 
-    def by_ids(self, task_ids: Iterable[str]) -> None:
-        """Take these tasks out."""
+    def by_ids(self, task_ids: Iterable[str]) -> int:
+        """Take these tasks out: how many waited."""
+        out = 0
         try:
             for task_id in task_ids:
                 for queue in self._queues:
-                    self._take_out(queue, payloads(self._broker, queue, ids_of(task_id)))
+                    out += self._take_out(queue, payloads(self._broker, queue, ids_of(task_id)))
         except RelayError as error:
             logger.warning("tasks that wait in the store could not be revoked there: %s", error)
+        return out
+
+    def next_try(self, request: Any) -> None:
+        """A task that is revoked has sent its next try, which may wait for hours. Where that was taken out already, its
+        result said so until Celery stored RETRY.
+
+        :param request: a worker's
+        """
+        if not self.by_ids([request.id]) and request.store_errors:
+            self._tell_backend(request.id, partial(_say_revoked, request))
 
     def by_stamps(self, stamps: Stamps) -> None:
         """Take out what bears one of these stamps, in a thread of its own: all that waits is read."""
@@ -72,7 +83,8 @@ class Revoker:
     def _search(self, queue: str, state: State, stamps: Stamps) -> None:
         skip = 0
         while page := self._broker.jobs(queue, state, limit=_PAGE, skip=skip):
-            gone = self._take_out(queue, {job.id: job.payload for job in page if _bears(job.payload, stamps)})
+            bearing = {job.id: job.payload for job in page if _bears(_headers_of(job.payload), stamps)}
+            gone = self._take_out(queue, bearing)
             if len(page) < _PAGE:
                 return
             skip += len(page) - gone
@@ -101,10 +113,12 @@ class Revoker:
         context.hostname = self._hostname
         how = {"terminated": False, "signum": None, "expired": False}
         announce(self._events, "task-revoked", task, told, **how)
-        mark = partial(_mark_as_revoked, self._app, told, context)
-        teller.tell(f"task {told['id']} was revoked", mark, max(0.0, self._told_by - time.monotonic()))
+        self._tell_backend(told["id"], partial(_mark_as_revoked, self._app, told, context))
         if task is not None:
             signals.task_revoked.send(sender=task, request=context, **how)
+
+    def _tell_backend(self, task_id: str, tell: Tell) -> None:
+        teller.tell(f"task {task_id} was revoked", tell, max(0.0, self._told_by - time.monotonic()))
 
 
 def _mark_as_revoked(app: Any, told: Mapping[str, Any], context: Any, _is_ours: Callable[[], bool]) -> None:
@@ -112,6 +126,22 @@ def _mark_as_revoked(app: Any, told: Mapping[str, Any], context: Any, _is_ours: 
     task = app.tasks.get(told["task"])
     backend = app.backend if task is None else task.backend  # of this thread: not all are for several
     backend.mark_as_revoked(told["id"], "revoked", request=context, store_result=stores_errors(task, told))
+
+
+def _say_revoked(request: Any, _is_ours: Callable[[], bool]) -> None:
+    """Its result alone: its chord has been told, and would count it twice."""
+    from celery.app.task import Context
+    from celery.exceptions import TaskRevokedError
+
+    context = Context(request.request_dict)
+    request.task.backend.store_result(request.id, TaskRevokedError("revoked"), "REVOKED", request=context)
+
+
+def is_revoked(request: Any) -> bool:
+    """Whether this worker has been told so, by id or by stamp."""
+    from celery.worker import state
+
+    return request.id in state.revoked or _bears(request.request_dict, stamps_of(dict(state.revoked_stamps)))
 
 
 def payloads(broker: Broker, queue: str, ids: Sequence[str]) -> dict[str, bytes]:
@@ -132,14 +162,21 @@ def stamps_of(headers: Mapping[str, Any] | Iterable[str]) -> Stamps:
     return {name: _several(value) for name, value in headers.items()}
 
 
+def _headers_of(payload: bytes) -> Mapping[str, Any]:
+    """Empty of what is no message."""
+    try:
+        return head_of(payload).get("headers") or {}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
 def _several(value: Any) -> Collection[Any]:
     return value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
 
 
-def _bears(payload: bytes, stamps: Stamps) -> bool:
-    """Whether the task bears one of the stamps."""
+def _bears(headers: Mapping[str, Any], stamps: Stamps) -> bool:
+    """Whether the task of these headers bears one of the stamps."""
     try:
-        headers = head_of(payload).get("headers") or {}
         borne = headers.get("stamps") or {}
         return any(
             value in stamps[name]

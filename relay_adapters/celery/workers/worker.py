@@ -161,8 +161,12 @@ class _Command:
 
 class _Revoke(_Command):
     def __call__(self, state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
+        from celery.worker import state as worker_state
+
         ids = [id for id in maybe_list(task_id) or () if isinstance(id, str)]
-        # first: Celery's own may wait for a result backend that is not there
+        # a task whose next try is taken out is to find itself revoked when it ends, in whatever thread that is
+        worker_state.revoked.update(ids)
+        # before Celery's own, which may wait for a result backend that is not there
         for revoker in _revokers(state):
             revoker.by_ids(ids)
         return self._stock(state, task_id, *args, **options)
