@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -395,6 +395,67 @@ def test_a_worker_waits_for_its_broker_by_looking_not_by_sleeping(late: Server) 
         assert not done.wait(0.5)
         late.start()
         assert done.wait(10)  # of the 60 s that kombu would have slept
+
+
+class Clock:
+    """For a module's `time`: it passes by sleeping only."""
+
+    def __init__(self, asleep: Callable[[], object]) -> None:
+        self.now, self._asleep = 1000.0, asleep
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._asleep()
+
+
+def _taken(clock: Clock, connection: Connection) -> float:
+    """How long a worker waits before it connects."""
+    began = clock.now
+    failover.Pace(connection).wait()
+    failover.Refusals.of(connection).connected()
+    return clock.now - began
+
+
+def test_a_broker_that_refuses_what_a_worker_needs_is_tried_ever_more_seldom(
+    late: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(lambda: None)
+    monkeypatch.setattr(failover, "time", clock)
+    late.start()
+    with Connection(late.url) as connection:
+        refusals = failover.Refusals.of(connection)
+        refusals.connected()
+        waits = []
+        for _ in range(17):
+            refusals.ended(PermissionDenied("no"))
+            waits.append(_taken(clock, connection))
+        assert waits == pytest.approx([*range(2, 32, 2), 30, 30], abs=0.2)
+        assert _taken(clock, connection) == 0, "another connection of the worker, which has waited"
+        refusals.ended(Unavailable("cut"))
+        assert _taken(clock, connection) == 0, "an ordinary outage"
+        clock.now += 31
+        refusals.ended(PermissionDenied("no"))
+        assert _taken(clock, connection) == pytest.approx(2, abs=0.2), "it was right for a while"
+
+
+def test_a_broker_that_is_started_anew_after_it_refused_what_a_worker_needs_is_not_waited_for(
+    late: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be set right by now."""
+    clock = Clock(lambda: late.kill() if 1004 < clock.now < 1004.3 else None)
+    monkeypatch.setattr(failover, "time", clock)
+    late.start()
+    with Connection(late.url) as connection:
+        refusals = failover.Refusals.of(connection)
+        refusals.connected()
+        for _ in range(9):
+            refusals.ended(PermissionDenied("no"))
+        assert _taken(clock, connection) == pytest.approx(4.2, abs=0.3)
+        late.start()
+        assert _taken(clock, connection) == 0
 
 
 def test_the_connections_that_publish_keep_to_their_own_retry_policy(late: Server) -> None:

@@ -169,6 +169,22 @@ def test_a_worker_outlives_rights_that_are_missing_for_a_while(
         eventually(lambda: lines(tmp_path, start="after"), "the worker to go on")
 
 
+@pytest.mark.parametrize("flags", [("-P", "solo"), ("-P", "gevent", "-c", "2")], ids=["solo", "gevent"])
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+def test_a_worker_that_lacks_rights_tries_ever_more_seldom_and_ends_at_once(
+    acl_server: AclServer, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """Its connections are taken, and end by its first claim."""
+    with CeleryWorker(acl_server.url, tmp_path, *flags) as running:
+        acl_server.cli("ACL", "SETUSER", acl_server.user, "-evalsha")
+        eventually(lambda: running.logged("next try in 6 s: "), "its third try")
+        tries = [line for line in running.text.splitlines() if "broker lost" in line]
+        told = [line for line in running.text.splitlines() if "the broker refuses what this worker needs" in line]
+        assert [re.findall(r"next try in (\d+) s: ", line) for line in told] == [["2"], ["4"], ["6"]]
+        assert len(tries) in (2, 3)  # Celery says so afterwards
+        assert running.stop() == 0
+
+
 @pytest.mark.parametrize("flags", [("-P", "solo"), ("-P", "prefork", "-c", "1"), ("-P", "threads", "-c", "1")])
 def test_a_worker_outlives_a_server_that_may_evict_jobs_for_a_while(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """As after a failover to a replica whose configuration is not the primary's."""

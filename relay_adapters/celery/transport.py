@@ -17,7 +17,7 @@ import relay_core
 from relay_adapters.celery import channel as channels
 from relay_adapters.celery import ports
 from relay_adapters.celery.errors import REFUSALS, as_of_the_broker
-from relay_adapters.celery.failover import Pace, answers, keep_whole
+from relay_adapters.celery.failover import Pace, Refusals, answers, keep_whole
 from relay_adapters.celery.holding.leases import Leases
 from relay_adapters.celery.holding.workerstate import shutting_down
 from relay_adapters.celery.mail.mailwatch import MailWatch
@@ -117,6 +117,7 @@ class Transport(virtual.Transport):
             channel = self._avail_channels[-1]
             if pace is not None:
                 answers(channel.broker)
+                Refusals.of(self.client).connected()
             else:
                 _ping(channel.broker)
             channel.leases.cut_off = False

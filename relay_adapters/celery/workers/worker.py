@@ -14,6 +14,7 @@ from typing import Any
 
 from kombu.utils.functional import maybe_list
 
+from relay_adapters.celery.failover import Refusals
 from relay_adapters.celery.holding import children, chords
 from relay_adapters.celery.messages.envelope import unpack
 from relay_adapters.celery.messages.ids import ids_of
@@ -67,6 +68,7 @@ def install(**_: Any) -> None:
         Consumer.create_task_handler = spoiled.reading(Consumer.create_task_handler)
         Consumer.on_decode_error = spoiled.kept(Consumer.on_decode_error)
         Consumer.on_unknown_task = spoiled.named(Consumer.on_unknown_task)
+        Consumer.on_connection_error_after_connected = _refused(Consumer.on_connection_error_after_connected)
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
         AsynPool.flush = given.remembering(AsynPool.flush)
@@ -85,6 +87,17 @@ def _derived(stock: Callable[..., type]) -> Callable[..., type]:
         return stock(base, *args, **options)
 
     return create_request_cls
+
+
+def _refused(stock: Callable[..., None]) -> Callable[..., None]:
+    """A worker whose broker refuses what it needs is not to connect again and again."""
+
+    def ended(consumer: Any, error: BaseException) -> None:
+        if getattr(consumer.connection.transport, "keeps_mail", False):
+            Refusals.of(consumer.connection).ended(error)
+        stock(consumer, error)
+
+    return ended
 
 
 def _mingle_at_first(stock: Callable[..., None]) -> Callable[..., None]:
