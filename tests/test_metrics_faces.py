@@ -13,15 +13,14 @@ import sysconfig
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import dramatiq
 import pytest
-from celery import Celery
+from celery import Celery, signals
+from celery.worker import state as worker_state
 from dramatiq.middleware import Middleware, SkipMessage
 
-from relay_adapters.celery.monitors import monitoring
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, Job, hookimpl
 from relay_core.errors import InvalidArgument
@@ -229,18 +228,25 @@ def test_in_multiprocess_mode_the_children_of_a_celery_worker_count_what_their_t
 
 
 class Controller:
-    """What Celery's signal tells of a worker."""
+    """What Celery's signals tell of a worker."""
 
     concurrency = 1
 
 
-def started(store: Server, **options: Any) -> tuple[Any, SimpleNamespace]:
-    app = Celery(broker=store.url, broker_transport_options=options, set_as_current=False)
-    controller = Controller()
-    consumer = SimpleNamespace(connection=app.connection_for_read(), controller=controller, task_consumer=None)
+class Consumer:
+    """And of what consumes for it."""
+
+    task_consumer = None
+
+    def __init__(self, app: Celery) -> None:
+        self.connection, self.controller = app.connection_for_read(), Controller()
+
+
+def started(store: Server, **options: Any) -> tuple[Controller, Consumer]:
+    consumer = Consumer(Celery(broker=store.url, broker_transport_options=options, set_as_current=False))
     consumer.connection.connect()
-    monitoring._ready(consumer)
-    return controller, consumer
+    signals.worker_ready.send(sender=consumer)
+    return consumer.controller, consumer
 
 
 @pytest.mark.parametrize(
@@ -256,7 +262,7 @@ def test_a_wrong_setting_is_an_error_in_the_log_of_a_celery_worker_which_works(
     controller, _consumer = started(store, **options)
     eventually(lambda: faces(core) == ["celery"], "the worker in the roster")
     assert said in caplog.text
-    monitoring._shutdown(controller)
+    signals.worker_shutdown.send(sender=controller)
     assert core.workers() == []
 
 
@@ -270,7 +276,7 @@ def test_what_metrics_lack_is_said_once_in_the_log_of_a_celery_worker_which_work
     eventually(lambda: faces(core) == ["celery"], "the worker in the roster")
     (record,) = [record for record in caplog.records if "no metrics" in record.getMessage()]
     assert record.getMessage().count("pip install 'relay-queue[metrics]'") == 1
-    monitoring._shutdown(controller)
+    signals.worker_shutdown.send(sender=controller)
 
 
 def test_the_endpoint_of_a_celery_worker_ends_with_the_worker_and_not_only_with_its_process(
@@ -279,9 +285,21 @@ def test_the_endpoint_of_a_celery_worker_ends_with_the_worker_and_not_only_with_
     port = free_port()
     controller, _consumer = started(store, metrics_addr=str(port))
     assert "relay_build_info" in scrape_url(f"http://127.0.0.1:{port}/metrics").names()
-    monitoring._shutdown(controller)
+    signals.worker_shutdown.send(sender=controller)
     with pytest.raises(OSError):
         scrape_url(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_a_task_that_was_acked_as_it_started_is_in_the_hands_of_its_celery_worker(store: Server, core: Broker) -> None:
+    """It holds no lease."""
+    request = Controller()
+    worker_state.reserved_requests.add(request)
+    try:
+        controller, _consumer = started(store)
+        eventually(lambda: [info.inflight for info in core.workers()] == [1], "the roster to say so")
+        signals.worker_shutdown.send(sender=controller)
+    finally:
+        worker_state.reserved_requests.discard(request)
 
 
 def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_another_broker_is_not_heard(
@@ -290,10 +308,8 @@ def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_an
     with caplog.at_level(logging.INFO):
         controller, _consumer = started(store)
     assert "metrics" not in caplog.text
-    monitoring._shutdown(controller)
-    elsewhere = Celery(broker="memory://", set_as_current=False)
-    other = SimpleNamespace(connection=elsewhere.connection_for_read(), controller=Controller())
-    monitoring._ready(other)
+    signals.worker_shutdown.send(sender=controller)
+    signals.worker_ready.send(sender=Consumer(Celery(broker="memory://", set_as_current=False)))
     assert core.workers() == []
 
 
