@@ -24,7 +24,7 @@ from dramatiq.middleware import Middleware, SkipMessage
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, Job, hookimpl
 from relay_core.errors import InvalidArgument
-from tests.celery_workers import STARTS
+from tests.celery_workers import STARTS, CeleryWorker
 from tests.dramatiq_workers import running
 from tests.scraping import Scrape, scrape_url
 from tests.servers import Server, eventually, free_port
@@ -300,6 +300,17 @@ def test_a_task_that_was_acked_as_it_started_is_in_the_hands_of_its_celery_worke
         signals.worker_shutdown.send(sender=controller)
     finally:
         worker_state.reserved_requests.discard(request)
+
+
+def test_a_celery_worker_that_is_shut_down_cold_is_off_the_roster_at_once(
+    store: Server, core: Broker, tmp_path: Path
+) -> None:
+    """Celery sends no signal then."""
+    with CeleryWorker(store.url, tmp_path, "-P", "solo") as worker:
+        eventually(lambda: faces(core) == ["celery"], "the worker in the roster")
+        worker.send(signal.SIGQUIT)
+        worker.process.wait(30)
+        assert core.workers() == []
 
 
 def test_without_the_setting_a_celery_worker_serves_nothing_and_the_signal_of_another_broker_is_not_heard(
