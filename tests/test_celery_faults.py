@@ -226,7 +226,7 @@ def test_a_task_that_ends_within_a_soft_shutdown_does_not_run_again(
 def test_tasks_that_are_cancelled_with_the_connection_run_again(
     kept: Server, broker: Broker, client: Celery, tmp_path: Path, running: ExitStack
 ) -> None:
-    running.enter_context(
+    worker = running.enter_context(
         CeleryWorker(
             kept.url, tmp_path, "-P", "prefork", "-c", "1",
             conf={"worker_cancel_long_running_tasks_on_connection_loss": True},
@@ -240,6 +240,7 @@ def test_tasks_that_are_cancelled_with_the_connection_run_again(
     (tmp_path / "go").touch()
     empty(broker, "celery")
     assert len(lines(tmp_path, start="long")) == 1
+    assert not worker.logged("TimeoutError"), "the first run was ended, and has not waited in vain"
 
 
 def test_a_worker_moves_on_to_the_next_broker_of_its_list_and_publishers_do(
