@@ -116,8 +116,8 @@ class Declaring(virtual.Channel):
         return queue_declare_ok_t(queue, self._size_if_there(queue), consumers)
 
     def _size_if_there(self, queue: str) -> int:
-        """Of a queue that was just declared. It may lie on a server of a cluster that is away alone, which keeps no worker
-        from its other queues."""
+        """Of a queue that was just declared. It may lie on a server of a cluster that is away alone, which keeps no
+        worker from its other queues."""
         if not self.broker.url.several:
             return self._size(queue)
         try:
