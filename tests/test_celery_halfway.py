@@ -23,9 +23,9 @@ import pytest
 from relay_adapters.celery.holding import owed
 from relay_adapters.celery.holding.apart import Apart
 from relay_adapters.celery.holding.owed import Owed
-from relay_adapters.celery.holding.workerstate import running_tags
 from relay_adapters.celery.receiving.consuming import Consuming
 from relay_adapters.celery.receiving.settling import Settling
+from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker, Verdict
 from relay_core.errors import InvalidArgument, RelayError, StoreError, Unavailable
 from tests.celery_links import Inbox, Loop, fresh, link, send

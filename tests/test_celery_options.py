@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,8 +29,8 @@ from relay_core.errors import (
     Unavailable,
     UnsafeStore,
 )
-from tests.celery_workers import CeleryWorker, client_of
-from tests.servers import AclServer, Server, TlsServer, free_port
+from tests.celery_workers import ROOT, CeleryWorker, client_of, lines
+from tests.servers import AclServer, Server, TlsServer, eventually, free_port
 from tests.topologies import Cluster, SentinelTrio
 
 
@@ -300,15 +303,15 @@ def test_a_wrong_option_is_refused_by_name(given: dict[str, Any], told: str) -> 
         connection.channel()
 
 
-@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+@pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
 def test_options_of_other_transports_are_taken_and_explained_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, level: int
 ) -> None:
     """What matters to workers alone is no warning in the scripts that send tasks."""
-    monkeypatch.setattr(options, "_is_worker", lambda: level == logging.WARNING)
+    monkeypatch.setattr(options, "is_worker", lambda: level == logging.WARNING)
     given = {"visibility_timeout": 3600, "fanout_prefix": True, "max_retries": 3, f"mine_{uuid.uuid4().hex}": 1}
     options._said.clear()
-    with caplog.at_level(logging.INFO, "relay.celery"):
+    with caplog.at_level(logging.DEBUG, "relay.celery"):
         for _ in range(2):
             with Connection("relay://127.0.0.1:1/0", transport_options=given) as connection:
                 options.options_of(connection)
@@ -478,3 +481,21 @@ def test_two_apps_of_one_process_share_a_broker_only_where_they_agree(tcp_server
         assert other.SimpleQueue("q").get(timeout=5).payload == 2
         with Broker(tcp_server.url) as broker:
             assert broker.stats("q").ready == 1
+
+
+def test_that_a_visibility_timeout_has_no_effect_is_a_warning_in_workers_alone(server: Server, tmp_path: Path) -> None:
+    """Cron sends mail of what a script prints, as a warning is where nothing logs."""
+    given = {"visibility_timeout": 3600}
+    script = (
+        "import json, sys; from celery import Celery\n"
+        "app = Celery('sends', broker=sys.argv[1], broker_transport_options=json.loads(sys.argv[2]))\n"
+        "app.send_task('tests.celery_app.run', ['one'])"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, server.url, json.dumps(given)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with CeleryWorker(server.url, tmp_path, "-P", "solo", options=given) as worker:
+        eventually(lambda: lines(tmp_path), "the task to run")
+        told = [line for line in worker.text.splitlines() if "visibility_timeout" in line]
+    assert len(told) == 1
+    assert "WARNING" in told[0]

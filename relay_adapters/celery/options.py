@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import ssl
-import sys
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +13,7 @@ from kombu.utils.imports import symbol_by_name
 
 from relay_adapters.celery.outcomes.burial import Burial
 from relay_adapters.celery.plugin import prefix_of
+from relay_adapters.celery.workerstate import is_worker
 from relay_core import Broker, RetryPolicy
 from relay_core.connection import forks
 from relay_core.errors import InvalidArgument, InvalidUrl, RelayError
@@ -72,7 +72,7 @@ producers that are much later would lie where nobody looks."""
 
 _shared: dict[tuple[str, str], Broker] = {}
 _lock = forks.Lock()
-_said: set[str] = set()
+_said: set[tuple[int, str]] = set()
 
 
 def is_relay(url: str) -> bool:
@@ -175,8 +175,9 @@ def _check_names(given: Mapping[str, Any]) -> None:
             say_once(
                 f"{_WHERE}['visibility_timeout'] has no effect on relay: a worker extends the leases of its messages "
                 "for as long as it lives, and a dead worker's tasks run elsewhere once they end; see 'lease'",
-                # it matters to workers: cron sends mail of what a script prints, as a warning is where nothing logs
-                logging.WARNING if _is_worker() else logging.INFO,
+                # it matters to workers: cron sends mail of what a script prints, as a warning is where nothing logs,
+                # and a scheduler that forks to send would say it with each batch
+                logging.WARNING if is_worker() else logging.DEBUG,
             )
         if name in known or name in _ELSEWHERE:
             continue
@@ -198,14 +199,10 @@ def _check_timeouts(given: Mapping[str, Any]) -> None:
             )
 
 
-def _is_worker() -> bool:
-    return "celery.worker.state" in sys.modules
-
-
 def say_once(text: str, level: int = logging.WARNING) -> None:
-    """Log it, once per process."""
-    if text not in _said:
-        _said.add(text)
+    """Log it, once per process, and again where it has become more urgent."""
+    if (level, text) not in _said:
+        _said.add((level, text))
         logger.log(level, text)
 
 

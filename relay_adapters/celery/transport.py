@@ -19,7 +19,6 @@ from relay_adapters.celery import ports
 from relay_adapters.celery.errors import REFUSALS, as_of_the_broker
 from relay_adapters.celery.failover import Pace, Refusals, answers, keep_whole
 from relay_adapters.celery.holding.leases import Leases
-from relay_adapters.celery.holding.workerstate import shutting_down
 from relay_adapters.celery.mail.mailwatch import MailWatch
 from relay_adapters.celery.messages import reprs
 from relay_adapters.celery.monitors import exporter_name, flower_queues, monitoring
@@ -27,6 +26,7 @@ from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.receiving.watch import Watch
 from relay_adapters.celery.sending import groups, lookups, producers
 from relay_adapters.celery.workers import worker
+from relay_adapters.celery.workerstate import shutting_down
 from relay_core import Broker
 from relay_core.connection import readable
 from relay_core.errors import StoreError, Unavailable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from relay_adapters.celery.holding import children, greenbeat
 from relay_adapters.celery.holding.owed import LINGER
-from relay_adapters.celery.holding.workerstate import is_worker, running_tags, shutting_down
+from relay_adapters.celery.workerstate import is_worker, running_tags, shutting_down
 from relay_core import Broker, Verdict
 from relay_core.errors import RelayError
 from relay_core.keeping import Keeper

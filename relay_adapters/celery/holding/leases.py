@@ -17,8 +17,8 @@ from relay_adapters.celery.holding.apart import Apart
 from relay_adapters.celery.holding.heartbeat import Heartbeat
 from relay_adapters.celery.holding.held import Held
 from relay_adapters.celery.holding.owed import Owed
-from relay_adapters.celery.holding.workerstate import running_tags
 from relay_adapters.celery.messages.tags import number_of
+from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker, Job, Verdict
 from relay_core.connection import forks
 from relay_core.errors import RelayError

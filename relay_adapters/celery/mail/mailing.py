@@ -7,11 +7,11 @@ from collections import deque
 from queue import Empty
 from typing import Any
 
-from relay_adapters.celery.holding.workerstate import is_worker
 from relay_adapters.celery.messages.envelope import unpack
 from relay_adapters.celery.queues import moves
 from relay_adapters.celery.queues.declaring import Declaring
 from relay_adapters.celery.queues.terms import Terms
+from relay_adapters.celery.workerstate import is_worker
 from relay_core.commands import Command
 from relay_core.errors import RelayError
 from relay_core.job import new_id

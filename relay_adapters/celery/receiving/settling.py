@@ -9,9 +9,9 @@ from typing import Any
 
 from relay_adapters.celery.holding.held import Held
 from relay_adapters.celery.holding.leases import Leases
-from relay_adapters.celery.holding.workerstate import running_tags
 from relay_adapters.celery.receiving import failing
 from relay_adapters.celery.sending.deadletters import DeadLetters
+from relay_adapters.celery.workerstate import running_tags
 from relay_core import Broker, Verdict
 from relay_core.errors import LeaseLost, Unavailable
 

@@ -9,11 +9,11 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from relay_adapters.celery.holding.workerstate import shutting_down, waiting_in_pool
 from relay_adapters.celery.options import RETRY_IN_LIST
 from relay_adapters.celery.receiving.ahead import Ahead
 from relay_adapters.celery.receiving.consuming import Delivery
 from relay_adapters.celery.receiving.qos import BATCH
+from relay_adapters.celery.workerstate import shutting_down, waiting_in_pool
 from relay_core.connection import Bell, Sender
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from kombu.transport.virtual import UndeliverableWarning
 
 from relay_adapters.celery.errors import NotFound, no_route
 from relay_adapters.celery.holding.leases import Leases
-from relay_adapters.celery.holding.workerstate import is_worker
 from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.envelope import pack
 from relay_adapters.celery.messages.protocol import told_of
@@ -22,6 +21,7 @@ from relay_adapters.celery.queues.declaring import Declaring
 from relay_adapters.celery.queues.terms import Terms
 from relay_adapters.celery.queues.topology import Table
 from relay_adapters.celery.sending.upkeep import end
+from relay_adapters.celery.workerstate import is_worker
 from relay_core.errors import Unavailable
 from relay_core.job import new_id
 

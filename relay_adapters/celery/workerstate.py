@@ -16,7 +16,8 @@ def running_tags() -> set[str]:
 
 
 def is_worker() -> bool:
-    return "celery.worker.state" in sys.modules
+    """Celery loads `celery.worker` with every app, what consumes in workers only."""
+    return "celery.worker.consumer" in sys.modules
 
 
 def shutting_down() -> bool:
