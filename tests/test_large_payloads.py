@@ -41,11 +41,19 @@ def big(broker: Broker) -> Job:
 
 
 def test_a_large_payload_lies_beside_its_record_and_a_small_one_in_it(broker: Broker, server: Server) -> None:
-    few = len(Record.pack(0, JobSpec(b"").options(), b""))
-    small, large = broker.enqueue("q", BIG[: LARGE - few - 1]).id, broker.enqueue("q", BIG[: LARGE - few]).id
-    assert apart(server) == {large.encode(): BIG[: LARGE - few]}
+    small, large = broker.enqueue("q", BIG[:-1]).id, broker.enqueue("q", BIG).id
+    assert apart(server) == {large.encode(): BIG}
     assert len(record(server, small)) > LARGE > 100 > len(record(server, large))
-    assert [job.payload for job in broker.claim("q", 2)] == [BIG[: LARGE - few - 1], BIG[: LARGE - few]]
+    assert [job.payload for job in broker.claim("q", 2)] == [BIG[:-1], BIG]
+
+
+@pytest.mark.parametrize("payload", [b"", b"small", BIG])
+def test_large_headers_make_no_payload_a_large_one(payload: bytes, broker: Broker, server: Server) -> None:
+    headers = {"large": "x" * 2 * LARGE}
+    broker.enqueue("q", payload, headers=headers)
+    broker.enqueue_many("q", [JobSpec(payload, headers=headers)])
+    assert set(apart(server).values()) == ({BIG} if payload == BIG else set())
+    assert [(job.payload, dict(job.headers)) for job in broker.claim("q", 2)] == [(payload, headers)] * 2
 
 
 ENQUEUES: dict[str, Callable[[Broker], object]] = {

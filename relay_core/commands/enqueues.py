@@ -13,8 +13,8 @@ from relay_core.job import Enqueued, Record
 from relay_core.keys import LAYOUT, QueueKeys
 
 LARGE = 12288
-"""Bytes of a record from which on its payload is stored apart from it, by plain commands and not by scripts: a server's
-Lua hashes every byte of each string that it meets, which takes longer than all else that is done with a large one."""
+"""Bytes from which on a payload is stored apart from its record, by plain commands and not by scripts: a server's Lua
+hashes every byte of each string that it meets, which takes longer than all else that is done with a large one."""
 
 
 class NewJob(NamedTuple):
@@ -31,8 +31,9 @@ class NewJob(NamedTuple):
 
 
 def is_large(job: NewJob) -> bool:
-    """Whether its payload is to lie apart from its record."""
-    return len(job.record) >= LARGE
+    """Whether its payload is to lie apart from its record. Headers do not count, however large: they never do."""
+    size = len(job.record)
+    return size > LARGE and size - job.record.index(b"\n") > LARGE
 
 
 class Stored(list[Enqueued]):
