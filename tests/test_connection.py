@@ -250,6 +250,7 @@ NOT_EXECUTED = [
     "OOM command not allowed when used memory > 'maxmemory'.",
     "TRYAGAIN Multiple keys request during rehashing of slot",
     "MISCONF Redis is configured to save RDB snapshots",
+    "EXECABORT Transaction discarded because of: READONLY You can't write against a read only replica.",
 ]
 
 

@@ -11,6 +11,9 @@ import pytest
 
 from relay_core import AsyncBroker, Broker, Enqueued, JobSpec, commands, hookimpl
 from relay_core.commands.enqueues import LARGE
+from relay_core.connection import clients
+from relay_core.connection.pool import Link
+from relay_core.connection.steps import Outcome
 from relay_core.errors import LayoutError, RelayError, StoreError, Unavailable
 from relay_core.job import Job, Record, State
 from tests.proxy import Proxy, to_socket
@@ -332,6 +335,31 @@ def test_what_is_refused_leaves_nothing(server: Server) -> None:
             server.cli("CONFIG", "SET", "maxmemory", 0)
         assert apart(server) == before
         assert broker.stats("q").ready == 1
+
+
+def test_what_comes_between_a_transaction_s_commands_and_its_end_is_as_if_it_had_come_before(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(server.url, retry_for=0.0) as broker:
+        broker.enqueue("q", BIG)
+        send, end = Link.send, clients.pack_all([("EXEC",)])[0]
+
+        def fill_up(link: Link, blocks: list[bytes]) -> Outcome | None:
+            *blocks, last = blocks
+            assert last.endswith(end)
+            assert send(link, [*blocks, last[: -len(end)]]) is None
+            eventually(lambda: b"multi=3" in server.cli("CLIENT", "LIST"), "all but its end is there")
+            server.cli("CONFIG", "SET", "maxmemory", 1)
+            assert link._stream
+            link._stream.send(end)
+            return None
+
+        monkeypatch.setattr(Link, "send", fill_up)
+        with pytest.raises(Unavailable, match="memory is full"):
+            broker.enqueue("q", OTHER)
+        monkeypatch.undo()
+        server.cli("CONFIG", "SET", "maxmemory", 0)
+        assert (list(apart(server).values()), broker.stats("q").ready) == ([BIG], 1)
 
 
 def test_a_job_whose_payload_is_gone_goes_to_dead_and_its_neighbours_run(broker: Broker, server: Server) -> None:

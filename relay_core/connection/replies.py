@@ -83,6 +83,7 @@ _AUTH: tuple[type[Exception], ...] = (
 # The server's answers, although redis-py files some of them under the connection.
 _REPLIES: tuple[type[Exception], ...] = (redis_errors.ResponseError, redis_errors.BusyLoadingError, *_AUTH)
 _TOO_MANY = "max number of clients reached"
+_DISCARDED = "Transaction discarded because of: "
 
 _TIMED_OUT: tuple[type[Exception], ...] = (TimeoutError, asyncio.TimeoutError)  # the same from Python 3.11 on
 
@@ -173,6 +174,9 @@ def _words(error: BaseException) -> str:
 
 def _code_and_text(error: Exception) -> tuple[str, str]:
     text = str(error)
+    if isinstance(error, redis_errors.ExecAbortError) and _DISCARDED in text:
+        text = text.partition(_DISCARDED)[2]  # its parts were taken, but no longer the whole: why is what counts
+        return text.partition(" ")[0], text
     if isinstance(error, _AUTH):
         return "NOAUTH", text
     for kind, code in _CODES:
