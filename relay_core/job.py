@@ -171,8 +171,8 @@ def _fields(text: str) -> dict[str, Any]:
 _APART = b'{"apart":true'
 """How the options of a record begin whose payload lies apart from it. First there, so that no header reads like it."""
 
-_BEFORE_OPTIONS = 16 + 1 + 1 + 1 + 7 + 1 + len(_APART)
-"""Bytes in which they have begun: after the time, the level and the deliveries, and a space each."""
+_LIES_APART = re.compile(rb"[0-9]+ [0-9] [0-9]+ " + re.escape(_APART)).match
+"""As the scripts tell it. A payload alone, behind no options, may begin like them."""
 
 _HEAD = re.compile(r"([0-9]) ([0-9]{1,7}) (.*)", re.DOTALL)
 """As the scripts read it, which know one digit for the level."""
@@ -215,7 +215,7 @@ class Record:
     @staticmethod
     def lies_apart(record: bytes) -> bool:
         """Whether the payload of a record is not in it, by its first bytes, as the scripts tell it."""
-        return _APART in record[:_BEFORE_OPTIONS]
+        return _LIES_APART(record) is not None
 
     @classmethod
     def unpack(cls, raw: bytes) -> Record:

@@ -15,7 +15,7 @@ from relay_core.connection import clients
 from relay_core.connection.pool import Link
 from relay_core.connection.steps import Outcome
 from relay_core.errors import LayoutError, RelayError, StoreError, Unavailable
-from relay_core.job import Job, Record, State
+from relay_core.job import Job, State
 from tests.proxy import Proxy, to_socket
 from tests.servers import Server, eventually
 from tests.topologies import Cluster
@@ -97,6 +97,14 @@ def test_a_header_of_the_name_of_the_mark_is_a_header(broker: Broker, server: Se
     broker.enqueue("q", b"small", headers={"apart": "true"})
     (job,) = broker.claim("q")
     assert (job.payload, dict(job.headers), job.options.apart) == (b"small", {"apart": "true"}, None)
+
+
+def test_a_payload_that_reads_like_the_mark_is_a_payload(broker: Broker, server: Server) -> None:
+    payload = b'{"apart":true}'
+    id = broker.enqueue("q", payload).id
+    server.cli("HSET", broker.settings.keys("q").payloads, id, BIG)
+    assert broker.audit("q", repair=False).findings == {id: "leftover"}
+    assert broker.claim("q")[0].payload == payload
 
 
 def drop(broker: Broker, id: str) -> None:
