@@ -6,6 +6,8 @@ import asyncio
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -438,3 +440,10 @@ def test_a_connection_that_was_closed_leaves_the_next_one_of_its_number_alone() 
                 with pytest.raises(OSError, match="Bad file descriptor"):
                     use()
             assert (far.recv(100), other.recv(100)) == (b"to far", b"to other")
+
+
+def test_a_handler_of_signals_that_raises_while_a_number_is_packed_does_not_crash_the_process() -> None:
+    # one that cannot be written stands for it, as the two fail in the same place
+    code = "from relay_core.connection.clients import pack\ntry: pack((10**5000,))\nexcept ValueError: print('raised')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "raised\n", (done.returncode, done.stderr)

@@ -59,7 +59,22 @@ pack: Callable[[tuple[Any, ...]], bytes] = _pack
 with suppress(ImportError):
     from hiredis import pack_command
 
-    pack = pack_command
+    def _pack_fast(args: tuple[Any, ...]) -> bytes:
+        # hiredis writes numbers by what runs handlers of signals, and crashes the process when one of them raises
+        words: Any = tuple(
+            [
+                arg
+                if (kind := type(arg)) is bytes or kind is str
+                else str(arg)
+                if kind is int or kind is float
+                else arg
+                for arg in args
+            ]
+        )
+        packed: bytes = pack_command(words)
+        return packed
+
+    pack = _pack_fast
 
 
 def pack_all(wires: Iterable[tuple[Arg, ...]]) -> list[bytes]:
