@@ -229,6 +229,19 @@ def test_a_message_whose_only_mailbox_has_vanished_reaches_the_alternate_exchang
     assert got(here, name) == [1]
 
 
+def test_a_mandatory_message_whose_only_queue_ends_just_then_is_returned(here: kombu.Connection) -> None:
+    exchange, name, returned = fresh("x"), fresh("copies"), list[Any]()
+    kombu.Queue(name, kombu.Exchange(exchange, "fanout"), auto_delete=True)(here.default_channel).declare()
+    producer = kombu.Producer(here.channel(), on_return=lambda *what: returned.append(what))
+    producer.publish(1, exchange=exchange, mandatory=True)
+    assert not returned
+    topology = here.default_channel.topology
+    topology.stored.raw("ZINCRBY", topology.places.ends, -60_001, name)
+    producer.publish(2, exchange=exchange, mandatory=True)
+    assert topology.terms(name, fresh=True) is None
+    assert [(error.reply_code, message.payload) for error, _exchange, _key, message in returned] == [(312, 2)]
+
+
 def test_a_mandatory_message_may_reach_the_alternate_exchange(here: kombu.Connection) -> None:
     exchange, other, name = fresh("x"), fresh("other"), queue(here)
     here.default_channel.exchange_declare(other, "fanout")

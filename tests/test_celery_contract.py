@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -857,6 +858,24 @@ def test_what_could_not_be_told_of_the_use_of_a_queue_is_told_with_the_next_one(
         with pytest.raises(Unavailable):
             here.default_channel.basic_get(name)
     here.default_channel.basic_get(name)
+    assert seconds_left(topo, name) > 400
+
+
+@pytest.mark.parametrize("by", ["publish", "get"])
+def test_a_use_that_could_not_be_told_while_the_server_of_queues_was_away_is_told_with_the_next_one(
+    here: kombu.Connection, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Of a cluster, where who uses a queue on another server goes on meanwhile."""
+    channel = here.default_channel
+    topo = attendance_of(channel.broker).topology
+    name = queue(here, expires=600)
+    pass_time(topo, name, seconds=500)
+    use = partial(send, here, 1, key=name) if by == "publish" else partial(channel.basic_get, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(topo.outage, "_error", Unavailable("away, for this test"))
+        use()
+    assert seconds_left(topo, name) < 101
+    use()
     assert seconds_left(topo, name) > 400
 
 

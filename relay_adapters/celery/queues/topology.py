@@ -210,10 +210,10 @@ class Topology:
         self._terms[name] = (time.monotonic(), terms)
         return terms
 
-    def use(self, name: str, terms: Terms) -> None:
-        """A queue that expires was used: it lives on for its time."""
+    def use(self, name: str, terms: Terms) -> bool:
+        """A queue that expires was used: it lives on for its time. False where the store cannot be told so now."""
         self.own.used(name)
-        self.outage.ask(lambda: self.stored.use(name, terms), AS_BEFORE)
+        return self.outage.ask(lambda: self.stored.use(name, terms), AS_BEFORE) is not AS_BEFORE
 
     def has_ended(self, name: str) -> bool:
         """True for a queue that expires and was not used for its time, though whoever uses it could have said so."""

@@ -79,8 +79,7 @@ class Routing(Declaring):
                     table = checked
                     continue
             for queue in queues:
-                if queue not in boxes:
-                    self._to_jobs(message, queue, table, **options)
+                if queue not in boxes and self._to_jobs(message, queue, table, **options):
                     served.add(queue)
             stored = self._to_boxes(message, table, boxes, _again(message))
             if stored is not None:
@@ -132,15 +131,17 @@ class Routing(Declaring):
         self._bound(queue, terms)
         return 1
 
-    def _to_jobs(self, message: Any, queue: str, table: Table, **options: Any) -> None:
+    def _to_jobs(self, message: Any, queue: str, table: Table, **options: Any) -> bool:
+        """False for a queue whose time is over, and which is gone now."""
         # a limit that was added since the table was read
         terms = self.topology.terms(queue) or table.terms.get(queue)
         if table.type != "fanout":
             self._use(queue, terms)
         elif terms is not None and self._ends(queue, terms):
-            return  # a copy for a consumer that is gone: nobody misses it
+            return False  # a copy for a consumer that is gone: nobody misses it
         self._put(queue, message, **options)
         self._bound(queue, terms)
+        return True
 
     def _ends(self, queue: str, terms: Terms) -> bool:
         """End a queue whose time is over: whether it was, and is gone."""
@@ -156,8 +157,8 @@ class Routing(Declaring):
             if now - self._used.get(queue, -math.inf) > terms.idle_ms / 4000:
                 if len(self._used) >= 1000:
                     self._used.clear()
-                self.topology.use(queue, terms)
-                self._used[queue] = now
+                if self.topology.use(queue, terms):
+                    self._used[queue] = now
 
     def _to_boxes(self, message: Any, table: Table, queues: list[str], again: bool) -> list[str] | None:
         """Those of the mailboxes that are there; None when the exchange's bindings have changed: then nothing was
