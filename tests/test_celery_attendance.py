@@ -475,6 +475,27 @@ def test_the_first_publish_after_an_outage_reaches_those_that_could_not_say_that
         assert channel.topology.terms("copies", fresh=True) is None
 
 
+def test_a_queue_that_nobody_consumes_ends_by_what_is_published_from_time_to_time(
+    server: Server, broker: Broker
+) -> None:
+    """More seldom than tells an outage from a silence, where no process consumes anything."""
+    with link(server.url) as sender, link(server.url) as other:
+        exchange = kombu.Exchange("news", "fanout")
+        queue = kombu.Queue("copies", exchange, auto_delete=True)(other.default_channel)
+        with kombu.Consumer(other.channel(), [kombu.Queue("q")]):
+            pass  # somebody was there
+        for seconds, kept in ((61, 1), (31, 2)):
+            queue.declare()
+            pass_by(sender.default_channel, 61)
+            for number in range(kept):
+                send(sender, number, "news")
+                assert broker.stats("copies").ready == number + 1
+                pass_by(sender.default_channel, seconds)
+            send(sender, kept, "news")
+            assert broker.stats("copies").pending == 0
+            assert sender.default_channel.topology.terms("copies", fresh=True) is None
+
+
 def test_a_copy_goes_to_a_queue_that_is_kept_for_what_it_holds(server: Server) -> None:
     """As who publishes it finds out only after its time."""
     with link(server.url) as here:

@@ -7,7 +7,7 @@
 --   'amq.spared' -> unix ms before which no queue ends
 -- KEYS[5..] two per queue: c ZSET consumer, score = unix ms until which it counts as alive |
 --   b STREAM messages, where it is a mailbox
--- ARGV[1] consumer | ARGV[2] ms for which it counts as alive from now
+-- ARGV[1] consumer, '' one who publishes and asks whether a queue may end | ARGV[2] ms for which it counts as alive from now
 -- ARGV[3] 1 where it could not say so before: then others could not either, and no queue ends for a while
 -- ARGV[4..] five per queue, or per reader of one: queue | ms without use after which it ends, 0 never |
 --   ms for which a mailbox keeps a message, 0 no limit, -1 no mailbox | who reads it | id of the last message that this
@@ -26,8 +26,12 @@ local function drop(box, taken)
   redis.call('XACK', box, 'q', unpack(ids))
   redis.call('XDEL', box, unpack(ids))
 end
-if away or silent() then redis.call('HSET', versions, 'amq.spared', now + SPARED_MS) end
-redis.call('HSET', versions, 'amq.told', now)
+local asks = consumer == ''
+if away or (silent() and not (asks and granted())) then
+  redis.call('HSET', versions, 'amq.spared', now + SPARED_MS, 'amq.told', now)
+elseif not asks or now >= spared_until() then
+  redis.call('HSET', versions, 'amq.told', now)
+end
 local answers = {0, redis.call('SCARD', limited)}
 for at = 4, #args, 5 do
   local n = (at - 4) / 5

@@ -6,6 +6,15 @@ local SILENT_MS, SPARED_MS = 30000, 60000
 local function silent()
   return now - tonumber(redis.call('HGET', versions, 'amq.told') or now) > SILENT_MS
 end
+-- spared_until(): that time
+-- granted(): true when it was set by the last one who told anything: who publishes sets it once in a silence, which
+--   would last for ever where nobody consumes
+local function spared_until()
+  return tonumber(redis.call('HGET', versions, 'amq.spared') or 0)
+end
+local function granted()
+  return spared_until() == tonumber(redis.call('HGET', versions, 'amq.told') or 0) + SPARED_MS
+end
 local function spared()
-  return silent() or now < tonumber(redis.call('HGET', versions, 'amq.spared') or 0)
+  return silent() or now < spared_until()
 end
