@@ -397,6 +397,18 @@ def test_a_celery_worker_connects_anew_while_the_server_of_the_mailboxes_is_away
     client.close()
 
 
+def test_a_declaration_counts_the_messages_of_a_queue_whose_server_cut_the_connection(
+    parted: Cluster, apart: tuple[Server, str, str]
+) -> None:
+    server, queue, _there = apart
+    with link(parted.url) as connection:
+        channel = connection.default_channel
+        kombu.Queue(queue)(channel).declare()
+        send(connection, 1, key=queue)
+        server.cli("CLIENT", "KILL", "TYPE", "normal")
+        assert channel.queue_declare(queue).message_count == 1
+
+
 def test_who_knew_its_queues_declares_and_consumes_them_while_their_server_is_away(parted: Cluster) -> None:
     server, other = server_of(parted, MAIL), two_without_mail(parted)[0]
     names = [name for n in range(1000) if queue_is_at(parted, other, name := f"q{n}")]

@@ -19,6 +19,10 @@ from relay_adapters.celery.queues.topology import Topology
 from relay_core import Broker
 from relay_core.errors import Unavailable
 
+_COUNTED_WITHIN = 0.1
+"""Seconds for which a server of a cluster is asked again for what waits in a queue that is declared: it may have cut an
+idle connection."""
+
 _INSTEAD = {"x-delayed-message": "; delay by countdown or eta, or by a queue with x-message-ttl"}
 
 
@@ -121,7 +125,7 @@ class Declaring(virtual.Channel):
         if not self.broker.url.several:
             return self._size(queue)
         try:
-            with self.broker.store.hurried(0.0):
+            with self.broker.store.hurried(_COUNTED_WITHIN):
                 return self._size(queue)
         except Unavailable:
             return 0
