@@ -392,6 +392,8 @@ def test_what_was_claimed_beside_one_that_cannot_be_fetched_reaches_its_worker(
     broker.enqueue("q", BIG)
     with pytest.raises(RelayError, match="HMGET fails"):
         broker.claim("q")
+    monkeypatch.undo()
+    assert [(job.payload, job.deliveries) for job in broker.claim("q", 9)] == [(BIG, 1), (BIG, 1)], "it was handed back"
 
 
 def test_a_claim_that_is_sent_again_gets_the_payload(proxy: Proxy) -> None:

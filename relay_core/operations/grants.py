@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from relay_core import commands
 from relay_core.commands import Grant
 from relay_core.errors import InvalidRecord, RelayError
 from relay_core.job import NO_OPTIONS, Job, Record
@@ -32,9 +34,12 @@ class Grants(Base):
             records = yield from fetch(self.settings.keys(queue), apart)
         except RelayError:
             rest = [grant for grant in grants if grant.id not in apart]
+            with suppress(RelayError):  # else their leases end by themselves, which counts as a delivery
+                tokens = [(grant.id, grant.token) for grant in grants if grant.id in apart]
+                yield commands.release(self.settings.keys(queue), tokens)
             if not rest:
                 raise
-            return rest  # the leases of the others end by themselves; these must reach their worker
+            return rest  # these must reach their worker
         return [grant._replace(record=records.get(grant.id, grant.record)) for grant in grants]
 
     def job_of(self, queue: str, grant: Grant, now_ms: int, sent: float) -> tuple[Job, str]:
@@ -42,11 +47,13 @@ class Grants(Base):
         problem = ""
         try:
             record = Record.unpack(grant.record)
-            payload = self.plugins.decode(record.payload, queue)
         except InvalidRecord as error:
             record, payload, problem = Record(now_ms, 0, NO_OPTIONS, b""), grant.record, str(error)
-        except (Exception, SystemExit) as error:  # a plugin's decoding may fail in any way: only this job is spoiled
-            payload, problem = record.payload, f"payload does not decode: {error!r}"
+        else:
+            try:
+                payload = self.plugins.decode(record.payload, queue)
+            except (Exception, SystemExit) as error:  # a plugin's may fail in any way: only this job is spoiled
+                payload, problem = record.payload, f"payload does not decode: {error!r}"
         job = Job(
             id=grant.id,
             queue=queue,
