@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from relay_adapters.celery.options import broker_at, is_relay, options_of, say_once, shared_broker, url_of
+from relay_adapters.celery.workerstate import is_worker
 from relay_core import Broker
 from relay_core.errors import RelayError, StoreError, Unavailable
 
@@ -107,7 +108,7 @@ class Pace:
     def give(cls, client: Any) -> None:
         """Of the connections that a worker consumes from. Those that a pool takes back publish, and keep to their retry
         policy."""
-        if "celery.worker.consumer.consumer" not in sys.modules or "release" in vars(client):
+        if not is_worker() or "release" in vars(client):
             return
         if not isinstance(client.completes_cycle, cls):
             client.completes_cycle = cls(client)
