@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from relay_core import Broker
 from relay_core.errors import InvalidArgument, Unavailable
 from tests.aging import age_by
 from tests.celery_client import app_of, broker, cut, flavour, server, store_of  # noqa: F401 (fixtures)
-from tests.celery_workers import client_of
+from tests.celery_workers import ROOT, client_of
 from tests.servers import Near, Server
 from tests.signals import handled_by
 
@@ -587,3 +589,17 @@ def test_a_producer_of_another_transport_is_left_alone(monkeypatch: pytest.Monke
         producer.revive(connection)
         assert producer.exchange is not before
         assert not [name for name in vars(producer) if name.startswith("relay")]
+
+
+def test_who_has_loaded_the_transport_loads_nothing_of_relay_when_sending(server: Server) -> None:
+    """A program that forks for each batch, as Airflow's scheduler does, loads it once; its children send at once."""
+    script = (
+        "import sys, celery, relay_adapters.celery.transport\n"
+        "before = set(sys.modules)\n"
+        "celery.Celery(broker=sys.argv[1], set_as_current=False).send_task('add', (1, 2))\n"
+        "ours = ('relay_core', 'relay_adapters.celery')\n"
+        "print(*(name for name in set(sys.modules) - before if name.startswith(ours)))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, server.url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == ([], "")
