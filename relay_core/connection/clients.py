@@ -55,22 +55,15 @@ def _pack(args: tuple[Any, ...]) -> bytes:
     return b"".join(words)
 
 
+_NUMBERS = (int, float)
+
 pack: Callable[[tuple[Any, ...]], bytes] = _pack
 with suppress(ImportError):
     from hiredis import pack_command
 
     def _pack_fast(args: tuple[Any, ...]) -> bytes:
         # hiredis writes numbers by what runs handlers of signals, and crashes the process when one of them raises
-        words: Any = tuple(
-            [
-                arg
-                if (kind := type(arg)) is bytes or kind is str
-                else str(arg)
-                if kind is int or kind is float
-                else arg
-                for arg in args
-            ]
-        )
+        words: Any = tuple([str(arg) if type(arg) in _NUMBERS else arg for arg in args])
         packed: bytes = pack_command(words)
         return packed
 

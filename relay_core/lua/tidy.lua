@@ -6,8 +6,9 @@
 -- returns number of payloads dropped
 -- moves: none | cost O(ids)
 local jobs, payloads, ids = KEYS[1], KEYS[2], {unpack(ARGV, 1)}
+--@include whole
 local stray = {}
 for i, record in ipairs(redis.call('HMGET', jobs, unpack(ids))) do
-  if not (record and string.find(record, '^%d+ %d %d+ {"apart":')) then stray[#stray + 1] = ids[i] end
+  if not lies_apart(record) then stray[#stray + 1] = ids[i] end
 end
 return #stray > 0 and redis.call('HDEL', payloads, unpack(stray)) or 0
