@@ -23,6 +23,13 @@ _DIGIT_OF_BYTE = bytes(ord(_ALPHABET[byte & 31]) for byte in range(256))
 _SHIFTS = range(45, -1, -5)
 
 
+class FreshId(str):
+    """An id that was made for one job alone: no other enqueue can have named it before. That of one that is not makes
+    a job that is there already run twice."""
+
+    __slots__ = ()
+
+
 def new_id() -> str:
     """A fresh job id: 22 characters, ordered by the millisecond in which it was made.
 

@@ -20,7 +20,7 @@ from relay_adapters.celery.errors import REFUSALS, as_of_the_broker
 from relay_adapters.celery.failover import Pace, Refusals, answers, keep_whole
 from relay_adapters.celery.holding.leases import Leases
 from relay_adapters.celery.mail.mailwatch import MailWatch
-from relay_adapters.celery.messages import reprs
+from relay_adapters.celery.messages import freshids, reprs
 from relay_adapters.celery.monitors import exporter_name, flower_queues, monitoring
 from relay_adapters.celery.options import safe_url
 from relay_adapters.celery.receiving.watch import Watch
@@ -77,6 +77,7 @@ class Transport(virtual.Transport):
         flower_queues.install()
         exporter_name.install()
         producers.install(channels.Channel, Transport)
+        freshids.install()
         lookups.install()
         reprs.install()
         groups.install(Transport)

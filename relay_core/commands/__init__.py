@@ -7,6 +7,7 @@ from relay_core.commands.burials import retell, told
 from relay_core.commands.command import Command, id_of
 from relay_core.commands.enqueues import (
     NewJob,
+    Short,
     Stored,
     enqueue,
     enqueue_large,
@@ -68,6 +69,7 @@ __all__ = [
     "NewJob",
     "QueueStats",
     "Reaped",
+    "Short",
     "Stored",
     "Verdict",
     "WorkerInfo",

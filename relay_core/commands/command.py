@@ -20,6 +20,15 @@ def id_of(raw: bytes) -> str:
     return raw.decode(errors="surrogateescape")
 
 
+class Same(tuple[Arg, ...]):
+    """What goes over the wire the same way again and again, so that it is worth while to remember how."""
+
+    __slots__ = ()
+
+
+_MULTI, _EXEC = Same(("MULTI",)), Same(("EXEC",))
+
+
 class Apart(NamedTuple):
     """The same command with large arguments kept out of its script, which would have to hash them: sent in one
     transaction with what stores them.
@@ -32,17 +41,24 @@ class Apart(NamedTuple):
     after: tuple[tuple[Arg, ...], ...]
 
 
+class Transacted(list[Any]):
+    """The replies to all that one transaction did, where another way to send the command has one reply."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class Command(Generic[T]):
     """One script call: what to send, and how to read the reply. Building one does no I/O.
 
-    :ivar parse: `(reply, resent) -> T`; `resent` is True when an earlier send of this same command may
-        have run without its reply arriving, so "already done" means success
+    :ivar parse: `(reply, resent) -> T`; the reply is a Transacted where a `transaction` was sent; `resent` is True when
+        an earlier send of this same command may have run without its reply arriving, so "already done" means success
     :ivar resent_at: index in `args` of what tells the script of a re-send: 0, or milliseconds since the first send; or
         None
     :ivar since: `sent_now()` at which an earlier command was sent that may have done the same, or None
     :ivar durable: True when the shells must confirm it as the broker's `durability` asks
     :ivar apart: the better way to send it where that is possible, or None
+    :ivar plain: what does the same in one transaction without a script, for a first send; or None
     """
 
     script: Final[Script]
@@ -53,6 +69,7 @@ class Command(Generic[T]):
     durable: Final[bool] = False
     since: Final[float | None] = None
     apart: Final[Apart | None] = None
+    plain: Final[tuple[tuple[Arg, ...], ...] | None] = None
 
     def wire(self, since: float | None = None, args: tuple[Arg, ...] | None = None) -> tuple[Arg, ...]:
         """`sha numkeys keys... args...`, what follows EVALSHA on the wire.
@@ -73,7 +90,9 @@ class Command(Generic[T]):
 
         :param since: as of `wire`
         """
+        if self.plain is not None and since is None:
+            return [_MULTI, *self.plain, _EXEC]
         if self.apart is None:
             return None
         script = ("EVALSHA", *self.wire(since, self.apart.args))
-        return [("MULTI",), script, *self.apart.after, ("EXEC",)]
+        return [_MULTI, script, *self.apart.after, _EXEC]

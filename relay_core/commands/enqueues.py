@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from relay_core import scripts
-from relay_core.commands.command import Apart, Arg, Command, id_of
+from relay_core.commands.command import Apart, Arg, Command, Same, Transacted, id_of
 from relay_core.commands.moves import LongWay
 from relay_core.job import Enqueued, Record
 from relay_core.keys import LAYOUT, QueueKeys
+
+_LAYOUT = str(LAYOUT).encode()
 
 LARGE = 12288
 """Bytes from which on a payload is stored apart from its record, by plain commands and not by scripts: a server's Lua
@@ -36,6 +38,18 @@ def is_large(job: NewJob) -> bool:
     return size > LARGE and size - job.record.index(b"\n") > LARGE
 
 
+class Short(NamedTuple):
+    """The answer to an enqueue the short way: the job is stored.
+
+    :ivar level: one that the queue was seen to have in use
+    :ivar now_ms: the server's time, unix ms; None where it did not say
+    """
+
+    id: str
+    level: int = 0
+    now_ms: int | None = None
+
+
 class Stored(list[Enqueued]):
     """The answers to one enqueue of many.
 
@@ -59,7 +73,7 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
     ahead: tuple[Arg, ...] = (LAYOUT, 0, b"".join(levels))
 
     def parse(reply: Sequence[Any], resent: bool) -> Stored:
-        founded, *answers = reply
+        founded, *answers = reply[0] if isinstance(reply, Transacted) else reply
         return Stored(
             (
                 Enqueued(job.id) if answer == 1 else Enqueued(job.id if answer == 0 else id_of(answer), duplicate=True)
@@ -95,16 +109,16 @@ def _apart(q: QueueKeys, ahead: tuple[Arg, ...], jobs: Sequence[NewJob]) -> Apar
     return Apart(tuple(args), (*stores, ("EVAL", tidied.script.text, *tidied.wire()[1:])))
 
 
-def enqueue_large(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
+def enqueue_large(q: QueueKeys, job: NewJob) -> Command[Short | LongWay]:
     """Store a large job; the long way is `enqueue`, for what else there is to do than with most.
 
     :param job: one that is ready now (`due` is "") and has no dedup key
     """
 
-    def parse(reply: Sequence[Any], resent: bool) -> Enqueued | LongWay:
-        founded, answer = reply
+    def parse(reply: Sequence[Any], resent: bool) -> Short | LongWay:
+        founded, answer = reply[0] if isinstance(reply, Transacted) else reply
         if answer == 1 and not founded:
-            return Enqueued(job.id)
+            return Short(job.id)
         return LongWay(resent or answer == 1, id=job.id)
 
     stored = enqueue(q, (job,))
@@ -116,15 +130,35 @@ def tidy(q: QueueKeys, ids: Sequence[str]) -> Command[int]:
     return Command(scripts.load("tidy"), (q.jobs, q.payloads), tuple(ids), lambda reply, _resent: int(reply))
 
 
-def enqueue_one(q: QueueKeys, job: NewJob) -> Command[Enqueued | LongWay]:
+def enqueue_one(q: QueueKeys, job: NewJob, *, born: int | None = None) -> Command[Short | LongWay]:
     """Store a job the short way; the long one is `enqueue`, for any job.
 
+    A job that no other enqueue can have stored needs no script, which is for what depends on what is there: plain
+    commands do it in half of the server's time. What they could not look at before is looked at in their replies, and
+    the long way mends what it should have been.
+
     :param job: one that is ready now (`due` is "") and has no dedup key
+    :param born: the server's time now, unix ms, for a job with a fresh id, where the caller knows it and has seen its
+        level in use
     """
+    level = job.record[0] - 48  # an ASCII digit
 
-    def parse(reply: int, resent: bool) -> Enqueued | LongWay:
-        return Enqueued(job.id) if reply else LongWay(resent, id=job.id)
+    def parse(reply: Any, resent: bool) -> Short | LongWay:
+        if not isinstance(reply, Transacted):
+            return Short(job.id, level, reply) if reply else LongWay(resent, id=job.id)
+        (layout, levels), stored, *_ = reply
+        if stored and layout == _LAYOUT and levels is not None and job.record[:1] in levels:
+            return Short(job.id)
+        return LongWay(bool(stored), id=job.id)
 
-    keys = (q.config, q.jobs, q.marker, q.ready[job.record[0] - 48])  # the level, an ASCII digit
-    args = (LAYOUT, 0, job.id, job.record)
-    return Command(scripts.load("enqueue_one"), keys, args, parse, resent_at=1, durable=True)
+    ready = q.ready[level]
+    plain: tuple[tuple[Arg, ...], ...] | None = None
+    if born is not None:
+        plain = (
+            Same(("HMGET", q.config, "v", "levels")),
+            ("HSETNX", q.jobs, job.id, b"%d %b" % (born, job.record)),
+            ("RPUSH", ready, job.id),
+            Same(("ZADD", q.marker, "0", "w")),
+        )
+    keys, args = (q.config, q.jobs, q.marker, ready), (LAYOUT, 0, job.id, job.record)
+    return Command(scripts.load("enqueue_one"), keys, args, parse, resent_at=1, durable=True, plain=plain)

@@ -14,7 +14,7 @@ from typing import Any
 
 from relay_core.clock import sent_now
 from relay_core.commands import LongWay
-from relay_core.commands.command import Arg, Command
+from relay_core.commands.command import Arg, Command, Transacted
 from relay_core.connection import fitness
 from relay_core.connection.replies import (
     ELSEWHERE,
@@ -397,8 +397,11 @@ def _answer(replies: Sequence[Any]) -> Any:
     """The reply that counts, of those to the wires of one call: the last, or what kept a transaction from all of it."""
     if len(replies) < 3:
         return replies[-1]  # before it may be that to ASKING
-    refused = next((reply for reply in replies if isinstance(reply, Exception)), None)
-    return refused or replies[-1][0]
+    done = replies[-1]
+    for reply in replies if isinstance(done, Exception) else done:
+        if isinstance(reply, Exception):
+            return reply
+    return Transacted(done)
 
 
 def _take_in(

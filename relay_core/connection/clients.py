@@ -6,6 +6,7 @@ import inspect
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Literal
 
 import redis.asyncio.connection as aio
@@ -16,7 +17,7 @@ from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
-from relay_core.commands.command import Arg
+from relay_core.commands.command import Arg, Same
 from relay_core.connection import forks
 from relay_core.connection.steps import Address
 from relay_core.errors import InvalidArgument
@@ -76,7 +77,7 @@ def pack_all(wires: Iterable[tuple[Arg, ...]]) -> list[bytes]:
     small: list[bytes] = []
     size = 0
     for wire in wires:
-        packed = checked_pack(wire)
+        packed = _pack_once(wire) if type(wire) is Same else checked_pack(wire)
         small.append(packed)
         size += len(packed)
         if size >= _BLOCK_BYTES:
@@ -85,6 +86,11 @@ def pack_all(wires: Iterable[tuple[Arg, ...]]) -> list[bytes]:
     if small:
         blocks.append(b"".join(small))
     return blocks
+
+
+@lru_cache(maxsize=1024)
+def _pack_once(wire: Same) -> bytes:
+    return pack(wire)
 
 
 def checked_pack(wire: tuple[Arg, ...]) -> bytes:

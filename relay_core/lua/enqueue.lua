@@ -41,7 +41,7 @@ local apart = {}
 local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
-  local taken, holder, keep = known[i] or stored[id], nil, nil
+  local level, taken, holder, keep = string.sub(record, 1, 1), known[i] or stored[id], nil, nil
   -- of several jobs of one id the first is the one that was stored
   local own = resent and not seen[id] and not (known[i] and tonumber(string.match(known[i], '^%d+')) < since)
   seen[id] = true
@@ -92,7 +92,6 @@ for i, id in ipairs(ids) do
     if when ~= '' then
       due_at = tonumber(string.sub(when, 2)) + (string.sub(when, 1, 1) == '+' and now or 0)
     end
-    local level = string.sub(record, 1, 1)
     if due_at and due_at > now then
       waits = waits or {}
       waits[#waits + 1] = due_at
@@ -102,14 +101,15 @@ for i, id in ipairs(ids) do
       local list = pushes[level]
       if list then list[#list + 1] = id else pushes[level] = {id} end
     end
-    if not string.find(levels, level, 1, true) then
-      -- digits of the levels in use, highest first, the order in which claims look
-      local sorted = {}
-      for digit in string.gmatch(levels .. level, '%d') do sorted[#sorted + 1] = digit end
-      table.sort(sorted, function(a, b) return a > b end)
-      levels = table.concat(sorted)
-      redis.call('HSET', config, 'v', layout, 'levels', levels)
-    end
+  end
+  -- of a job that is there, too: plain commands that stored it have only seen that it is missing
+  if answers[i + 1] == 1 and not string.find(levels, level, 1, true) then
+    -- digits of the levels in use, highest first, the order in which claims look
+    local sorted = {}
+    for digit in string.gmatch(levels .. level, '%d') do sorted[#sorted + 1] = digit end
+    table.sort(sorted, function(a, b) return a > b end)
+    levels = table.concat(sorted)
+    redis.call('HSET', config, 'v', layout, 'levels', levels)
   end
 end
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from relay_core import commands, keys
 from relay_core.clock import sent_now
-from relay_core.commands import Command, LongWay, NewJob, Stored
+from relay_core.commands import Command, LongWay, NewJob, Short, Stored
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError, Unavailable
-from relay_core.job import Enqueued
+from relay_core.job import Enqueued, FreshId
 from relay_core.operations.base import MOST, Base
+from relay_core.operations.serverclock import ServerClock
 from relay_core.operations.settings import Settings
 from relay_core.operations.steps import Flow, Raw
 from relay_core.plugins import Plugins
@@ -41,6 +42,7 @@ class Enqueueing(Base):
     def __init__(self, settings: Settings, plugins: Plugins) -> None:
         super().__init__(settings, plugins)
         self._registered: set[str] = set()
+        self._clock = ServerClock()
 
     def enqueue_many(self, queue: str, specs: Iterable[JobSpec | bytes]) -> Flow[list[Enqueued]]:
         """All are checked before the first is sent."""
@@ -87,7 +89,7 @@ class Enqueueing(Base):
         priority: int = 0,
         headers: Mapping[str, str] | None = None,
         **options: Any,
-    ) -> Command[Enqueued | LongWay] | None:
+    ) -> Command[Short | LongWay] | None:
         """The one command of most enqueues, which nothing has to come before: run it, and tell of it by `told`. None
         for others, which are for `enqueue`, as is what answers LongWay."""
         if options or type(queue) is not str or queue not in self._registered or self.plugins.alter_jobs:
@@ -95,18 +97,31 @@ class Enqueueing(Base):
         payload = payload_bytes(payload)
         payload_size(payload, self.settings.max_payload)
         job = plain_job(payload, id, priority, headers)
-        return None if job is None else self._short(queue, job)
+        return None if job is None else self._short(queue, job, id, priority)
 
-    def _short(self, queue: str, job: NewJob) -> Command[Enqueued | LongWay]:
-        """The command of most, which are ready now and have no dedup key."""
-        short = commands.enqueue_large if commands.is_large(job) else commands.enqueue_one
-        return short(self.settings.keys(queue), job)
+    def _short(self, queue: str, job: NewJob, id: str | None, priority: int) -> Command[Short | LongWay]:
+        """The command of most, which are ready now and have no dedup key.
 
-    def told(self, queue: str, answer: Enqueued, headers: Mapping[str, str] | None) -> Enqueued:
+        :param id: the one that was asked for
+        """
+        q = self.settings.keys(queue)
+        if commands.is_large(job):
+            return commands.enqueue_large(q, job)
+        fresh = id is None or isinstance(id, FreshId)
+        return commands.enqueue_one(q, job, born=self._clock.now_ms(queue, priority) if fresh else None)
+
+    def _stored(self, queue: str, answer: Short) -> Enqueued:
+        """What the store answered the short way, of which the time is remembered."""
+        if answer.now_ms is not None:
+            self._clock.set(queue, answer.level, answer.now_ms)
+        return Enqueued(answer.id)
+
+    def told(self, queue: str, answer: Short, headers: Mapping[str, str] | None) -> Enqueued:
         """The answer to a straight enqueue, of which the plugins know now."""
+        enqueued = self._stored(queue, answer)
         if self.plugins.wants("relay_job_enqueued"):
-            self._tell_enqueued(queue, JobSpec(b"", headers=headers), answer)
-        return answer
+            self._tell_enqueued(queue, JobSpec(b"", headers=headers), enqueued)
+        return enqueued
 
     def enqueue(
         self, queue: str, spec: JobSpec, answer: LongWay | None = None, since: float | None = None
@@ -119,23 +134,21 @@ class Enqueueing(Base):
         queue, job, spec = self.prepare(queue, spec)
         if queue not in self._registered:
             yield from self.register(queue)
-        enqueued = yield from self._enqueue_one(queue, job, answer, since)
+        enqueued = yield from self._enqueue_one(Placed(queue, job, spec), answer, since)
         self._tell_enqueued(queue, spec, enqueued)
         return enqueued
 
-    def _enqueue_one(
-        self, queue: str, job: NewJob, answer: Enqueued | LongWay | None, since: float | None
-    ) -> Flow[Enqueued]:
-        q = self.settings.keys(queue)
+    def _enqueue_one(self, placed: Placed, answer: Short | LongWay | None, since: float | None) -> Flow[Enqueued]:
+        queue, job, spec = placed
         if answer is None and since is None and not (job.due or job.dedup):
             since = sent_now()
-            answer = yield self._short(queue, job)
-        if isinstance(answer, Enqueued):
-            return answer
+            answer = yield self._short(queue, job, spec.id, spec.priority)
+        if isinstance(answer, Short):
+            return self._stored(queue, answer)
         if answer is not None and not answer.resent:
             since = None
         try:
-            stored: Stored = yield commands.enqueue(q, (job,), since=since)
+            stored: Stored = yield commands.enqueue(self.settings.keys(queue), (job,), since=since)
         except Unavailable as error:
             error.maybe_executed = error.maybe_executed or since is not None
             raise

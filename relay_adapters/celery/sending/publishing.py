@@ -11,6 +11,7 @@ from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.dedup import dedup_of
 from relay_adapters.celery.messages.due import wait_of
 from relay_adapters.celery.messages.envelope import DELIVERED, SINCE, pack
+from relay_adapters.celery.messages.freshids import fresh
 from relay_adapters.celery.messages.ids import TAKEN, job_id_of
 from relay_adapters.celery.messages.protocol import told_of
 from relay_adapters.celery.plugin import ADAPTER, HEADER
@@ -49,7 +50,7 @@ class Publishing(Routing):
         again = kept.pop(marks.TRIED, None)
         if not isinstance(again, marks.Tried) or again.task_id != own:
             again = None  # none, or of another message that had the same headers and another id
-        id, since = (job_id_of(told), None) if again is None else (again.job_id, again.at)
+        id, since = (fresh(job_id_of(told)), None) if again is None else (again.job_id, again.at)
         message[marks.ID], message[marks.TRIED], sent_at = id, since, sent_now()
         if lease is not None and since is None:
             queues = self._lookup(exchange, routing_key) if exchange else [routing_key]

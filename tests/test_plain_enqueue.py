@@ -1,0 +1,278 @@
+"""A busy publisher's jobs with ids that nobody else can have are stored without a script: the same promises."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from relay_core import AsyncBroker, Broker, Enqueued, JobSpec
+from relay_core.connection import clients
+from relay_core.connection.pool import Link
+from relay_core.errors import LayoutError, NotDurable, StoreError, Unavailable
+from relay_core.job import FreshId
+from relay_core.operations import serverclock
+from tests.proxy import Proxy, to_port
+from tests.servers import Server, eventually
+from tests.topologies import Cluster
+
+KEY = "relay:{q:0}:"
+
+
+def scripts_of(server: Server, act: Callable[[], Any]) -> tuple[int, int]:
+    """How many scripts, and how many transactions, the server ran for it."""
+    server.cli("CONFIG", "RESETSTAT")
+    act()
+    told = server.cli("INFO", "commandstats").decode()
+    calls = dict(line.removeprefix("cmdstat_").split(":calls=") for line in told.split() if ":calls=" in line)
+    return tuple(int(calls.get(name, "0").partition(",")[0]) for name in ("evalsha", "exec"))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def busy(broker: Broker) -> Broker:
+    """One that has heard the server's time a moment ago, and that jobs of no priority are in use."""
+    broker.enqueue("q", b"first")
+    broker.enqueue("q", b"second")
+    broker.ack_many(broker.claim("q", 2))
+    return broker
+
+
+def test_it_takes_no_script_and_is_the_same_job(busy: Broker, server: Server) -> None:
+    found: list[Enqueued] = []
+    assert scripts_of(server, lambda: found.append(busy.enqueue("q", b"x", headers={"a": "b"}))) == (0, 1)
+    assert scripts_of(server, lambda: found.append(busy.enqueue("q", b"y", max_retries=3, headers={}))) == (0, 1)
+    first, second = busy.claim("q", 2)
+    assert (first.id, first.payload, dict(first.headers)) == (found[0].id, b"x", {"a": "b"})
+    assert (second.id, second.payload) == (found[1].id, b"y")
+    busy.ack_many([first, second])
+    assert busy.audit("q").clean
+    assert busy.stats("q").pending == 0
+
+
+def test_so_it_does_for_asyncio(server: Server) -> None:
+    async def main() -> None:
+        async with AsyncBroker(server.url) as broker:
+            await broker.enqueue("q", b"1")
+            await broker.enqueue("q", b"2")
+            server.cli("CONFIG", "RESETSTAT")
+            await broker.enqueue("q", b"3")
+            assert b"cmdstat_exec:calls=1," in server.cli("INFO", "commandstats")
+            assert [job.payload for job in await broker.claim("q", 5)] == [b"1", b"2", b"3"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "options", [{"id": "mine"}, {"delay": 5.0}, {"dedup_key": "k"}, {"priority": 3}], ids=lambda o: next(iter(o))
+)
+def test_what_depends_on_what_is_there_takes_one(options: dict[str, Any], busy: Broker, server: Server) -> None:
+    scripts, transactions = scripts_of(server, lambda: busy.enqueue("q", b"x", **options))
+    assert scripts >= 1
+    assert not transactions
+
+
+def test_so_does_the_first_after_a_while_which_asks_for_the_time(
+    busy: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = serverclock.sent_now
+    monkeypatch.setattr(serverclock, "sent_now", lambda: real() + serverclock.LATELY)
+    assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (1, 0)
+    assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (0, 1)
+    monkeypatch.setattr(serverclock, "sent_now", lambda: real() - 1.0)  # of another boot, by then
+    assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (1, 0)
+
+
+def test_its_creation_is_told_by_the_servers_clock(
+    busy: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def server_time() -> float:
+        seconds, micros = server.cli("TIME")
+        return int(seconds) + int(micros) / 1e6
+
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    before = server_time()
+    assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (0, 1)
+    (job,) = busy.claim("q")
+    # what the client heard was some time on its way, and milliseconds are cut off
+    assert before - 1.0 < job.created_at <= server_time()
+
+
+def test_the_time_goes_on_between_two_times_that_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = [100.0]
+    monkeypatch.setattr(serverclock, "sent_now", lambda: at[0])
+    clock = serverclock.ServerClock()
+    assert clock.now_ms("q", 0) is None
+    clock.set("q", 0, 5_000)
+    assert (clock.now_ms("q", 0), clock.now_ms("q", 1), clock.now_ms("p", 0)) == (5_000, None, None)
+    at[0] += 0.25
+    assert clock.now_ms("q", 0) == 5_250
+    at[0] += 0.75
+    assert clock.now_ms("q", 0) is None
+    clock.set("q", 0, 6_000)
+    at[0] -= 0.1  # no clock that is used does that
+    assert clock.now_ms("q", 0) is None
+
+
+def test_many_queues_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serverclock, "MOST", 2)
+    clock = serverclock.ServerClock()
+    for n in range(5):
+        clock.set(f"q{n}", 0, 1)
+    assert clock.now_ms("q4", 0) is not None
+    assert clock.now_ms("q3", 0) is None
+
+
+def test_one_whose_queue_is_deleted_meanwhile_is_found_and_its_queue_listed(busy: Broker, server: Server) -> None:
+    with Broker(server.url) as operator:
+        assert operator.delete_queue("q")
+        found = busy.enqueue("q", b"x")
+        assert not found.duplicate
+        assert operator.queues() == ["q"]
+        (job,) = operator.claim("q")
+        assert (job.id, job.payload) == (found.id, b"x")
+
+
+def test_one_whose_level_is_not_in_use_any_more_is_found(busy: Broker, server: Server) -> None:
+    with Broker(server.url) as operator:
+        assert operator.delete_queue("q")
+        operator.enqueue("q", b"urgent", priority=9)
+        busy.enqueue("q", b"x")
+        assert [job.payload for job in operator.claim("q", 5)] == [b"urgent", b"x"]
+        assert operator.audit("q").clean
+
+
+def test_a_queue_of_a_newer_layout_is_refused(busy: Broker, server: Server) -> None:
+    server.cli("HSET", f"{KEY}c", "v", "99")
+    with pytest.raises(LayoutError):
+        busy.enqueue("q", b"x")
+
+
+def test_one_that_was_done_by_the_time_its_lost_reply_is_missed_is_not_stored_again(redis_server: Server) -> None:
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(proxy.url) as broker, Broker(redis_server.url) as worker:
+        broker.enqueue("q", b"1")
+        broker.enqueue("q", b"2")
+        worker.ack_many(worker.claim("q", 2))
+        settle = broker.store.settle
+
+        def done_meanwhile(*args: Any, **kwargs: Any) -> Any:
+            worker.ack_many(worker.claim("q", 5))
+            return settle(*args, **kwargs)
+
+        broker.store.settle = done_meanwhile  # type: ignore[method-assign]
+        proxy.cut_reply(b"HSETNX")
+        assert not broker.enqueue("q", b"3").duplicate
+        assert worker.stats("q").pending == 0
+
+
+def test_full_memory_refuses_it_as_a_whole(busy: Broker, server: Server) -> None:
+    with Broker(server.url, retry_for=0.0) as broker:
+        broker.enqueue("q", b"1")
+        broker.enqueue("q", b"2")
+        before = server.cli("DBSIZE"), broker.stats("q").ready
+        server.cli("CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(Unavailable, match="memory is full") as caught:
+            broker.enqueue("q", b"3")
+        assert not caught.value.maybe_executed
+        server.cli("CONFIG", "SET", "maxmemory", "0")
+        assert (server.cli("DBSIZE"), broker.stats("q").ready) == before
+
+
+def test_a_part_that_fails_is_told(busy: Broker, server: Server) -> None:
+    server.cli("DEL", f"{KEY}m")
+    server.cli("SET", f"{KEY}m", "no sorted set")
+    with pytest.raises(StoreError, match="WRONGTYPE"):
+        busy.enqueue("q", b"x")
+
+
+def test_a_waiting_worker_wakes(busy: Broker, server: Server) -> None:
+    with Broker(server.url) as worker:
+        later = threading.Timer(0.2, busy.enqueue, ("q", b"x"))
+        later.start()
+        assert [job.payload for job in worker.claim("q", wait=10.0)] == [b"x"]
+        later.join()
+
+
+def test_an_id_that_is_not_fresh_after_all_is_told_and_no_job_is_lost(busy: Broker, server: Server) -> None:
+    busy.enqueue("q", b"theirs", id="one")
+    assert busy.enqueue("q", b"mine", id=FreshId("one")) == Enqueued("one", duplicate=True)
+    assert [job.payload for job in busy.claim("q", 1)] == [b"theirs"]
+
+
+@pytest.mark.parametrize("shell", ["sync", "async"])
+def test_its_durability_is_confirmed(shell: str, server: Server) -> None:
+    options: dict[str, Any] = {"durability": "replica:1", "durability_timeout": 0.01}
+
+    async def live() -> None:
+        async with AsyncBroker(server.url, **options) as broker:
+            broker.operations = heard.operations
+            await broker.enqueue("q", b"x")
+
+    with Broker(server.url) as heard, Broker(server.url, **options) as broker:
+        for _ in range(2):
+            heard.enqueue("q", b"")
+        broker.operations = heard.operations
+
+        def unconfirmed() -> None:
+            with pytest.raises(NotDurable, match="only 0 of 1 replicas"):
+                asyncio.run(live()) if shell == "async" else broker.enqueue("q", b"x")
+
+        assert scripts_of(server, unconfirmed) == (0, 1)
+        assert heard.stats("q").ready == 3
+
+
+def test_it_follows_a_slot_of_a_cluster_that_moves(cluster: Cluster) -> None:
+    with Broker(cluster.url) as broker:
+        broker.enqueue("moving", b"1")
+        slot = cluster.slot_of(broker.settings.keys("moving").jobs.decode())
+        source = cluster.primary_of(slot)
+        target = next(
+            node for node in cluster.nodes if node is not source and node.info("replication")["role"] == "master"
+        )
+        target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", source.cli("CLUSTER", "MYID"))
+        source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", target.cli("CLUSTER", "MYID"))
+        names = source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100)
+        source.cli("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *names)
+        broker.operations._clock.set("moving", 0, broker.operations._clock.now_ms("moving", 0) or 1)
+        found: list[Enqueued] = []
+        thread = threading.Thread(target=lambda: found.append(broker.enqueue("moving", b"2")))
+        thread.start()
+        eventually(lambda: target.info("commandstats").get("cmdstat_asking"), "it is asked at the new owner")
+        cluster.hand_over(slot, source, target)
+        thread.join(30)
+        broker.enqueue("moving", b"3")
+        jobs = broker.claim("moving", 9)
+        assert [job.payload for job in jobs] == [b"1", b"2", b"3"]
+        assert jobs[1].id == found[0].id
+        assert broker.ack_many(jobs) == [1, 1, 1]
+        assert broker.audit("moving").clean
+
+
+@pytest.fixture
+def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    sent: list[bytes] = []
+    send = Link.send
+    monkeypatch.setattr(Link, "send", lambda self, blocks: sent.extend(blocks) or send(self, blocks))
+    return sent
+
+
+def test_all_of_it_goes_in_one_send(busy: Broker, wires: list[bytes]) -> None:
+    found = busy.enqueue("q", b"x")
+    (sent,) = wires
+    assert sent.startswith(clients.pack(("MULTI",)))
+    assert sent.endswith(clients.pack(("EXEC",)))
+    assert clients.pack(("RPUSH", f"{KEY}r0", found.id)) in sent
+
+
+def test_a_flow_that_was_cut_says_that_it_may_be_stored(redis_server: Server) -> None:
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(proxy.url, retry_for=0.0) as broker:
+        broker.enqueue("q", b"1")
+        broker.enqueue("q", b"2")
+        proxy.cut_reply(b"HSETNX")
+        with pytest.raises(Unavailable) as caught:
+            broker.drive(broker.operations.enqueue("q", JobSpec(b"3")))
+        assert caught.value.maybe_executed
