@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from relay_core import AsyncBroker, Broker, Enqueued, JobSpec
+from relay_core.commands.enqueues import LARGE
 from relay_core.connection import clients
 from relay_core.connection.pool import Link
 from relay_core.errors import LayoutError, NotDurable, StoreError, Unavailable
@@ -276,3 +277,37 @@ def test_a_flow_that_was_cut_says_that_it_may_be_stored(redis_server: Server) ->
         with pytest.raises(Unavailable) as caught:
             broker.drive(broker.operations.enqueue("q", JobSpec(b"3")))
         assert caught.value.maybe_executed
+
+
+def test_a_large_payload_lies_apart_as_ever(busy: Broker, server: Server) -> None:
+    payload = bytes(range(256)) * (LARGE // 256)
+    found: list[Enqueued] = []
+    assert scripts_of(server, lambda: found.append(busy.enqueue("q", payload))) == (0, 1)
+    assert server.cli("HGETALL", f"{KEY}y") == [found[0].id.encode(), payload]
+    assert len(server.cli("HGET", f"{KEY}j", found[0].id)) < 100
+    (job,) = busy.claim("q")
+    assert (job.id, job.payload) == (found[0].id, payload)
+    busy.ack(job)
+    assert not server.cli("EXISTS", f"{KEY}y")
+    assert busy.audit("q").clean
+
+
+def test_who_sends_large_payloads_alone_hears_the_time_too(server: Server) -> None:
+    with Broker(server.url) as broker:
+        for _ in range(2):
+            broker.enqueue("q", b"x" * LARGE)
+        assert scripts_of(server, lambda: broker.enqueue("q", b"x" * 2 * LARGE)) == (0, 1)
+
+
+def test_a_large_one_whose_queue_is_deleted_meanwhile_keeps_its_payload(busy: Broker, server: Server) -> None:
+    with Broker(server.url) as operator:
+        assert operator.delete_queue("q")
+        busy.enqueue("q", b"x" * LARGE)
+        assert operator.queues() == ["q"]
+        assert [job.payload for job in operator.claim("q")] == [b"x" * LARGE]
+
+
+def test_a_large_one_that_is_not_fresh_after_all_leaves_nothing(busy: Broker, server: Server) -> None:
+    busy.enqueue("q", b"theirs", id="one")
+    assert busy.enqueue("q", b"x" * LARGE, id=FreshId("one")).duplicate
+    assert not server.cli("EXISTS", f"{KEY}y")

@@ -73,13 +73,13 @@ def enqueue(q: QueueKeys, jobs: Sequence[NewJob], *, since: float | None = None)
     ahead: tuple[Arg, ...] = (LAYOUT, 0, b"".join(levels))
 
     def parse(reply: Sequence[Any], resent: bool) -> Stored:
-        founded, *answers = reply[0] if isinstance(reply, Transacted) else reply
+        now_ms, *answers = reply[0] if isinstance(reply, Transacted) else reply
         return Stored(
             (
                 Enqueued(job.id) if answer == 1 else Enqueued(job.id if answer == 0 else id_of(answer), duplicate=True)
                 for job, answer in zip(jobs, answers, strict=True)
             ),
-            bool(founded) or resent or since is not None,
+            not now_ms or resent or since is not None,
         )
 
     lists = [q.ready[int(level)] for level in levels]
@@ -109,20 +109,28 @@ def _apart(q: QueueKeys, ahead: tuple[Arg, ...], jobs: Sequence[NewJob]) -> Apar
     return Apart(tuple(args), (*stores, ("EVAL", tidied.script.text, *tidied.wire()[1:])))
 
 
-def enqueue_large(q: QueueKeys, job: NewJob) -> Command[Short | LongWay]:
+def enqueue_large(q: QueueKeys, job: NewJob, *, born: int | None = None) -> Command[Short | LongWay]:
     """Store a large job; the long way is `enqueue`, for what else there is to do than with most.
 
     :param job: one that is ready now (`due` is "") and has no dedup key
+    :param born: see enqueue_one
     """
 
-    def parse(reply: Sequence[Any], resent: bool) -> Short | LongWay:
-        founded, answer = reply[0] if isinstance(reply, Transacted) else reply
-        if answer == 1 and not founded:
-            return Short(job.id)
+    def parse(reply: Any, resent: bool) -> Short | LongWay:
+        if isinstance(reply, Transacted):
+            if isinstance(reply[0], int):
+                return _plain_answer(job, reply)
+            reply = reply[0]
+        now_ms, answer = reply
+        if answer == 1 and now_ms:
+            return Short(job.id, _level(job), now_ms)
         return LongWay(resent or answer == 1, id=job.id)
 
     stored = enqueue(q, (job,))
-    return Command(stored.script, stored.keys, stored.args, parse, resent_at=1, durable=True, apart=stored.apart)
+    plain = None if born is None else _plain(q, job, born)
+    return Command(
+        stored.script, stored.keys, stored.args, parse, resent_at=1, durable=True, apart=stored.apart, plain=plain
+    )
 
 
 def tidy(q: QueueKeys, ids: Sequence[str]) -> Command[int]:
@@ -134,31 +142,47 @@ def enqueue_one(q: QueueKeys, job: NewJob, *, born: int | None = None) -> Comman
     """Store a job the short way; the long one is `enqueue`, for any job.
 
     A job that no other enqueue can have stored needs no script, which is for what depends on what is there: plain
-    commands do it in half of the server's time. What they could not look at before is looked at in their replies, and
-    the long way mends what it should have been.
+    commands do it in half of the server's time.
 
     :param job: one that is ready now (`due` is "") and has no dedup key
     :param born: the server's time now, unix ms, for a job with a fresh id, where the caller knows it and has seen its
         level in use
     """
-    level = job.record[0] - 48  # an ASCII digit
 
     def parse(reply: Any, resent: bool) -> Short | LongWay:
-        if not isinstance(reply, Transacted):
-            return Short(job.id, level, reply) if reply else LongWay(resent, id=job.id)
-        (layout, levels), stored, *_ = reply
-        if stored and layout == _LAYOUT and levels is not None and job.record[:1] in levels:
-            return Short(job.id)
-        return LongWay(bool(stored), id=job.id)
+        if isinstance(reply, Transacted):
+            return _plain_answer(job, reply)
+        return Short(job.id, _level(job), reply) if reply else LongWay(resent, id=job.id)
 
-    ready = q.ready[level]
-    plain: tuple[tuple[Arg, ...], ...] | None = None
-    if born is not None:
-        plain = (
-            Same(("HMGET", q.config, "v", "levels")),
-            ("HSETNX", q.jobs, job.id, b"%d %b" % (born, job.record)),
-            ("RPUSH", ready, job.id),
-            Same(("ZADD", q.marker, "0", "w")),
-        )
-    keys, args = (q.config, q.jobs, q.marker, ready), (LAYOUT, 0, job.id, job.record)
+    keys = (q.config, q.jobs, q.marker, q.ready[_level(job)])
+    args = (LAYOUT, 0, job.id, job.record)
+    plain = None if born is None else _plain(q, job, born)
     return Command(scripts.load("enqueue_one"), keys, args, parse, resent_at=1, durable=True, plain=plain)
+
+
+def _level(job: NewJob) -> int:
+    return job.record[0] - 48  # an ASCII digit
+
+
+def _plain(q: QueueKeys, job: NewJob, born: int) -> tuple[tuple[Arg, ...], ...]:
+    """What stores a job without a look at what is there, which `_plain_answer` has in the replies."""
+    record, beside = job.record, list[tuple[Arg, ...]]()
+    if is_large(job):
+        record, payload = Record.split(record)
+        beside.append(("HSETNX", q.payloads, job.id, payload))
+    return (
+        ("HSETNX", q.jobs, job.id, b"%d %b" % (born, record)),
+        *beside,
+        ("RPUSH", q.ready[_level(job)], job.id),
+        Same(("ZADD", q.marker, "0", "w")),
+        Same(("HMGET", q.config, "v", "levels")),
+    )
+
+
+def _plain_answer(job: NewJob, replies: Transacted) -> Short | LongWay:
+    """The long way mends what should have been looked at before: of a queue that was deleted meanwhile, no claim would
+    look at the job's level."""
+    stored, *_, (layout, levels) = replies
+    if stored and layout == _LAYOUT and levels is not None and job.record[:1] in levels:
+        return Short(job.id)
+    return LongWay(bool(stored), id=job.id)

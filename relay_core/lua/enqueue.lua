@@ -14,7 +14,7 @@
 -- ARGV[3] the levels of these jobs, a digit each
 -- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
 --   dedup: '' or '<ms, 0 until done>:<key>' | record without its creation time; its first byte is the level
--- returns {1 where the queue had no job before, answer per job}: 1 stored, now or by the earlier send, 0 that id is
+-- returns {the server's time, unix ms, or 0 where the queue had no job before, answer per job}: 1 stored, now or by the earlier send, 0 that id is
 --   another job's, else id that holds the dedup key
 -- moves: none -> ready | none -> delayed | cost O(jobs log delayed), re-sent: and O(ids finished lately)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -36,7 +36,7 @@ for at = 4, #args, 4 do ids[#ids + 1] = args[at] end
 if #ids > 1 or age > 0 or args[6] ~= '' then known = redis.call('HMGET', jobs, unpack(ids)) end
 
 local resent, since = age > 0, now - age - LATE
-local answers, puts, pushes, stored, seen, duplicates = {set[2] and 0 or 1}, {}, {}, {}, {}, 0
+local answers, puts, pushes, stored, seen, duplicates = {set[2] and now or 0}, {}, {}, {}, {}, 0
 local apart = {}
 local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do

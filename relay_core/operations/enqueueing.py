@@ -104,11 +104,9 @@ class Enqueueing(Base):
 
         :param id: the one that was asked for
         """
-        q = self.settings.keys(queue)
-        if commands.is_large(job):
-            return commands.enqueue_large(q, job)
+        short = commands.enqueue_large if commands.is_large(job) else commands.enqueue_one
         fresh = id is None or isinstance(id, FreshId)
-        return commands.enqueue_one(q, job, born=self._clock.now_ms(queue, priority) if fresh else None)
+        return short(self.settings.keys(queue), job, born=self._clock.now_ms(queue, priority) if fresh else None)
 
     def _stored(self, queue: str, answer: Short) -> Enqueued:
         """What the store answered the short way, of which the time is remembered."""
