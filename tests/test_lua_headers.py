@@ -33,7 +33,7 @@ REFUSED_UNDER_OOM = {"adopt", "enqueue", "enqueue_one", "requeue", "schedule", "
 READ_ONLY = {"due", "list", "roster", "scan", "show", "stats"}
 FORBIDDEN = {"KEYS", "SMEMBERS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "HKEYS", "HVALS"}
 # LREM and HGETALL walk a whole key: where that is paid is decided by name.
-COSTLY = {"LREM": {"cancel", "audit"}, "HGETALL": {"stats"}}
+COSTLY = {"LREM": {"cancel", "audit", "retract"}, "HGETALL": {"stats"}}
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,7 @@ def nacks(n: int) -> Sequence[Nack]:
 BUILD: dict[str, Build] = {
     "enqueue": lambda n: commands.enqueue(Q, [NewJob(id, "", "", RECORD) for id in ids(n)]),
     "tidy": lambda n: commands.tidy(Q, ids(n)),
+    "retract": lambda n: commands.retract(Q, NewJob("a", "", "", RECORD)),
     "enqueue_one": lambda n: commands.enqueue_one(Q, NewJob("a", "", "", RECORD)),
     "claim": lambda n: commands.claim(Q, 1, 1000, "a", levels="90", acks=acks(n)),
     "claim_one": lambda n: commands.claim_one(Q, 1000, "a", levels="90"),
@@ -357,6 +358,7 @@ def test_the_builder_passes_the_keys_of_the_header_in_its_order(name: str) -> No
     at_hand = {
         "enqueue": (9, (Q.ready[3],)),
         "enqueue_one": (3, (Q.ready[3],)),
+        "retract": (2, (Q.ready[3],)),
         "claim": (7, (Q.ready[9], Q.ready[0])),
         "claim_one": (5, (Q.ready[9], Q.ready[0])),
     }

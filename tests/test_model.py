@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from relay_core import commands, scripts
 from relay_core.broker import Broker
 from relay_core.clock import sent_now
-from relay_core.commands import Ack, ClaimReply, Command, Finish, Grant, LongWay, Nack, NewJob, Verdict
+from relay_core.commands import Ack, ClaimReply, Command, Finish, Grant, LongWay, Nack, NewJob, Short, Verdict
+from relay_core.commands.command import Transacted
 from relay_core.commands.enqueues import LARGE
 from relay_core.job import Enqueued, Options, Record, State
 from relay_core.keys import QueueKeys
@@ -71,8 +72,8 @@ class Queue(RuleBasedStateMachine):
         self.model = Model()
         self.receipts: list[tuple[str, str, str]] = []
         self.burials: list[tuple[str, str]] = []
-        self.sent: list[tuple[Callable[[], list[Enqueued] | Enqueued], list[ModelJob]]] = []
-        self.made = self.claims = 0
+        self.sent: list[tuple[Callable[[], list[Enqueued] | Short], list[ModelJob]]] = []
+        self.made = self.most = self.claims = 0
         self.levels = ""
         self.at = 0
         # a wake-up is owed to waiting workers while there is work, unless a limit took it
@@ -90,7 +91,7 @@ class Queue(RuleBasedStateMachine):
             with self.client.pipeline(transaction=True) as pipe:
                 for wire in wires[1:-1]:
                     pipe.execute_command(*wire)
-                reply = pipe.execute()[0]
+                reply = Transacted(pipe.execute())
         else:
             reply = self.server.cli("EVALSHA", *command.wire(since))
         self.at = time.time_ns() // 1_000_000  # the server looked at its clock in this one or before
@@ -156,6 +157,7 @@ class Queue(RuleBasedStateMachine):
         for level, delay, key, keep, own_max, large in jobs:
             id = f"id{self.made:04}"
             self.made += 1
+            self.most = max(self.most, self.made)
             keep = keep if key else 0
             rows.append((ModelJob(id, level, own_max, key, keep), delay))
             options = Options(
@@ -183,15 +185,20 @@ class Queue(RuleBasedStateMachine):
         own_max=st.sampled_from([0, 0, 1]),
         large=st.booleans(),
         again=st.integers(0, 3),
+        plainly=st.booleans(),
         twice=lost,
     )
-    def enqueue_one(self, level: int, own_max: int, large: bool, again: int, twice: bool) -> None:
+    def enqueue_one(self, level: int, own_max: int, large: bool, again: int, plainly: bool, twice: bool) -> None:
+        if plainly:  # which is for fresh ids
+            again, self.made = 0, max(self.made, self.most)
         self.made = max(0, self.made - again)
         job = ModelJob(f"id{self.made:04}", level, own_max, "", 0)
         self.made += 1
+        self.most = max(self.most, self.made)
         payload = LARGE_PAYLOAD if large else b"x"
         new = NewJob(job.id, "", "", Record.pack(level, Options(max_deliveries=own_max or None), payload))
-        short = (commands.enqueue_large if large else commands.enqueue_one)(self.q, new)
+        born = time.time_ns() // 1_000_000 if plainly else None
+        short = (commands.enqueue_large if large else commands.enqueue_one)(self.q, new, born=born)
 
         def long(answer: LongWay) -> Command[list[Enqueued]]:
             return commands.enqueue(self.q, [new], since=LONG_AGO if answer.resent else None)
@@ -203,7 +210,7 @@ class Queue(RuleBasedStateMachine):
         want = first
         if twice:
             got, want = self.short_or_long(short, long, resent=True), model(True)
-        (answer,) = got if isinstance(got, list) else (got,)
+        (answer,) = got if isinstance(got, list) else (Enqueued(got.id),)
         assert [answer] == self.enqueued([(job, 0)], [want], twice)
         if first == 1:
             self.sent.append((lambda: self.short_or_long(short, long, resent=True), [job]))
@@ -224,7 +231,8 @@ class Queue(RuleBasedStateMachine):
             gone = {job.id for job in jobs} - self.model.jobs.keys() - {id for id, _ in self.model.finished}
             if not gone:  # cancelled and purged ones are stored anew: nobody remembers them
                 answer = resend()
-                assert (answer if isinstance(answer, list) else [answer]) == [Enqueued(job.id) for job in jobs]
+                answers = answer if isinstance(answer, list) else [Enqueued(answer.id)]
+                assert answers == [Enqueued(job.id) for job in jobs]
 
     @rule(after=pauses, count=st.integers(1, 4), lease=times, most=st.integers(1, 3), woken=st.booleans(), twice=lost)
     def claim(self, after: int, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:

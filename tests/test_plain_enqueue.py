@@ -147,10 +147,44 @@ def test_one_whose_level_is_not_in_use_any_more_is_found(busy: Broker, server: S
         assert operator.audit("q").clean
 
 
-def test_a_queue_of_a_newer_layout_is_refused(busy: Broker, server: Server) -> None:
+@pytest.mark.parametrize("payload", [b"x", b"x" * LARGE], ids=["small", "large"])
+def test_a_queue_of_a_newer_layout_refuses_it_and_holds_nothing_of_it(
+    payload: bytes, busy: Broker, server: Server
+) -> None:
+    kept = busy.enqueue("q", b"kept").id
     server.cli("HSET", f"{KEY}c", "v", "99")
     with pytest.raises(LayoutError):
+        busy.enqueue("q", payload)
+    assert (server.cli("HKEYS", f"{KEY}j"), server.cli("LRANGE", f"{KEY}r0", 0, -1)) == ([kept.encode()],) * 2
+    assert not server.cli("EXISTS", f"{KEY}y")
+
+
+def test_one_that_a_newer_relay_took_at_once_is_its_own(
+    busy: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.cli("HSET", f"{KEY}c", "v", "99")
+    run = busy.store.run
+
+    def taken(command: Any) -> Any:
+        if command.script.name == "retract":
+            server.cli("LPOP", f"{KEY}r0")
+        return run(command)
+
+    monkeypatch.setattr(busy.store, "run", taken)
+    with pytest.raises(LayoutError):
         busy.enqueue("q", b"x")
+    assert server.cli("HLEN", f"{KEY}j") == 1
+
+
+def test_a_refusal_takes_no_job_of_the_same_name_with_it(redis_server: Server) -> None:
+    """One that had the name before, as a repeated enqueue cannot tell."""
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(proxy.url) as broker:
+        broker.enqueue("q", b"theirs", id="one")
+        proxy.cut_reply(b"EVALSHA")
+        redis_server.cli("HSET", f"{KEY}c", "v", "99")
+        with pytest.raises(LayoutError):
+            broker.enqueue("q", b"mine", id="one")
+        assert redis_server.cli("LRANGE", f"{KEY}r0", 0, -1) == [b"one"]
 
 
 def test_one_that_was_done_by_the_time_its_lost_reply_is_missed_is_not_stored_again(redis_server: Server) -> None:

@@ -13,6 +13,7 @@ from relay_core.commands.enqueues import (
     enqueue_large,
     enqueue_one,
     is_large,
+    retract,
     tidy,
 )
 from relay_core.commands.moves import (
@@ -103,6 +104,7 @@ __all__ = [
     "requeue",
     "retell",
     "retire",
+    "retract",
     "roster",
     "scan",
     "schedule",

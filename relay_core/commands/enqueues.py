@@ -185,4 +185,10 @@ def _plain_answer(job: NewJob, replies: Transacted) -> Short | LongWay:
     stored, *_, (layout, levels) = replies
     if stored and layout == _LAYOUT and levels is not None and job.record[:1] in levels:
         return Short(job.id)
-    return LongWay(bool(stored), id=job.id)
+    return LongWay(bool(stored), id=job.id, stored=bool(stored))
+
+
+def retract(q: QueueKeys, job: NewJob) -> Command[int]:
+    """A job that plain commands have stored leaves the store again, unless it was taken: its queue refuses it."""
+    keys = (q.jobs, q.payloads, q.ready[_level(job)])
+    return Command(scripts.load("retract"), keys, (job.id,), lambda reply, _resent: int(reply))

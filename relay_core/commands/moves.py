@@ -89,16 +89,18 @@ class ClaimReply:
 
 @dataclass(frozen=True, slots=True)
 class LongWay:
-    """The answer of a short script that did nothing, because more is to be done than it can: send the long one.
+    """The answer of a short way that did nothing, because more is to be done than it can: take the long one.
 
     :ivar resent: an earlier send of the short one may have run: the long one must say so
     :ivar levels: of a claim: the priority levels in use, for the next claim
     :ivar id: of an enqueue: the job's, to be the same on the long way
+    :ivar stored: of an enqueue by plain commands, which have stored the job: the long way looks at what they could not
     """
 
     resent: bool
     levels: str = ""
     id: str | None = None
+    stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)

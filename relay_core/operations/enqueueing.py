@@ -11,7 +11,7 @@ from relay_core import commands, keys
 from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, NewJob, Short, Stored
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import RelayError, Unavailable
+from relay_core.errors import LayoutError, RelayError, Unavailable
 from relay_core.job import Enqueued, FreshId
 from relay_core.operations.base import MOST, Base
 from relay_core.operations.serverclock import ServerClock
@@ -147,6 +147,10 @@ class Enqueueing(Base):
             since = None
         try:
             stored: Stored = yield commands.enqueue(self.settings.keys(queue), (job,), since=since)
+        except LayoutError:
+            if answer is not None and answer.stored:
+                yield commands.retract(self.settings.keys(queue), job)
+            raise
         except Unavailable as error:
             error.maybe_executed = error.maybe_executed or since is not None
             raise
