@@ -138,6 +138,17 @@ def test_one_whose_queue_is_deleted_meanwhile_is_found_and_its_queue_listed(busy
         assert (job.id, job.payload) == (found.id, b"x")
 
 
+def test_a_worker_that_it_woke_before_its_level_was_in_use_wakes_again(busy: Broker, server: Server) -> None:
+    with Broker(server.url) as operator:
+        assert operator.delete_queue("q")
+    flow = busy.operations.enqueue("q", JobSpec(b"x"))
+    answer = busy.store.run(next(flow))  # type: ignore[arg-type]
+    assert server.cli("ZPOPMIN", f"{KEY}m") == [b"w", b"0"]  # there is nothing yet that it would find
+    busy.drive(flow, (answer, lambda answer: answer))
+    assert server.cli("ZCARD", f"{KEY}m") == 1
+    assert [job.payload for job in busy.claim("q")] == [b"x"]
+
+
 def test_one_whose_level_is_not_in_use_any_more_is_found(busy: Broker, server: Server) -> None:
     with Broker(server.url) as operator:
         assert operator.delete_queue("q")

@@ -37,7 +37,7 @@ if #ids > 1 or age > 0 or args[6] ~= '' then known = redis.call('HMGET', jobs, u
 
 local resent, since = age > 0, now - age - LATE
 local answers, puts, pushes, stored, seen, duplicates = {set[2] and now or 0}, {}, {}, {}, {}, 0
-local apart = {}
+local apart, wake = {}, false
 local born, waits, earliest, past = string.format('%d ', now), nil, nil, nil
 for i, id in ipairs(ids) do
   local when, key, record = args[4 * i + 1], args[4 * i + 2], args[4 * i + 3]
@@ -104,6 +104,7 @@ for i, id in ipairs(ids) do
   end
   -- of a job that is there, too: plain commands that stored it have only seen that it is missing
   if answers[i + 1] == 1 and not string.find(levels, level, 1, true) then
+    wake = wake or taken -- who was woken by those has not looked there
     -- digits of the levels in use, highest first, the order in which claims look
     local sorted = {}
     for digit in string.gmatch(levels .. level, '%d') do sorted[#sorted + 1] = digit end
@@ -113,7 +114,6 @@ for i, id in ipairs(ids) do
   end
 end
 
-local wake = false
 if #puts > 0 then redis.call('HSET', jobs, unpack(puts)) end
 -- their payloads come with the next commands, each of which keeps what is there: an earlier try may have left another
 if #apart > 0 then redis.call('HDEL', payloads, unpack(apart)) end
