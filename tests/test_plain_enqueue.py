@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from relay_core import AsyncBroker, Broker, Enqueued, JobSpec
+from relay_core.clock import sent_now
+from relay_core.commands import enqueues
 from relay_core.commands.enqueues import LARGE
 from relay_core.connection import clients
 from relay_core.connection.pool import Link
@@ -79,11 +81,14 @@ def test_what_depends_on_what_is_there_takes_one(options: dict[str, Any], busy: 
 def test_so_does_the_first_after_a_while_which_asks_for_the_time(
     busy: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = serverclock.sent_now
-    monkeypatch.setattr(serverclock, "sent_now", lambda: real() + serverclock.LATELY)
+    def shift(seconds: float) -> None:
+        for module in (enqueues, serverclock):
+            monkeypatch.setattr(module, "sent_now", lambda: sent_now() + seconds)
+
+    shift(serverclock.LATELY)
     assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (1, 0)
     assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (0, 1)
-    monkeypatch.setattr(serverclock, "sent_now", lambda: real() - 1.0)  # of another boot, by then
+    shift(-1.0)  # of another boot, by then
     assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (1, 0)
 
 
@@ -108,22 +113,45 @@ def test_the_time_goes_on_between_two_times_that_are_heard(monkeypatch: pytest.M
     monkeypatch.setattr(serverclock, "sent_now", lambda: at[0])
     clock = serverclock.ServerClock()
     assert clock.now_ms("q", 0) is None
-    clock.set("q", 0, 5_000)
+    clock.set("q", 0, 5_000, at[0] - 0.5)
     assert (clock.now_ms("q", 0), clock.now_ms("q", 1), clock.now_ms("p", 0)) == (5_000, None, None)
     at[0] += 0.25
     assert clock.now_ms("q", 0) == 5_250
     at[0] += 0.75
     assert clock.now_ms("q", 0) is None
-    clock.set("q", 0, 6_000)
+    clock.set("q", 0, 6_000, at[0])
     at[0] -= 0.1  # no clock that is used does that
     assert clock.now_ms("q", 0) is None
+
+
+def test_a_time_that_was_long_on_its_way_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serverclock, "sent_now", lambda: 100.0)
+    clock = serverclock.ServerClock()
+    clock.set("q", 0, 5_000, 99.0)
+    assert clock.now_ms("q", 0) is None
+
+
+def test_the_time_is_asked_for_again_where_the_machine_slept_before_it_came(
+    busy: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def slept() -> float:
+        asked.append(sent_now())
+        return asked[-1] + 5.0 * len(asked)
+
+    for module in (enqueues, serverclock):
+        monkeypatch.setattr(module, "sent_now", slept)
+    for _ in range(3):
+        assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (1, 0)
+    assert len(asked) > 3
 
 
 def test_many_queues_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serverclock, "MOST", 2)
     clock = serverclock.ServerClock()
     for n in range(5):
-        clock.set(f"q{n}", 0, 1)
+        clock.set(f"q{n}", 0, 1, sent_now())
     assert clock.now_ms("q4", 0) is not None
     assert clock.now_ms("q3", 0) is None
 
@@ -164,8 +192,9 @@ def test_a_queue_of_a_newer_layout_refuses_it_and_holds_nothing_of_it(
 ) -> None:
     kept = busy.enqueue("q", b"kept").id
     server.cli("HSET", f"{KEY}c", "v", "99")
-    with pytest.raises(LayoutError):
-        busy.enqueue("q", payload)
+    for _ in range(3):
+        with pytest.raises(LayoutError):
+            busy.enqueue("q", payload)
     assert (server.cli("HKEYS", f"{KEY}j"), server.cli("LRANGE", f"{KEY}r0", 0, -1)) == ([kept.encode()],) * 2
     assert not server.cli("EXISTS", f"{KEY}y")
 
@@ -228,6 +257,19 @@ def test_full_memory_refuses_it_as_a_whole(busy: Broker, server: Server) -> None
         assert (server.cli("DBSIZE"), broker.stats("q").ready) == before
 
 
+def test_one_that_is_repeated_is_stored_with_the_time_of_then(busy: Broker, server: Server) -> None:
+    server.cli("CONFIG", "RESETSTAT")
+    server.cli("CONFIG", "SET", "maxmemory", "1")
+    found: list[Enqueued] = []
+    thread = threading.Thread(target=lambda: found.append(busy.enqueue("q", b"x")))
+    thread.start()
+    eventually(lambda: "errorstat_OOM" in server.info("errorstats"), "it is refused")
+    server.cli("CONFIG", "SET", "maxmemory", "0")
+    thread.join(30)
+    assert server.info("commandstats").get("cmdstat_evalsha", "").startswith("calls=1,")
+    assert [job.id for job in busy.claim("q", 5)] == [found[0].id]
+
+
 def test_a_part_that_fails_is_told(busy: Broker, server: Server) -> None:
     server.cli("DEL", f"{KEY}m")
     server.cli("SET", f"{KEY}m", "no sorted set")
@@ -283,7 +325,7 @@ def test_it_follows_a_slot_of_a_cluster_that_moves(cluster: Cluster) -> None:
         source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", target.cli("CLUSTER", "MYID"))
         names = source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100)
         source.cli("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *names)
-        broker.operations._clock.set("moving", 0, broker.operations._clock.now_ms("moving", 0) or 1)
+        broker.operations._clock.set("moving", 0, broker.operations._clock.now_ms("moving", 0) or 1, sent_now())
         found: list[Enqueued] = []
         thread = threading.Thread(target=lambda: found.append(broker.enqueue("moving", b"2")))
         thread.start()

@@ -85,12 +85,13 @@ class Command(Generic[T]):
             args = (*args[: self.resent_at], age, *args[self.resent_at + 1 :])
         return (self.script.sha, len(self.keys), *self.keys, *args)
 
-    def transaction(self, since: float | None = None) -> list[tuple[Arg, ...]] | None:
+    def transaction(self, since: float | None = None, again: bool = False) -> list[tuple[Arg, ...]] | None:
         """All of its wires, where it is better sent that way. The reply to the script is the first in that of the last.
 
         :param since: as of `wire`
+        :param again: True of any send but the first, whatever became of that: what is plain is good for a moment only
         """
-        if self.plain is not None and since is None:
+        if self.plain is not None and not again:
             return [_MULTI, *self.plain, _EXEC]
         if self.apart is None:
             return None

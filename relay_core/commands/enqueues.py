@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from relay_core import scripts
+from relay_core.clock import sent_now
 from relay_core.commands.command import Apart, Arg, Command, Same, Transacted, id_of
 from relay_core.commands.moves import LongWay
 from relay_core.job import Enqueued, Record
@@ -43,11 +44,13 @@ class Short(NamedTuple):
 
     :ivar level: one that the queue was seen to have in use
     :ivar now_ms: the server's time, unix ms; None where it did not say
+    :ivar asked: `sent_now()` before it was asked
     """
 
     id: str
     level: int = 0
     now_ms: int | None = None
+    asked: float = 0.0
 
 
 class Stored(list[Enqueued]):
@@ -115,6 +118,7 @@ def enqueue_large(q: QueueKeys, job: NewJob, *, born: int | None = None) -> Comm
     :param job: one that is ready now (`due` is "") and has no dedup key
     :param born: see enqueue_one
     """
+    asked = sent_now() if born is None else 0.0
 
     def parse(reply: Any, resent: bool) -> Short | LongWay:
         if isinstance(reply, Transacted):
@@ -123,7 +127,7 @@ def enqueue_large(q: QueueKeys, job: NewJob, *, born: int | None = None) -> Comm
             reply = reply[0]
         now_ms, answer = reply
         if answer == 1 and now_ms:
-            return Short(job.id, _level(job), now_ms)
+            return Short(job.id, _level(job), now_ms, asked)
         return LongWay(resent or answer == 1, id=job.id)
 
     stored = enqueue(q, (job,))
@@ -148,11 +152,12 @@ def enqueue_one(q: QueueKeys, job: NewJob, *, born: int | None = None) -> Comman
     :param born: the server's time now, unix ms, for a job with a fresh id, where the caller knows it and has seen its
         level in use
     """
+    asked = sent_now() if born is None else 0.0
 
     def parse(reply: Any, resent: bool) -> Short | LongWay:
         if isinstance(reply, Transacted):
             return _plain_answer(job, reply)
-        return Short(job.id, _level(job), reply) if reply else LongWay(resent, id=job.id)
+        return Short(job.id, _level(job), reply, asked) if reply else LongWay(resent, id=job.id)
 
     keys = (q.config, q.jobs, q.marker, q.ready[_level(job)])
     args = (LAYOUT, 0, job.id, job.record)

@@ -98,6 +98,7 @@ class Call:
     :ivar transaction: the better way to send it, see `Command.transaction`, where there is one
     :ivar key: what it is routed by; None for any server
     :ivar target: the one server it is for, whatever its key
+    :ivar again: True once it came to nothing
     :ivar ask_at: the server that a migrating slot's next send goes to
     :ivar load: True when its script goes along with the next send
     :ivar trouble: why the last send came to nothing; empty if it may be repeated at once
@@ -108,6 +109,7 @@ class Call:
     """
 
     __slots__ = (
+        "again",
         "ask_at",
         "done",
         "durable",
@@ -136,12 +138,12 @@ class Call:
         durable: bool = False,
         target: Address | None = None,
         sent_at: float | None = None,
-        transaction: Callable[[float | None], list[tuple[Arg, ...]] | None] = lambda _since: None,
+        transaction: Callable[[float | None, bool], list[tuple[Arg, ...]] | None] = lambda _since, _again: None,
     ) -> None:
         self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
         self.target, self.transaction = target, transaction
         self.sent_at = sent_now() if sent_at is None else sent_at
-        self.resent = self.done = self.load = False
+        self.resent = self.again = self.done = self.load = False
         self.ask_at: Address | None = None
         self.result: Any = None
         self.error: RelayError | None = None
@@ -153,7 +155,7 @@ class Call:
         since = self.sent_at if self.resent else None
         if self.ask_at is not None:
             return [("ASKING",), self.wire(since)]  # which is good for one command only
-        return self.transaction(since) or [self.wire(since)]
+        return self.transaction(since, self.again) or [self.wire(since)]
 
     def succeed(self, reply: Any) -> None:
         self.done = True
@@ -276,6 +278,8 @@ def settle(
                 continue
             yield Pause(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(LONGEST_PAUSE, 2 * pause)
+        for call in pending:
+            call.again = True
         yield from _round(pending, router, policy)
 
 

@@ -111,7 +111,7 @@ class Enqueueing(Base):
     def _stored(self, queue: str, answer: Short) -> Enqueued:
         """What the store answered the short way, of which the time is remembered."""
         if answer.now_ms is not None:
-            self._clock.set(queue, answer.level, answer.now_ms)
+            self._clock.set(queue, answer.level, answer.now_ms, answer.asked)
         return Enqueued(answer.id)
 
     def told(self, queue: str, answer: Short, headers: Mapping[str, str] | None) -> Enqueued:
@@ -143,7 +143,9 @@ class Enqueueing(Base):
             answer = yield self._short(queue, job, spec.id, spec.priority)
         if isinstance(answer, Short):
             return self._stored(queue, answer)
-        if answer is not None and not answer.resent:
+        if answer is not None and answer.resent:
+            self._clock.forget(queue, spec.priority)  # no job follows that one until another has looked where it goes
+        elif answer is not None:
             since = None
         try:
             stored: Stored = yield commands.enqueue(self.settings.keys(queue), (job,), since=since)

@@ -19,11 +19,21 @@ class ServerClock:
     def __init__(self) -> None:
         self._heard: dict[tuple[str, int], tuple[int, float]] = {}
 
-    def set(self, queue: str, level: int, now_ms: int) -> None:
-        """A job of that level was stored, and this was the time."""
+    def set(self, queue: str, level: int, now_ms: int, asked: float) -> None:
+        """A job of that level was stored, and this was the time.
+
+        :param asked: `sent_now()` before; what was said long after may have been said long ago
+        """
+        now = sent_now()
+        if now - asked >= LATELY:
+            return
         if len(self._heard) >= MOST:
             self._heard.clear()
-        self._heard[queue, level] = now_ms, sent_now()
+        self._heard[queue, level] = now_ms, now
+
+    def forget(self, queue: str, level: int) -> None:
+        """A job of that level found something else than there was."""
+        self._heard.pop((queue, level), None)
 
     def now_ms(self, queue: str, level: int) -> int | None:
         """The server's time, unix ms, at most what it takes to send something behind; None where it was not heard for
