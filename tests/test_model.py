@@ -87,7 +87,7 @@ class Queue(RuleBasedStateMachine):
             time.sleep(0.0001)
         self.model.step += 1
         since = LONG_AGO if resent else None
-        if wires := command.transaction(since):
+        if wires := command.transaction(since, again=resent):
             with self.client.pipeline(transaction=True) as pipe:
                 for wire in wires[1:-1]:
                     pipe.execute_command(*wire)
