@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import celery
 import pytest
-from kombu import Exchange, Queue
+from kombu import Connection, Exchange, Queue
 from kombu.utils.uuid import uuid
 
 from relay_adapters.celery.messages import freshids
@@ -86,6 +86,15 @@ def test_installing_it_again_changes_nothing() -> None:
     before = stock.__defaults__
     freshids.install()
     assert stock.__defaults__ == before
+
+
+def test_they_are_remembered_from_the_first_connection_on(server: Server) -> None:
+    stock: Any = uuid
+    stock.__defaults__ = (uuid4,)
+    assert type(freshids.fresh(uuid())) is str
+    with Connection(server.url) as connection:
+        assert connection.transport
+        assert type(freshids.fresh(uuid())) is FreshId
 
 
 @pytest.fixture

@@ -69,13 +69,32 @@ def test_so_it_does_for_asyncio(server: Server) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("more", [{}, {"max_retries": 3}], ids=["straight", "flow"])
 @pytest.mark.parametrize(
     "options", [{"id": "mine"}, {"delay": 5.0}, {"dedup_key": "k"}, {"priority": 3}], ids=lambda o: next(iter(o))
 )
-def test_what_depends_on_what_is_there_takes_one(options: dict[str, Any], busy: Broker, server: Server) -> None:
-    scripts, transactions = scripts_of(server, lambda: busy.enqueue("q", b"x", **options))
+def test_what_depends_on_what_is_there_takes_one(
+    options: dict[str, Any], more: dict[str, Any], busy: Broker, server: Server
+) -> None:
+    scripts, transactions = scripts_of(server, lambda: busy.enqueue("q", b"x", **options, **more))
     assert scripts >= 1
     assert not transactions
+
+
+@pytest.mark.parametrize("more", [{}, {"max_retries": 3}], ids=["straight", "flow"])
+def test_each_queue_and_level_is_known_by_itself(more: dict[str, Any], broker: Broker, server: Server) -> None:
+    def enqueue(queue: str, level: int) -> tuple[int, int]:
+        return scripts_of(server, lambda: broker.enqueue(queue, f"{queue}{level}".encode(), priority=level, **more))
+
+    for queue in ("p", "q"):
+        for level in (3, 0):
+            assert [enqueue(queue, level)[1] for _ in range(3)] == [0, 0, 1]
+    for queue in ("p", "q"):
+        assert enqueue(queue, 3) == (0, 1)
+        jobs = broker.claim(queue, 9)
+        assert [job.payload.decode() for job in jobs] == [f"{queue}3"] * 4 + [f"{queue}0"] * 3
+        broker.ack_many(jobs)
+        assert broker.audit(queue).clean
 
 
 def test_so_does_the_first_after_a_while_which_asks_for_the_time(
@@ -183,6 +202,29 @@ def test_one_whose_level_is_not_in_use_any_more_is_found(busy: Broker, server: S
         operator.enqueue("q", b"urgent", priority=9)
         busy.enqueue("q", b"x")
         assert [job.payload for job in operator.claim("q", 5)] == [b"urgent", b"x"]
+        assert operator.audit("q").clean
+
+
+def test_one_whose_level_is_not_in_use_though_the_lowest_is_is_found(broker: Broker, server: Server) -> None:
+    for _ in range(2):
+        broker.enqueue("q", b"", priority=3)
+    broker.ack_many(broker.claim("q", 9))
+    with Broker(server.url) as operator:
+        assert operator.delete_queue("q")
+        operator.enqueue("q", b"low")
+        broker.enqueue("q", b"x", priority=3)
+        assert [job.payload for job in operator.claim("q", 5)] == [b"x", b"low"]
+        assert operator.audit("q").clean
+
+
+def test_one_whose_queue_has_settings_alone_is_found(busy: Broker, server: Server) -> None:
+    with Broker(server.url) as operator:
+        assert operator.delete_queue("q")
+        operator.pause("q")
+        busy.enqueue("q", b"x")
+        assert not operator.claim("q")
+        operator.resume("q")
+        assert [job.payload for job in operator.claim("q")] == [b"x"]
         assert operator.audit("q").clean
 
 
