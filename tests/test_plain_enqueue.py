@@ -440,3 +440,45 @@ def test_a_large_one_that_is_not_fresh_after_all_leaves_nothing(busy: Broker, se
     busy.enqueue("q", b"theirs", id="one")
     assert busy.enqueue("q", b"x" * LARGE, id=FreshId("one")).duplicate
     assert not server.cli("EXISTS", f"{KEY}y")
+
+
+class Late:
+    """A first send that the network held back, as it comes after its repetition has stored the job."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        command = broker.operations.straight("q", b"x")
+        assert command is not None
+        assert command.plain is not None
+        self._command = command
+        self.id = self.comes().id
+
+    def comes(self) -> Any:
+        return self._broker.store.run(self._command)
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+def test_one_that_comes_after_its_repetition_is_claimed_once(limit: int | None, busy: Broker) -> None:
+    first, late, last = busy.enqueue("q", b"1"), Late(busy), busy.enqueue("q", b"2")
+    late.comes()
+    late.comes()
+    busy.limit("q", max_inflight=limit)
+    jobs = busy.claim("q", 9)
+    assert [job.id for job in jobs] == [first.id, late.id, last.id]
+    assert busy.ack_many(jobs) == [1, 1, 1]
+    assert busy.audit("q").clean
+
+
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("becomes", ["inflight", "delayed", "dead"])
+def test_one_that_comes_when_its_job_was_claimed_disturbs_it_not(becomes: str, count: int, busy: Broker) -> None:
+    late = Late(busy)
+    (job,) = busy.claim("q")
+    if becomes != "inflight":
+        busy.nack(job, delay=60.0, dead=becomes == "dead")
+    late.comes()
+    assert not busy.claim("q", count)
+    assert [stored.id for stored in busy.jobs("q", becomes)] == [late.id]  # type: ignore[arg-type]
+    if becomes == "inflight":
+        busy.ack(job)
+    assert busy.audit("q").clean

@@ -88,7 +88,18 @@ if ids then
     n = n + 2
   end
   reply[3] = fence
-  redis.call('HSET', owners, unpack(held))
+  if redis.call('HSET', owners, unpack(held)) < #ids then
+    -- one id twice: an enqueue by plain commands came after its repetition. It has one lease
+    local once, m = {}, 0
+    for i, id in ipairs(ids) do
+      if not once[id] then
+        once[id], m = true, m + 1
+        redis.call('HSET', owners, id, '1:' .. fence + m .. tail)
+        reply[2 * m + 2], reply[2 * m + 3] = id, records[i]
+      end
+    end
+    for at = #reply, 2 * m + 4, -1 do reply[at] = nil end
+  end
   redis.call('ZADD', leases, unpack(until_then))
   if not due or deadline < due then
     redis.call('HSET', config, 'due', deadline_text)

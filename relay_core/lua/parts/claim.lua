@@ -50,10 +50,12 @@ if ids then
   local deadline_text = string.format('%.0f', deadline)
   -- a token that ends in g tells the ack that max_inflight may hold workers back
   local tail = string.format(':%st%x', nonce, now / 1000) .. (set[4] and 'g' or '')
-  local held, until_then, at = {}, {}, 7
+  local held, until_then, at, once = {}, {}, 7, {}
   for i, id in ipairs(ids) do
     local record, token, retries = records[i], nil, '0'
-    if record and not states[i] then
+    if once[id] then
+      -- twice here: an enqueue by plain commands came after its repetition
+    elseif record and not states[i] then
       token = '1:' .. fence + i .. tail
     elseif record then
       --@include owner
@@ -61,7 +63,9 @@ if ids then
       local old, deliveries, _, failed = parse_owner(states[i])
       local _, most = parse_record(record)
       if most == 0 then most = max_deliveries end
-      if deliveries - failed >= most then
+      if redis.call('ZSCORE', leases, id) or redis.call('ZSCORE', delayed, id) or redis.call('ZSCORE', dead, id) then
+        -- it came after its job was claimed, which runs, or waits for its retry
+      elseif deliveries - failed >= most then
         --@include dedup
         --@include bury
         local told = 'delivered ' .. (deliveries - failed) .. ' times without an answer'
@@ -74,6 +78,7 @@ if ids then
         token, retries = deliveries + 1 .. ':' .. fence + i .. tail, failed
       end
     end
+    once[id] = true
     -- an id without a record was left by a store that lost a write: there is nothing to run
     if token then
       local n = #held
