@@ -16,11 +16,14 @@ from kombu.utils.uuid import uuid
 from relay_adapters.celery.messages import freshids
 from relay_core import Broker
 from relay_core.job import FreshId
+from relay_core.operations import serverclock
+from tests.proxy import Proxy, to_port
 from tests.servers import Server
 
 
 @pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(serverclock, "LATELY", 60.0)  # however slow the machine is
     stock: Any = uuid
     before = stock.__defaults__
     freshids.install()
@@ -127,6 +130,27 @@ def test_a_task_that_is_sent_again_by_its_id_is_another_one(app: celery.Celery, 
         app.send_task("t", (n,), task_id=id)
     with Broker(server.url) as broker:
         assert [job.id for job in broker.claim("celery", 10)][3:] == [id, f"{id}~1", f"{id}~2"]
+
+
+@pytest.mark.parametrize("also", [[], [b"EVALSHA"]], ids=["once", "twice"])
+def test_a_publish_that_is_cut_off_and_repeated_is_one_task(also: list[bytes], redis_server: Server) -> None:
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(redis_server.url) as broker:
+        options = {"retry_for": 0.0}
+        app = celery.Celery("cut", broker=proxy.url, broker_transport_options=options, set_as_current=False)
+        queue = f"fresh-cut-{len(also)}"
+        for _ in range(3):
+            app.send_task("t", queue=queue)
+        assert broker.ack_many(broker.claim(queue, 9)) == [1] * 3
+        for request in (b"HSETNX", *also):
+            proxy.cut_reply(request)
+        signature = app.signature("t", queue=queue)
+        id = signature.freeze().id
+        signature.apply_async(retry=True, retry_policy={"max_retries": 9, "interval_start": 0.0})
+        assert not proxy.pending
+        assert [job.id for job in broker.claim(queue, 9)] == [id]
+        signature.apply_async()
+        assert [job.id for job in broker.claim(queue, 9)] == [f"{id}~1"]
+        app.close()
 
 
 def test_a_message_to_several_queues_is_in_each(app: celery.Celery, server: Server) -> None:

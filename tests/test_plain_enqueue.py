@@ -35,6 +35,12 @@ def scripts_of(server: Server, act: Callable[[], Any]) -> tuple[int, int]:
     return tuple(int(calls.get(name, "0").partition(",")[0]) for name in ("evalsha", "exec"))  # type: ignore[return-value]
 
 
+@pytest.fixture(autouse=True)
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asserted of a busy publisher holds however long a test takes between two jobs."""
+    monkeypatch.setattr(serverclock, "LATELY", 60.0)
+
+
 @pytest.fixture
 def busy(broker: Broker) -> Broker:
     """One that has heard the server's time a moment ago, and that jobs of no priority are in use."""
@@ -124,7 +130,7 @@ def test_its_creation_is_told_by_the_servers_clock(
     assert scripts_of(server, lambda: busy.enqueue("q", b"x")) == (0, 1)
     (job,) = busy.claim("q")
     # what the client heard was some time on its way, and milliseconds are cut off
-    assert before - 1.0 < job.created_at <= server_time()
+    assert before - serverclock.LATELY < job.created_at <= server_time()
 
 
 def test_the_time_goes_on_between_two_times_that_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +138,11 @@ def test_the_time_goes_on_between_two_times_that_are_heard(monkeypatch: pytest.M
     monkeypatch.setattr(serverclock, "sent_now", lambda: at[0])
     clock = serverclock.ServerClock()
     assert clock.now_ms("q", 0) is None
-    clock.set("q", 0, 5_000, at[0] - 0.5)
+    clock.set("q", 0, 5_000, at[0] - 59.0)
     assert (clock.now_ms("q", 0), clock.now_ms("q", 1), clock.now_ms("p", 0)) == (5_000, None, None)
     at[0] += 0.25
     assert clock.now_ms("q", 0) == 5_250
-    at[0] += 0.75
+    at[0] += 59.75
     assert clock.now_ms("q", 0) is None
     clock.set("q", 0, 6_000, at[0])
     at[0] -= 0.1  # no clock that is used does that
@@ -146,7 +152,7 @@ def test_the_time_goes_on_between_two_times_that_are_heard(monkeypatch: pytest.M
 def test_a_time_that_was_long_on_its_way_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serverclock, "sent_now", lambda: 100.0)
     clock = serverclock.ServerClock()
-    clock.set("q", 0, 5_000, 99.0)
+    clock.set("q", 0, 5_000, 100.0 - serverclock.LATELY)
     assert clock.now_ms("q", 0) is None
 
 
@@ -157,7 +163,7 @@ def test_the_time_is_asked_for_again_where_the_machine_slept_before_it_came(
 
     def slept() -> float:
         asked.append(sent_now())
-        return asked[-1] + 5.0 * len(asked)
+        return asked[-1] + serverclock.LATELY * len(asked)
 
     for module in (enqueues, serverclock):
         monkeypatch.setattr(module, "sent_now", slept)
