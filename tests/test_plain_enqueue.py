@@ -292,6 +292,22 @@ def test_one_that_was_done_by_the_time_its_lost_reply_is_missed_is_not_stored_ag
         assert worker.stats("q").pending == 0
 
 
+@pytest.mark.parametrize("after", [0, 3, 5, 13, 14, 41, 45, 60, 80], ids=lambda after: f"{after} bytes")
+def test_one_whose_reply_is_cut_anywhere_is_stored_once(after: int, redis_server: Server) -> None:
+    with Proxy(to_port(redis_server.port)) as proxy, Broker(proxy.url) as broker:
+        broker.enqueue("q", b"1")
+        broker.enqueue("q", b"2")
+        proxy.cut_reply(b"HSETNX", after=after)
+        found = broker.enqueue("q", b"3")
+        assert not proxy.pending
+        assert not found.duplicate
+        jobs = broker.claim("q", 9)
+        assert [job.payload for job in jobs] == [b"1", b"2", b"3"]
+        assert jobs[-1].id == found.id
+        assert broker.ack_many(jobs) == [1, 1, 1]
+        assert broker.audit("q").clean
+
+
 def test_full_memory_refuses_it_as_a_whole(busy: Broker, server: Server) -> None:
     with Broker(server.url, retry_for=0.0) as broker:
         broker.enqueue("q", b"1")

@@ -12,6 +12,7 @@ import pytest
 from relay_core import AsyncBroker, Broker, Enqueued, JobSpec, clock, hookimpl
 from relay_core.commands import LongWay, command
 from relay_core.errors import InvalidArgument, Unavailable
+from relay_core.operations import serverclock
 from tests.proxy import Proxy, to_port
 from tests.servers import Server
 
@@ -79,8 +80,13 @@ def test_it_stores_what_the_long_way_would(redis_server: Server, send_to: Callab
 @pytest.mark.parametrize("fault", ["cut_reply", "cut_request"])
 @pytest.mark.parametrize("options", [{}, {"id": "mine"}])
 def test_a_job_whose_connection_is_cut_is_stored_once_and_is_no_duplicate(
-    redis_server: Server, send_to: Callable[..., Send], fault: str, options: dict[str, str]
+    redis_server: Server,
+    send_to: Callable[..., Send],
+    fault: str,
+    options: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(serverclock, "LATELY", 60.0)  # however slow the machine is
     with Proxy(to_port(redis_server.port)) as proxy:
         send = send_to(proxy.url)
         send("q", b"second")  # its script is known to the server
