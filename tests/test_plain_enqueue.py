@@ -481,13 +481,15 @@ class Late:
 
 @pytest.mark.parametrize("limit", [None, 9])
 def test_one_that_comes_after_its_repetition_is_claimed_once(limit: int | None, busy: Broker) -> None:
-    first, late, last = busy.enqueue("q", b"1"), Late(busy), busy.enqueue("q", b"2")
+    first, late, second = busy.enqueue("q", b"1"), Late(busy), busy.enqueue("q", b"2")
     late.comes()
     late.comes()
+    third = busy.enqueue("q", b"3")
     busy.limit("q", max_inflight=limit)
     jobs = busy.claim("q", 9)
-    assert [job.id for job in jobs] == [first.id, late.id, last.id]
-    assert busy.ack_many(jobs) == [1, 1, 1]
+    assert [job.id for job in jobs] == [first.id, late.id, second.id, third.id]
+    assert [job.payload for job in jobs] == [b"1", b"x", b"2", b"3"]
+    assert busy.ack_many(jobs) == [1] * 4
     assert busy.audit("q").clean
 
 
