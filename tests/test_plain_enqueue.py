@@ -17,7 +17,7 @@ from relay_core.commands.enqueues import LARGE
 from relay_core.connection import clients
 from relay_core.connection.pool import Link
 from relay_core.errors import LayoutError, NotDurable, StoreError, Unavailable
-from relay_core.job import FreshId
+from relay_core.job import FreshId, State
 from relay_core.operations import serverclock
 from tests.proxy import Proxy, to_port
 from tests.servers import Server, eventually
@@ -493,16 +493,31 @@ def test_one_that_comes_after_its_repetition_is_claimed_once(limit: int | None, 
     assert busy.audit("q").clean
 
 
+@pytest.mark.parametrize("becomes", ["inflight", "delayed", "dead"])
+def test_a_purge_of_what_is_ready_takes_no_job_that_is_not(becomes: State, busy: Broker) -> None:
+    late = Late(busy)
+    (job,) = busy.claim("q")
+    if becomes != "inflight":
+        busy.nack(job, delay=60.0, dead=becomes == "dead")
+    busy.enqueue("q", b"waits")
+    late.comes()
+    assert busy.purge("q", states=["ready"]) == 1
+    assert [stored.id for stored in busy.jobs("q", becomes)] == [late.id]
+    assert busy.audit("q").clean
+    if becomes == "inflight":
+        busy.ack(job)
+
+
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("becomes", ["inflight", "delayed", "dead"])
-def test_one_that_comes_when_its_job_was_claimed_disturbs_it_not(becomes: str, count: int, busy: Broker) -> None:
+def test_one_that_comes_when_its_job_was_claimed_disturbs_it_not(becomes: State, count: int, busy: Broker) -> None:
     late = Late(busy)
     (job,) = busy.claim("q")
     if becomes != "inflight":
         busy.nack(job, delay=60.0, dead=becomes == "dead")
     late.comes()
     assert not busy.claim("q", count)
-    assert [stored.id for stored in busy.jobs("q", becomes)] == [late.id]  # type: ignore[arg-type]
+    assert [stored.id for stored in busy.jobs("q", becomes)] == [late.id]
     if becomes == "inflight":
         busy.ack(job)
     assert busy.audit("q").clean

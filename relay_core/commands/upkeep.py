@@ -241,6 +241,7 @@ def purge(q: QueueKeys, state: State, limit: int, *, keep: int = 0) -> Command[i
     """
     keys = (
         q.config, q.jobs, q.delayed, q.dead, q.owners, q.errors, q.dedup, q.counters, q.untold, *q.ready, q.payloads,
+        q.leases,
     )  # fmt: skip
     return Command(scripts.load("purge"), keys, (LAYOUT, state, limit, keep), lambda reply, _resent: int(reply))
 

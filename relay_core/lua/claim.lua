@@ -89,7 +89,7 @@ if ids then
   end
   reply[3] = fence
   if redis.call('HSET', owners, unpack(held)) < #ids then
-    -- one id twice: an enqueue by plain commands came after its repetition. It has one lease
+    -- one id twice, see parts/elsewhere: it has one lease
     local once, m = {}, 0
     for i, id in ipairs(ids) do
       if not once[id] then

@@ -11,14 +11,16 @@
 -- KEYS[9] g ZSET id, score = unix ms from which on anybody may tell of its burial
 -- KEYS[10..19] r0..r9 LIST id, one per priority level
 -- KEYS[20] y HASH id -> payload, of jobs whose record says that it lies apart
+-- KEYS[21] l ZSET id, score = lease deadline, unix ms
 -- ARGV[1] layout version | ARGV[2] state: ready, delayed or dead | ARGV[3] most jobs to drop, 1..200
 -- ARGV[4] how many ready jobs to leave
 -- returns number of jobs dropped
 -- moves: ready, delayed, dead -> none | cost O(dropped log state)
 local config, jobs, delayed, dead, owners, errors, dedup, counters, untold = unpack(KEYS, 1, 9)
-local ready, payloads = {unpack(KEYS, 10, 19)}, KEYS[20]
+local ready, payloads, leases = {unpack(KEYS, 10, 19)}, KEYS[20], KEYS[21]
 local layout, state, limit, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 --@include dedup
+--@include elsewhere
 local found = redis.call('HGET', config, 'v')
 --@include layout
 local ids = {}
@@ -28,10 +30,14 @@ if state == 'ready' then
     for level = 1, 10 do there = there + redis.call('LLEN', ready[level]) end
     limit = math.min(limit, there - keep)
   end
+  local popped = {}
   for level = 10, 1, -1 do
-    for _, id in ipairs(#ids < limit and redis.call('LPOP', ready[level], limit - #ids) or {}) do
-      ids[#ids + 1] = id
+    for _, id in ipairs(#popped < limit and redis.call('LPOP', ready[level], limit - #popped) or {}) do
+      popped[#popped + 1] = id
     end
+  end
+  for i, state_of in ipairs(#popped > 0 and redis.call('HMGET', owners, unpack(popped)) or {}) do
+    if not (state_of and elsewhere(popped[i])) then ids[#ids + 1] = popped[i] end
   end
 else
   local popped = redis.call('ZPOPMIN', state == 'dead' and dead or delayed, limit)

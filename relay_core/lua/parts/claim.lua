@@ -54,7 +54,7 @@ if ids then
   for i, id in ipairs(ids) do
     local record, token, retries = records[i], nil, '0'
     if once[id] then
-      -- twice here: an enqueue by plain commands came after its repetition
+      -- twice here, see parts/elsewhere
     elseif record and not states[i] then
       token = '1:' .. fence + i .. tail
     elseif record then
@@ -63,8 +63,9 @@ if ids then
       local old, deliveries, _, failed = parse_owner(states[i])
       local _, most = parse_record(record)
       if most == 0 then most = max_deliveries end
-      if redis.call('ZSCORE', leases, id) or redis.call('ZSCORE', delayed, id) or redis.call('ZSCORE', dead, id) then
-        -- it came after its job was claimed, which runs, or waits for its retry
+      --@include elsewhere
+      if elsewhere(id) then
+        -- there is nothing to give out here
       elseif deliveries - failed >= most then
         --@include dedup
         --@include bury
