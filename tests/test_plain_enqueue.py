@@ -264,15 +264,23 @@ def test_one_that_a_newer_relay_took_at_once_is_its_own(
     assert server.cli("HLEN", f"{KEY}j") == 1
 
 
-def test_a_refusal_takes_no_job_of_the_same_name_with_it(redis_server: Server) -> None:
-    """One that had the name before, as a repeated enqueue cannot tell."""
-    with Proxy(to_port(redis_server.port)) as proxy, Broker(proxy.url) as broker:
-        broker.enqueue("q", b"theirs", id="one")
-        proxy.cut_reply(b"EVALSHA")
-        redis_server.cli("HSET", f"{KEY}c", "v", "99")
-        with pytest.raises(LayoutError):
-            broker.enqueue("q", b"mine", id="one")
-        assert redis_server.cli("LRANGE", f"{KEY}r0", 0, -1) == [b"one"]
+@pytest.mark.parametrize("id", ["one", FreshId("one")], ids=["named", "fresh"])
+def test_a_refusal_takes_no_job_of_the_same_name_with_it(
+    id: str, busy: Broker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy.enqueue("q", b"theirs", id="one")
+    run = busy.store.run
+
+    def upgraded(command: Any) -> Any:
+        if command.script.name == "enqueue":
+            server.cli("HSET", f"{KEY}c", "v", "99")
+        return run(command)
+
+    monkeypatch.setattr(busy.store, "run", upgraded)
+    with pytest.raises(LayoutError):
+        busy.enqueue("q", b"mine", id=id)
+    server.cli("HSET", f"{KEY}c", "v", "1")
+    assert [job.payload for job in busy.claim("q")] == [b"theirs"]
 
 
 def test_one_that_was_done_by_the_time_its_lost_reply_is_missed_is_not_stored_again(redis_server: Server) -> None:
