@@ -9,6 +9,7 @@ from kombu.transport import virtual
 
 from relay_adapters.celery.holding.leases import leases_of
 from relay_adapters.celery.mail.mailing import Mailing
+from relay_adapters.celery.monitors.client import Client
 from relay_adapters.celery.options import shared_broker
 from relay_adapters.celery.receiving.consuming import Consuming, Receiver
 from relay_adapters.celery.receiving.order import order_of
@@ -41,6 +42,11 @@ class Channel(Mailing, Consuming, Publishing):
         self._simple: set[str] = set()
         self.events = {"basic_return": set()}
         self._receivers: dict[str, dict[str, Receiver]] = {}
+
+    @property
+    def client(self) -> Client:
+        """For programs that ask kombu's Redis transport how long a queue is."""
+        return Client(self.broker)
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **options: Any) -> None:
         """Store a message; a text or bytes, as `celery amqp basic.publish` gives it, becomes one."""
