@@ -218,6 +218,21 @@ def test_a_request_class_of_the_users_is_relays_too(tcp_server: Server, tmp_path
     assert store.stats("celery").counters["enqueued"] == 1, "its retry was a move of its job"
 
 
+@pytest.mark.parametrize("workers", ["solo", "threads", "tests.celery_patches:Pool"])
+def test_what_replaces_the_tracer_before_celery_loads_its_consumer_traces_tasks(
+    tcp_server: Server, tmp_path: Path, workers: str
+) -> None:
+    """Sentry's and other agents, where they begin in `worker_init`; celery-aio-pool."""
+    own = ":" in workers
+    flags = ("-P", workers, "--include", "tests.celery_patches") if not own else ("--include", "tests.celery_patches")
+    conf = {"worker_pool": workers} if own else {}
+    with client_of(tcp_server.url, tmp_path) as client, CeleryWorker(tcp_server.url, tmp_path, *flags, conf=conf):
+        sent = client.send_task("tests.celery_app.run", ["x"])
+        eventually(lambda: lines(tmp_path, start="x"), "its run")
+    assert lines(tmp_path, "traced-by-agent") == [sent.id]
+    assert lines(tmp_path, "traced-by-pool") == ([sent.id] if own else [])
+
+
 def test_a_slow_result_backend_holds_up_none_of_relays_threads(monkeypatch: pytest.MonkeyPatch, store: Broker) -> None:
     told, slow = [], threading.Event()
 

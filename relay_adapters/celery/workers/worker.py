@@ -21,6 +21,7 @@ from relay_adapters.celery.messages.ids import ids_of
 from relay_adapters.celery.messages.protocol import arguments_of, told_of
 from relay_adapters.celery.options import is_relay, safe_text
 from relay_adapters.celery.workers import given, revoking, spoiled
+from relay_adapters.celery.workerstate import is_worker
 from relay_core import Broker
 
 logger = logging.getLogger("relay.celery")
@@ -48,9 +49,6 @@ def install(**_: Any) -> None:
     from celery.concurrency.asynpool import AsynPool
     from celery.events import EventDispatcher
     from celery.worker import strategy
-    from celery.worker.consumer.connection import Connection as Connecting
-    from celery.worker.consumer.consumer import Consumer
-    from celery.worker.consumer.mingle import Mingle
     from celery.worker.control import Panel
     from celery.worker.pidbox import gPidbox
 
@@ -65,15 +63,28 @@ def install(**_: Any) -> None:
         Panel.data["dump_schedule"] = Panel.data["scheduled"]
         Panel.data["query_task"] = _QueryTask(Panel.data["query_task"])
         strategy.create_request_cls = _derived(strategy.create_request_cls)
+        AsynPool.flush = given.remembering(AsynPool.flush)
+        gPidbox.loop = _connected_again(gPidbox.loop)
+        EventDispatcher._publish = _dropped_in_an_outage(EventDispatcher._publish)
+    if is_worker():
+        _install_in_consumer()
+
+
+def _install_in_consumer() -> None:
+    """Once Celery has loaded it, and not sooner: it takes Celery's tracer by name as it is loaded, after agents and
+    pools had their chance to replace that. It asks for a transport before anything else, so this comes in time."""
+    from celery.worker.consumer.connection import Connection as Connecting
+    from celery.worker.consumer.consumer import Consumer
+    from celery.worker.consumer.mingle import Mingle
+
+    if "relay" not in vars(Consumer):
+        Consumer.relay = True
         Consumer.create_task_handler = spoiled.reading(Consumer.create_task_handler)
         Consumer.on_decode_error = spoiled.kept(Consumer.on_decode_error)
         Consumer.on_unknown_task = spoiled.named(Consumer.on_unknown_task)
         Consumer.on_connection_error_after_connected = _refused(Consumer.on_connection_error_after_connected)
         Mingle.start = _mingle_at_first(Mingle.start)
         Connecting.info = _without_passwords(Connecting.info)
-        AsynPool.flush = given.remembering(AsynPool.flush)
-        gPidbox.loop = _connected_again(gPidbox.loop)
-        EventDispatcher._publish = _dropped_in_an_outage(EventDispatcher._publish)
 
 
 def _derived(stock: Callable[..., type]) -> Callable[..., type]:
