@@ -13,8 +13,8 @@ OLD := .venv-oldest
 OLD_INSTALLED := $(OLD)/.installed-$(VERSION)
 # What touches other packages most. All: make oldest OLDEST=tests
 OLDEST ?= $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-	celery_bad_messages celery_batches celery_contract celery_emptied celery_faults celery_frozen celery_groups \
-	celery_hand_back celery_lookups celery_lost_connection celery_options celery_pools celery_protocol_1 \
+	celery_bad_messages celery_batches celery_contract celery_emptied celery_failover celery_faults celery_frozen \
+	celery_groups celery_hand_back celery_lookups celery_lost_connection celery_options celery_pools celery_protocol_1 \
 	celery_publishing celery_qos celery_reprs celery_revoking celery_troubles cli_top connection dramatiq \
 	dramatiq_bad_messages dramatiq_consumer dramatiq_middleware dramatiq_processes dramatiq_troubles hooks \
 	interrupted metrics_faces streams worker)))

@@ -43,7 +43,12 @@ class JobNotFound(RelayError):
 
 
 class StoreError(RelayError):
-    """The server refused a command for good; repeating it cannot help."""
+    """The server refused a command for good; repeating it cannot help.
+
+    :ivar maybe_executed: True when an earlier send of it, or a part of it, may have run all the same
+    """
+
+    maybe_executed = False
 
 
 class AuthError(StoreError):

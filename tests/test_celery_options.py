@@ -433,14 +433,14 @@ def test_a_broker_that_refuses_what_a_worker_needs_is_tried_ever_more_seldom(
         refusals.connected()
         waits = []
         for _ in range(17):
-            refusals.ended(PermissionDenied("no"))
+            refusals.ended(late.url, PermissionDenied("no"))
             waits.append(_taken(clock, connection))
         assert waits == pytest.approx([*range(2, 32, 2), 30, 30], abs=0.2)
         assert _taken(clock, connection) == 0, "another connection of the worker, which has waited"
-        refusals.ended(Unavailable("cut"))
+        refusals.ended(late.url, Unavailable("cut"))
         assert _taken(clock, connection) == 0, "an ordinary outage"
         clock.now += 31
-        refusals.ended(PermissionDenied("no"))
+        refusals.ended(late.url, PermissionDenied("no"))
         assert _taken(clock, connection) == pytest.approx(2, abs=0.2), "it was right for a while"
 
 
@@ -455,7 +455,7 @@ def test_a_broker_that_is_started_anew_after_it_refused_what_a_worker_needs_is_n
         refusals = failover.Refusals.of(connection)
         refusals.connected()
         for _ in range(9):
-            refusals.ended(PermissionDenied("no"))
+            refusals.ended(late.url, PermissionDenied("no"))
         assert _taken(clock, connection) == pytest.approx(4.2, abs=0.3)
         late.start()
         assert _taken(clock, connection) == 0

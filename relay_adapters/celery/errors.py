@@ -3,10 +3,6 @@ the broker, which those who publish look out for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
-
 from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
 from kombu.exceptions import OperationalError
 from kombu.transport.virtual import NotEquivalentError
@@ -18,10 +14,12 @@ from relay_core.errors import (
     RelayError,
     ServerTooOld,
     StoreError,
+    Unavailable,
     UnsafeStore,
 )
 
 __all__ = [
+    "KINDS",
     "REFUSALS",
     "AccessRefused",
     "BrokerRefused",
@@ -29,8 +27,8 @@ __all__ = [
     "MailboxesAway",
     "NotFound",
     "PreconditionFailed",
+    "RefusedHere",
     "as_of_the_broker",
-    "for_publishers",
     "inequivalent",
     "no_route",
     "not_found",
@@ -74,14 +72,17 @@ class MailboxesAway(RelayError, OperationalError):
     it is back: a worker goes on then."""
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 REFUSALS = (AuthError, PermissionDenied, UnsafeStore)
 """What a server says until somebody sets it right, such as a replica that was promoted and is configured otherwise."""
 
 
 class BrokerRefused(StoreError, OperationalError):
     """A StoreError that `except OperationalError` catches, which apps have around `delay()`."""
+
+
+class RefusedHere(BrokerRefused, Unavailable):
+    """Such a StoreError of one broker of a list, which did nothing: kombu turns to the next one, as where a connection
+    was lost."""
 
 
 class LoginRefused(BrokerRefused, AuthError):
@@ -104,7 +105,7 @@ class NewerLayout(BrokerRefused, LayoutError):
     """Such a LayoutError."""
 
 
-_KINDS = {
+KINDS = {
     AuthError: LoginRefused,
     PermissionDenied: NotPermitted,
     UnsafeStore: EvictingServer,
@@ -117,17 +118,4 @@ def as_of_the_broker(refusal: StoreError) -> BrokerRefused:
     """The same as an error of the broker. It is raised at once, where kombu repeats what a lost connection took."""
     if isinstance(refusal, BrokerRefused):
         return refusal
-    return _KINDS.get(type(refusal), BrokerRefused)(*refusal.args)
-
-
-def for_publishers(method: F) -> F:
-    """Around what a channel does for those who publish: refusals are of the broker."""
-
-    @wraps(method)
-    def told(*args: Any, **options: Any) -> Any:
-        try:
-            return method(*args, **options)
-        except StoreError as error:
-            raise as_of_the_broker(error) from error
-
-    return cast(F, told)
+    return KINDS.get(type(refusal), BrokerRefused)(*refusal.args)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from relay_adapters.celery.options import broker_at, is_relay, options_of, say_once, shared_broker, url_of
+from relay_adapters.celery.options import broker_at, is_relay, options_of, say_once, urls_of
 from relay_adapters.celery.workerstate import is_worker
 from relay_core import Broker
 from relay_core.errors import RelayError, StoreError, Unavailable
@@ -65,34 +63,65 @@ def answers(broker: Broker) -> bool:
 
 
 class Refusals:
-    """A broker that takes a worker's connection and refuses what it does with it, such as a server whose user lacks a
-    right that only claims need. Celery connects anew at once, and would do so for as long as that lasts."""
+    """Brokers that take a worker's connection and refuse what it does with it, such as a server whose user lacks a
+    right that only claims need. Celery connects anew at once, and to the first of a list.
 
-    def __init__(self) -> None:
-        self._count, self._connected_at = 0, 0.0
+    One that refused is passed over while there is another of its list to turn to. When none is left, a worker waits
+    before it begins anew.
+
+    :ivar until: the monotonic time at which it may do so
+    """
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self._urls = frozenset(urls)
+        self._refusing: dict[str, str] = {}
+        """URL -> why, of those that refused since the last wait."""
+        self._waits_for: frozenset[str] = frozenset()
+        self._rounds, self._connected_at = 0, 0.0
         self.until = 0.0
-        """The monotonic time at which a worker may try again."""
+
+    @staticmethod
+    def of(client: Any) -> Refusals:
+        """What the brokers of a connection's list have refused to this process."""
+        urls = tuple(urls_of(client))
+        return _refusals.setdefault((urls, repr(sorted(options_of(client).items()))), Refusals(urls))
+
+    def check(self, url: str) -> None:
+        """Raises Unavailable, of which kombu turns to the next one, where a worker is better off with that."""
+        if (why := self._refusing.get(url)) is not None:
+            raise Unavailable(why)
 
     def connected(self) -> None:
         self._connected_at = time.monotonic()
 
-    def ended(self, error: BaseException) -> None:
+    def ended(self, url: str, error: BaseException) -> None:
         """A connection ended of this. An ordinary outage asks for no wait: see `Pace`."""
+        if time.monotonic() - self._connected_at >= _LONGEST:  # it was right for a while, and others may be by now
+            self._rounds = 0
+            self._refusing.clear()
         if not isinstance(error, StoreError):
             return
-        now = time.monotonic()
-        self._count = self._count + 1 if now - self._connected_at < _LONGEST else 1
-        pause = min(_STEP * self._count, _LONGEST)
-        self.until = now + pause
-        logger.warning("the broker refuses what this worker needs, next try in %.0f s: %s", pause, error)
+        self._refusing[url] = str(error)
+        if self._urls - self._refusing.keys():
+            logger.warning("the broker refuses what this worker needs, which turns to the next one: %s", error)
+        else:
+            self.wait()
 
-    @staticmethod
-    def of(client: Any) -> Refusals:
-        """What a connection's broker has refused to this process."""
-        return _refusals.setdefault(shared_broker(client), Refusals())
+    def wait(self) -> None:
+        """Have the worker wait, if any refused: all of a list did, or those that did not are away."""
+        if self._refusing:
+            self._rounds += 1
+            pause, why = min(_STEP * self._rounds, _LONGEST), list(self._refusing.values())[-1]
+            logger.warning("the broker refuses what this worker needs, next try in %.0f s: %s", pause, why)
+            self._waits_for, self.until = frozenset(self._refusing), time.monotonic() + pause
+            self._refusing.clear()
+
+    def waits_for(self, url: str) -> bool:
+        """Whether the worker waits now because that one refused."""
+        return url in self._waits_for and time.monotonic() < self.until
 
 
-_refusals: WeakKeyDictionary[Broker, Refusals] = WeakKeyDictionary()
+_refusals: dict[tuple[tuple[str, ...], str], Refusals] = {}
 
 
 class Pace:
@@ -123,39 +152,34 @@ class Pace:
         if self._completes_cycle(retries):
             rounds = (retries + 1) // max(1, len(self._client.alt or ()))
             self._wait = min(_STEP * rounds, _LONGEST)
+            Refusals.of(self._client).wait()
         return False
 
     def wait(self) -> None:
         """Until a server of the list answers, at most for as long as kombu would have slept. One that answers, and has
         just refused what a worker needs, is left alone for that long."""
-        self._leave_alone(Refusals.of(self._client))
+        refusals = Refusals.of(self._client)
         ends, self._wait = time.monotonic() + self._wait, 0.0
-        while time.monotonic() < ends:
-            for broker in self._brokers():
-                with suppress(RelayError):
-                    if answers(broker):
-                        return
+        while time.monotonic() < max(ends, refusals.until):
+            for url in urls_of(self._client):
+                if self._answers(url, refusals):
+                    refusals.until = 0.0
+                    return
             _rest()
 
-    def _leave_alone(self, refusals: Refusals) -> None:
-        if time.monotonic() >= refusals.until:
-            return
-        options = {name: value for name, value in options_of(self._client).items() if name != "plugins"}
-        look = broker_at(url_of(self._client), {**options, "retry_for": 0.0})
-        while time.monotonic() < refusals.until:
-            try:
-                answers(look)
-            except Unavailable:  # it may be set right when it is back, for which a worker waits as ever
-                refusals.until = 0.0
-            except RelayError:
-                pass
-            _rest()
-
-    def _brokers(self) -> Iterator[Broker]:
+    def _answers(self, url: str, refusals: Refusals) -> bool:
+        """Whether there is one to turn to."""
         options = options_of(self._client)
-        urls: list[str] = [url for url in self._client.alt or () if type(url) is Whole] or [url_of(self._client)]
-        for url in urls:
-            yield broker_at(str(url), options)
+        try:
+            if not refusals.waits_for(url):
+                return answers(broker_at(url, options))
+            answers(broker_at(url, {**options, "plugins": (), "retry_for": 0.0}))
+        except Unavailable:  # it may be set right when it is back, for which a worker waits as ever
+            if refusals.waits_for(url):
+                refusals.until = 0.0
+        except RelayError:
+            pass
+        return False
 
 
 def _rest() -> None:

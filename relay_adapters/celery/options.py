@@ -89,9 +89,16 @@ def url_of(client: Any) -> str:
         url = f"{client.uri_prefix}+{hostname}"
     else:
         url = _from_parts(client, hostname)
-    if client.ssl and url.startswith(("relay:", "relay+")):
-        url = url.replace("relay", "relays", 1)
-    return url
+    return _secured(client, url)
+
+
+def urls_of(client: Any) -> list[str]:
+    """Those of relay's that it may switch to, its own among them."""
+    return [_secured(client, str(url)) for url in client.alt or () if is_relay(str(url))] or [url_of(client)]
+
+
+def _secured(client: Any, url: str) -> str:
+    return url.replace("relay", "relays", 1) if client.ssl and url.startswith(("relay:", "relay+")) else url
 
 
 def _from_parts(client: Any, hostname: str) -> str:

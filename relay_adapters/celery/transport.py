@@ -16,15 +16,16 @@ from kombu.transport import virtual
 import relay_core
 from relay_adapters.celery import channel as channels
 from relay_adapters.celery import ports
-from relay_adapters.celery.errors import REFUSALS, as_of_the_broker
+from relay_adapters.celery.errors import REFUSALS, RefusedHere
 from relay_adapters.celery.failover import Pace, Refusals, answers, keep_whole
 from relay_adapters.celery.holding.leases import Leases
 from relay_adapters.celery.mail.mailwatch import MailWatch
 from relay_adapters.celery.messages import freshids, reprs
 from relay_adapters.celery.monitors import exporter_name, flower_queues, monitoring
-from relay_adapters.celery.options import safe_url
+from relay_adapters.celery.options import safe_url, url_of
 from relay_adapters.celery.receiving.watch import Watch
 from relay_adapters.celery.sending import groups, lookups, producers
+from relay_adapters.celery.turning import has_others, of_the_broker, pass_over
 from relay_adapters.celery.workers import worker
 from relay_adapters.celery.workerstate import shutting_down
 from relay_core import Broker
@@ -110,15 +111,17 @@ class Transport(virtual.Transport):
         """
         monitoring.watch_workers()
         monitoring.count_in_child(self.client)
-        pace = Pace.of(self.client)
+        pace, refusals = Pace.of(self.client), Refusals.of(self.client)
         if pace is not None:
             pace.wait()
+        refusals.check(url_of(self.client))
+        pass_over(self.client)
         connection = super().establish_connection()
         try:
             channel = self._avail_channels[-1]
             if pace is not None:
                 answers(channel.broker)
-                Refusals.of(self.client).connected()
+                refusals.connected()
             else:
                 _ping(channel.broker)
             channel.leases.cut_off = False
@@ -131,11 +134,17 @@ class Transport(virtual.Transport):
         except BaseException as error:
             self.close_connection(connection)
             if pace is None and isinstance(error, StoreError):
-                raise as_of_the_broker(error) from error
-            if isinstance(error, REFUSALS):
-                raise Unavailable(str(error)) from error  # a worker tries again
+                raise of_the_broker(self.client, error) from error
+            if isinstance(error, StoreError if self._moves_on else REFUSALS):
+                raise Unavailable(str(error)) from error  # a worker tries again, or the next one
             raise
         return connection
+
+    @property
+    def _moves_on(self) -> bool:
+        """Whether a worker consumes from it, which turns to another broker whatever this one refuses. Where there is
+        none, it outlives only what somebody may set right."""
+        return Pace.of(self.client) is not None and has_others(self.client)
 
     def close_connection(self, connection: Any) -> None:
         if self._loop is not None:
@@ -238,7 +247,16 @@ class Transport(virtual.Transport):
                 self._timer = None
 
     def _tick(self) -> None:
-        """Before each wait of the loop: look, arm what has credit, and see to the next due time."""
+        """Before each wait of the loop."""
+        try:
+            self._prepare()
+        except StoreError as error:
+            if not self._moves_on:
+                raise
+            raise RefusedHere(*error.args) from error
+
+    def _prepare(self) -> None:
+        """Look, arm what has credit, and see to the next due time."""
         self._loop_thread, self._awake = threading.get_ident(), False
         busy, first, now = False, None, time.monotonic()
         spoke, self._spoke = self._spoke, set()
@@ -346,6 +364,14 @@ class Transport(virtual.Transport):
 
     def drain_events(self, connection: Any, timeout: float | None = None, **_: Any) -> None:
         """Deliver what there is, or wait for it. Raises socket.timeout."""
+        try:
+            self._drain(timeout)
+        except StoreError as error:
+            if not self._moves_on:
+                raise
+            raise RefusedHere(*error.args) from error
+
+    def _drain(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._look_at_all():

@@ -103,6 +103,7 @@ class Call:
     :ivar load: True when its script goes along with the next send
     :ivar trouble: why the last send came to nothing; empty if it may be repeated at once
     :ivar resent: True once an earlier send may have run
+    :ivar follows: True where an earlier command may have done the same
     :ivar sent_at: `sent_now()` of the first send
     :ivar result: what `parse` made of the reply, once `done`
     :ivar error: what to raise instead, once `done`
@@ -114,6 +115,7 @@ class Call:
         "done",
         "durable",
         "error",
+        "follows",
         "free_turns",
         "key",
         "load",
@@ -138,10 +140,11 @@ class Call:
         durable: bool = False,
         target: Address | None = None,
         sent_at: float | None = None,
+        follows: bool = False,
         transaction: Callable[[float | None, bool], list[tuple[Arg, ...]] | None] = lambda _since, _again: None,
     ) -> None:
         self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
-        self.target, self.transaction = target, transaction
+        self.target, self.follows, self.transaction = target, follows, transaction
         self.sent_at = sent_now() if sent_at is None else sent_at
         self.resent = self.again = self.done = self.load = False
         self.ask_at: Address | None = None
@@ -172,6 +175,8 @@ class Call:
 
     def fail(self, error: RelayError) -> None:
         self.done, self.error = True, error
+        if isinstance(error, StoreError) and (self.resent or self.follows):
+            error.maybe_executed = True
 
     def blocked(self, judged: Judgement, at: Address) -> None:
         """Note why it must be repeated after a pause."""
@@ -194,6 +199,7 @@ def call_for(command: Command[Any], sent_at: float | None = None) -> Call:
         script=command.script,
         durable=command.durable,
         sent_at=sent_at,
+        follows=command.since is not None,
         transaction=command.transaction,
     )
 

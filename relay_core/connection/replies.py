@@ -132,11 +132,13 @@ def judge_reply(error: Exception, at: str) -> Judgement:
         _code, slot, owner = text.split(" ")
         host, _colon, port = owner.rpartition(":")
         return Judgement(verdict, text, code, error=_permanent(code, text, at), slot=(int(slot), host, int(port)))
+    # A call inside a script that was refused may come after others that were not.
+    began = " script: " in text and "@user_script" in text
     if code in _NOT_EXECUTED:
-        # A call inside a script that was refused may come after others that were not.
-        began = " script: " in text and "@user_script" in text
         return Judgement(Verdict.UNKNOWN if began else Verdict.NOT_EXECUTED, text, code)
-    return Judgement(Verdict.PERMANENT, text, code, error=_permanent(code, text, at))
+    error = _permanent(code, text, at)
+    error.maybe_executed = began
+    return Judgement(Verdict.PERMANENT, text, code, error=error)
 
 
 def judge_connect(error: BaseException, at: str) -> Judgement:
@@ -185,7 +187,7 @@ def _code_and_text(error: Exception) -> tuple[str, str]:
     return text.partition(" ")[0], text
 
 
-def _permanent(code: str, text: str, at: str) -> RelayError:
+def _permanent(code: str, text: str, at: str) -> StoreError:
     if code == "NOAUTH":
         return AuthError(f"{at}: wrong or missing user name or password ({text}); check the URL's user:password@")
     if code == "NOPERM":

@@ -10,12 +10,13 @@ from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.uuid import uuid
 
-from relay_adapters.celery.errors import for_publishers, not_found, reserved
+from relay_adapters.celery.errors import not_found, reserved
 from relay_adapters.celery.queues import exchanges, terms
 from relay_adapters.celery.queues.attendance import Attendance
 from relay_adapters.celery.queues.exchanges import PREDECLARED, Binding
 from relay_adapters.celery.queues.terms import Terms
 from relay_adapters.celery.queues.topology import Topology
+from relay_adapters.celery.turning import for_publishers
 from relay_core import Broker
 from relay_core.errors import Unavailable
 

@@ -3,19 +3,24 @@ producer.batch(): …`), which stores them as it ends, or in a group, see groups
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.due import wait_of
+from relay_adapters.celery.turning import client_of, of_the_broker
 from relay_core import Broker
 from relay_core.clock import sent_now
-from relay_core.errors import InvalidArgument, Unavailable
+from relay_core.commands.moves import MAX_BATCH
+from relay_core.errors import InvalidArgument, StoreError, Unavailable
 from relay_core.operations.enqueueing import Placed
 
 if TYPE_CHECKING:
     from relay_adapters.celery.sending.publishing import Publishing
+
+_AT_ONCE = 1 << 20
+"""Bytes of jobs that go to the store in one command, whatever it is that limits it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +82,11 @@ class Batch:
     def flush(self) -> None:
         """Store what was collected, confirmed. Raises Unavailable and the like: then another flush may go on."""
         if self._entries or self._taken:
-            self._store_all(self.channel)
+            channel = self.channel
+            try:
+                self._store_all(channel)
+            except StoreError as error:
+                raise of_the_broker(client_of(channel), error) from error
 
     def _store_all(self, channel: Publishing) -> None:
         self._store_taken(channel)
@@ -97,6 +106,9 @@ class Batch:
         except (Unavailable, InvalidArgument) as error:
             if not (tried or _may_have_stored(error)):
                 _tried(alike, None)
+            raise
+        except StoreError as error:
+            error.maybe_executed |= tried or not _go_at_once(alike)
             raise
         ids = [entry.placed.job.id for entry in alike]
         taken = [
@@ -132,6 +144,11 @@ class Batch:
 def _tried(entries: Iterable[_Entry], at: float | None) -> None:
     for entry in entries:
         entry.tried_at = at
+
+
+def _go_at_once(entries: Sequence[_Entry]) -> bool:
+    """Whether one command stores them all, or none of them."""
+    return len(entries) <= MAX_BATCH and sum(len(entry.placed.job.record) for entry in entries) <= _AT_ONCE
 
 
 def _may_have_stored(error: Unavailable | InvalidArgument) -> bool:

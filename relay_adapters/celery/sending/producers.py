@@ -3,6 +3,9 @@
 `kombu.common.maybe_declare` binds a copy of the queue and one of its exchange to the channel, and then looks whether
 this connection has declared it: here it looks first, and the answer is the same, nothing to do. A producer that comes
 out of its pool makes a copy of its exchange for the connection that it gets: here it keeps the copy that it has.
+
+Nor does it turn to another broker of a list to declare something: kombu would have it publish by its channel of the one
+before. It repeats all of a publish, which begins with what it declares.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import Any
 from kombu.connection import Connection
 from kombu.messaging import Producer
 from kombu.utils.functional import ChannelPromise
+
+from relay_adapters.celery.turning import client_of, has_others
 
 
 def install(channels: type, transports: type) -> None:
@@ -27,6 +32,8 @@ def _looking_first(stock: Any, channels: type) -> Any:
         channel = self.channel
         if isinstance(channel, channels) and entity and _is_declared(channel, entity):
             return False
+        if isinstance(channel, channels) and (client := client_of(channel)) is not None and has_others(client):
+            retry = False
         return stock(self, entity, retry, **retry_policy)
 
     maybe_declare.relay_stock = stock  # type: ignore[attr-defined]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-from relay_adapters.celery.errors import for_publishers
 from relay_adapters.celery.holding import inhand
 from relay_adapters.celery.messages import marks
 from relay_adapters.celery.messages.dedup import dedup_of
@@ -19,9 +18,10 @@ from relay_adapters.celery.queues.terms import Terms, limits_of
 from relay_adapters.celery.sending.batching import Batch
 from relay_adapters.celery.sending.groups import gathered_for
 from relay_adapters.celery.sending.routing import Routing
+from relay_adapters.celery.turning import for_publishers
 from relay_core import JobSpec
 from relay_core.clock import sent_now
-from relay_core.errors import Unavailable
+from relay_core.errors import StoreError, Unavailable
 from relay_core.job import new_id
 
 _HEADERS = {HEADER: ADAPTER}
@@ -67,6 +67,9 @@ class Publishing(Routing):
             # what else was asked of the server, such as a queue's terms, says nothing of the message
             if since is not None or (message.get(marks.SENT) and error.maybe_executed) or message.get(marks.STORED):
                 kept[marks.TRIED] = marks.Tried(message[marks.ID], sent_at if since is None else since, own)
+            raise
+        except StoreError as error:
+            error.maybe_executed |= since is not None or message.get(marks.STORED, False)
             raise
 
     def _put(
@@ -147,7 +150,11 @@ class Publishing(Routing):
         properties[DELIVERED] = job.deliveries
         if "expiration" in properties or (terms is not None and terms.ttl is not None):
             properties[SINCE] = self.topology.stored.now_ms() / 1000 + wait
-        return inhand.put_back(self.broker, self.leases, job, pack({**message, "properties": properties}), wait)
+        try:
+            return inhand.put_back(self.broker, self.leases, job, pack({**message, "properties": properties}), wait)
+        except StoreError as error:
+            error.maybe_executed = True  # the delivery is this broker's, and would end at no other
+            raise
 
     def _inplace_augment_message(self, message: Any, exchange: str, routing_key: str) -> None:
         """Neither an encoding of the body nor a delivery tag: a delivery gets its tag when it is claimed."""

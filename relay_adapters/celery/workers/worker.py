@@ -19,7 +19,7 @@ from relay_adapters.celery.holding import children, chords
 from relay_adapters.celery.messages.envelope import unpack
 from relay_adapters.celery.messages.ids import ids_of
 from relay_adapters.celery.messages.protocol import arguments_of, told_of
-from relay_adapters.celery.options import is_relay, safe_text
+from relay_adapters.celery.options import is_relay, safe_text, url_of
 from relay_adapters.celery.workers import given, revoking, spoiled
 from relay_adapters.celery.workerstate import is_worker
 from relay_core import Broker
@@ -105,7 +105,7 @@ def _refused(stock: Callable[..., None]) -> Callable[..., None]:
 
     def ended(consumer: Any, error: BaseException) -> None:
         if getattr(consumer.connection.transport, "keeps_mail", False):
-            Refusals.of(consumer.connection).ended(error)
+            Refusals.of(consumer.connection).ended(url_of(consumer.connection), error)
         stock(consumer, error)
 
     return ended
