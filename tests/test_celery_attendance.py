@@ -14,8 +14,9 @@ import pytest
 from relay_adapters.celery.sending import deadletters, upkeep
 from relay_adapters.celery.sending.deadletters import SWEEP
 from relay_core import Broker
+from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import RelayError, Unavailable
-from tests.celery_links import BOX, Inbox, got, link, send
+from tests.celery_links import BOX, Inbox, fresh, got, link, send
 from tests.servers import Server, eventually
 
 
@@ -325,6 +326,26 @@ def test_of_what_is_no_message_nobody_can_tell_whether_it_expires_and_it_holds_u
     assert len(left) == 4, "nor does a message expire behind one that does not, as on RabbitMQ"
     assert got(delays.connection, "delay") == [4]
     assert [dead.reason for dead in delays.broker.dead("delay")] == ["undecodable"] * 2, "by whom it is handed to"
+
+
+@pytest.mark.parametrize("before", [deadletters._PAGE, 3 * deadletters._PAGE, MAX_BATCH - 2])
+def test_however_many_of_them_are_in_front_they_hold_up_no_other(delays: Delays, before: int) -> None:
+    delays.make("delay", ttl=None)
+    riddles = [job.id for job in delays.broker.enqueue_many("delay", [b"no message"] * before)]
+    delays.fill("delay", range(30), expiration=0.001)
+    eventually(lambda: delays.turn() and delays.moved == 30, "they are moved")
+    assert got(delays.connection, "out") == [*range(30)]
+    left = delays.broker.jobs("delay", "ready", limit=before + 1)
+    assert [(job.id, job.deliveries) for job in left] == [(id, 0) for id in riddles]
+
+
+def test_where_they_are_more_than_a_claim_takes_that_is_said(delays: Delays, caplog: pytest.LogCaptureFixture) -> None:
+    name = delays.make(fresh("delay"), ttl=None)
+    delays.broker.enqueue_many(name, [b"no message"] * MAX_BATCH)
+    delays.fill(name, [0], expiration=0.001)
+    assert delays.turn() > 1, "nor is all of it read again soon"
+    assert delays.moved == 0
+    assert f"the first 200 messages of queue {name!r}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["other", "delay"], ids=["another queue", "other terms"])

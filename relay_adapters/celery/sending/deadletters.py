@@ -17,9 +17,11 @@ from relay_adapters.celery.errors import MailboxesAway, NotFound
 from relay_adapters.celery.messages.due import run_now, timestamp
 from relay_adapters.celery.messages.envelope import DELIVERED, SINCE, head_of, unpack
 from relay_adapters.celery.messages.protocol import change_protocol_1, protocol_1, told_of
+from relay_adapters.celery.options import say_once
 from relay_adapters.celery.queues.terms import Terms
 from relay_adapters.celery.sending.routing import Routing
 from relay_core import Job, commands
+from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument, RelayError, Unavailable
 from relay_core.job import Claimed, StoredJob
 
@@ -38,7 +40,7 @@ _SELDOM = 5.0
 """Seconds until the next look at a queue whose head has time, or that has consumers: either may change."""
 
 _PAGE = 20
-"""Messages claimed at a time."""
+"""Messages read at a time, and claimed but for those that nobody can read."""
 
 _END_OF_TIME = 2.0**43
 """Unix seconds."""
@@ -156,21 +158,30 @@ class DeadLetters(Routing):
     def _over(self, queue: str, terms: Terms) -> tuple[int, float | None]:
         """How many messages at a queue's head have expired, one page at most, and seconds until the next one does.
 
-        Those in between of which nobody can tell are counted.
+        Those before and in between of which nobody can tell are counted: as many as one claim takes are looked past.
         """
-        head, over = self.broker.jobs(queue, "ready", limit=_PAGE), 0
-        now = self.topology.stored.now_ms() / 1000 if head else 0.0
-        for at, job in enumerate(head, 1):
-            if _is_riddle(job, terms):
-                continue
-            message = _read(job)
-            if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(message)):
-                break
-            left = _left(job, message, terms, now)
-            if left > 0:
-                return over, left
-            over = at
-        return over, None
+        seen, over, now = 0, 0, 0.0
+        while seen < MAX_BATCH:
+            page = self.broker.jobs(queue, "ready", limit=_PAGE, skip=seen)
+            now = now or (self.topology.stored.now_ms() / 1000 if page else 0.0)
+            for at, job in enumerate(page, seen + 1):
+                if _is_riddle(job, terms):
+                    continue
+                message = _read(job)
+                if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(message)):
+                    return over, None
+                left = _left(job, message, terms, now)
+                if left > 0:
+                    return over, left
+                over = at
+            seen += len(page)
+            if over or len(page) < _PAGE:
+                return over, None
+        say_once(
+            f"the first {seen} messages of queue {queue!r} are none that this process can read, and those behind them "
+            "do not expire before somebody takes these out"
+        )
+        return 0, _SELDOM
 
     def _end_expired(self, job: Job) -> None:
         try:
