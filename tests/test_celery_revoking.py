@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import kombu
 import pytest
 from celery import Celery, chord
+from celery.backends.base import Backend
 from celery.events.state import State
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.nodenames import gethostname
@@ -176,6 +177,36 @@ def test_one_that_cannot_be_read_keeps_no_other_from_being_revoked(
     assert broker.stats("celery").ready == 0
     assert [call.kwargs["uuid"] for call in events.send.call_args_list] == ids[1:]
     app.close()
+
+
+class Plain(Backend):
+    """Stores whatever it is told over what it has, as those do that keep results in a database."""
+
+    def __init__(self, app: Celery) -> None:
+        super().__init__(app)
+        self.states: dict[str, str] = {}
+
+    def _store_result(self, task_id: str, result: Any, state: str, *_args: Any, **_options: Any) -> Any:
+        self.states[task_id] = state
+        return result
+
+    def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
+        return {"status": self.states.get(task_id, "PENDING"), "result": None}
+
+
+@pytest.mark.parametrize(
+    ("had", "has"), [("RETRY", "REVOKED"), ("STARTED", "STARTED"), ("SUCCESS", "SUCCESS"), ("FAILURE", "FAILURE")]
+)
+def test_a_next_try_that_another_worker_has_run_by_then_keeps_its_result(
+    broker: Broker, server: Server, tmp_path: Path, had: str, has: str
+) -> None:
+    """That one was not told of the revoke yet, and nothing waits that could be taken out."""
+    with client_of(server.url, tmp_path) as app:
+        backend = Plain(app)
+        backend.store_result("t", None, had)
+        request = Mock(id="t", store_errors=True, request_dict={"id": "t"}, task=Mock(backend=backend))
+        Revoker(app, broker, ["celery"], None, "me").next_try(request)
+    assert backend.states == {"t": has}
 
 
 def test_a_store_that_is_away_fails_no_revoke(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

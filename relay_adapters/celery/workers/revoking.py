@@ -133,8 +133,21 @@ def _say_revoked(request: Any, _is_ours: Callable[[], bool]) -> None:
     from celery.app.task import Context
     from celery.exceptions import TaskRevokedError
 
+    backend = request.task.backend
+    if _has_gone_on(backend, request.id):
+        return
     context = Context(request.request_dict)
-    request.task.backend.store_result(request.id, TaskRevokedError("revoked"), "REVOKED", request=context)
+    backend.store_result(request.id, TaskRevokedError("revoked"), "REVOKED", request=context)
+
+
+def _has_gone_on(backend: Any, task_id: str) -> bool:
+    """Whether the next try was not taken out, but runs or ran in a worker that was not told of the revoke yet: what it
+    tells is not to be written over, where the backend does not see to that itself."""
+    from celery.backends.base import Backend
+
+    if type(backend).get_task_meta is not Backend.get_task_meta:
+        return False  # as of rpc://, where to ask is to take what is meant for the client
+    return backend.get_task_meta(task_id, cache=False)["status"] not in ("RETRY", "PENDING")
 
 
 def is_revoked(request: Any) -> bool:
