@@ -76,10 +76,12 @@ class Unavailable(RelayError, ConnectionError):
 
     :ivar maybe_executed: True when the command may have run although no reply came back. Repeating
         it with the same job id or token is safe: every move of relay is idempotent.
+    :ivar answered: True when the server is there, and said that it could not
     """
 
-    def __init__(self, message: str, *, maybe_executed: bool = False) -> None:
+    def __init__(self, message: str, *, maybe_executed: bool = False, answered: bool = False) -> None:
         self.maybe_executed = maybe_executed
+        self.answered = answered
         super().__init__(message)
 
 

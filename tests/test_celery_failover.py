@@ -78,6 +78,33 @@ def as_it_was(server: AclServer) -> str:
 # workers
 
 
+def is_a_replica(server: Server) -> None:
+    """Of nobody who is there."""
+    server.cli("REPLICAOF", "127.0.0.1", "1")
+
+
+def lacks_replicas(server: Server) -> None:
+    server.cli("CONFIG", "SET", "min-replicas-to-write", "1")
+
+
+@pytest.mark.parametrize("cannot", [is_a_replica, lacks_replicas])
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+def test_a_worker_turns_to_the_next_broker_where_one_is_there_and_cannot_serve(
+    first: AclServer, second: Server, tmp_path: Path, cannot: Callable[[Server], None], late: bool
+) -> None:
+    if not late:
+        cannot(first)
+    with (
+        app_of(second.url, tmp_path) as client,
+        CeleryWorker(f"{first.url};{second.url}", tmp_path, "-P", "solo") as running,
+    ):
+        if late:
+            cannot(first)
+        client.send_task("tests.celery_app.run", ["here"])
+        eventually(lambda: lines(tmp_path, start="here"), "the task on the next broker")
+        assert not running.logged("needs, next try in"), "it has waited for none"
+
+
 @pytest.mark.parametrize("flags", [("-P", "solo"), ("-P", "prefork", "-c", "1"), ("-P", "gevent", "-c", "2")], ids=str)
 @REFUSES
 def test_a_worker_starts_on_the_next_broker_where_the_first_refuses_it(
@@ -187,6 +214,19 @@ def test_a_worker_waits_once_a_round_and_ever_longer(first: AclServer, second: S
         worker.is_refused()
         assert worker.waited == 0, "there was another one to turn to"
     assert waits == pytest.approx([0, *range(2, 32, 2), 30], abs=0.3)
+
+
+def test_of_those_that_cannot_serve_just_now_none_is_waited_for(first: AclServer, second: Server, clock: Clock) -> None:
+    worker, loading = Consuming(f"{first.url};{second.url}", clock), Unavailable("LOADING", answered=True)
+    for _ in range(3):
+        assert worker.connect() == first.url
+        worker.ends(loading)
+        assert worker.connect() == second.url
+        worker.ends(loading)
+        assert worker.waited == 0
+    worker.connect()
+    worker.ends(Unavailable("cut"))
+    assert worker.connect() == first.url, "which says nothing of its server"
 
 
 def test_one_that_refused_is_passed_over_for_as_long_as_the_next_one_serves(

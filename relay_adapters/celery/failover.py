@@ -74,8 +74,8 @@ class Refusals:
 
     def __init__(self, urls: Iterable[str]) -> None:
         self._urls = frozenset(urls)
-        self._refusing: dict[str, str] = {}
-        """URL -> why, of those that refused since the last wait."""
+        self._refusing: dict[str, StoreError | Unavailable] = {}
+        """URL -> what it said, of those that refused since the last wait."""
         self._waits_for: frozenset[str] = frozenset()
         self._rounds, self._connected_at = 0, 0.0
         self.until = 0.0
@@ -88,33 +88,35 @@ class Refusals:
 
     def check(self, url: str) -> None:
         """Raises Unavailable, of which kombu turns to the next one, where a worker is better off with that."""
-        if (why := self._refusing.get(url)) is not None:
-            raise Unavailable(why)
+        if (refusal := self._refusing.get(url)) is not None:
+            raise Unavailable(str(refusal))
 
     def connected(self) -> None:
         self._connected_at = time.monotonic()
 
     def ended(self, url: str, error: BaseException) -> None:
-        """A connection ended of this. An ordinary outage asks for no wait: see `Pace`."""
+        """A connection ended of this. An ordinary outage asks for no wait: see `Pace`. Nor does a server that cannot
+        serve just now, such as a replica: it is passed over alone."""
         if time.monotonic() - self._connected_at >= _LONGEST:  # it was right for a while, and others may be by now
             self._rounds = 0
             self._refusing.clear()
-        if not isinstance(error, StoreError):
+        if not isinstance(error, StoreError) and not (isinstance(error, Unavailable) and error.answered):
             return
-        self._refusing[url] = str(error)
+        self._refusing[url] = error
         if self._urls - self._refusing.keys():
             logger.warning("the broker refuses what this worker needs, which turns to the next one: %s", error)
         else:
             self.wait()
 
     def wait(self) -> None:
-        """Have the worker wait, if any refused: all of a list did, or those that did not are away."""
-        if self._refusing:
+        """Have the worker wait, if any refused for good: all of a list did, or those that did not are away."""
+        refusals = {url: error for url, error in self._refusing.items() if isinstance(error, StoreError)}
+        self._refusing.clear()
+        if refusals:
             self._rounds += 1
-            pause, why = min(_STEP * self._rounds, _LONGEST), list(self._refusing.values())[-1]
+            pause, why = min(_STEP * self._rounds, _LONGEST), list(refusals.values())[-1]
             logger.warning("the broker refuses what this worker needs, next try in %.0f s: %s", pause, why)
-            self._waits_for, self.until = frozenset(self._refusing), time.monotonic() + pause
-            self._refusing.clear()
+            self._waits_for, self.until = frozenset(refusals), time.monotonic() + pause
 
     def waits_for(self, url: str) -> bool:
         """Whether the worker waits now because that one refused."""

@@ -102,6 +102,7 @@ class Call:
     :ivar ask_at: the server that a migrating slot's next send goes to
     :ivar load: True when its script goes along with the next send
     :ivar trouble: why the last send came to nothing; empty if it may be repeated at once
+    :ivar answered: True where it was the server that said so
     :ivar resent: True once an earlier send may have run
     :ivar follows: True where an earlier command may have done the same
     :ivar sent_at: `sent_now()` of the first send
@@ -111,6 +112,7 @@ class Call:
 
     __slots__ = (
         "again",
+        "answered",
         "ask_at",
         "done",
         "durable",
@@ -146,7 +148,7 @@ class Call:
         self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
         self.target, self.follows, self.transaction = target, follows, transaction
         self.sent_at = sent_now() if sent_at is None else sent_at
-        self.resent = self.again = self.done = self.load = False
+        self.resent = self.again = self.done = self.load = self.answered = False
         self.ask_at: Address | None = None
         self.result: Any = None
         self.error: RelayError | None = None
@@ -180,6 +182,7 @@ class Call:
 
     def blocked(self, judged: Judgement, at: Address) -> None:
         """Note why it must be repeated after a pause."""
+        self.answered = bool(judged.code)
         advice = _ADVICE.get(judged.code, "")
         self.trouble = f"{at}: {judged.text}{advice}"
 
@@ -292,13 +295,13 @@ def settle(
 def _given_up(call: Call, seconds: float) -> Unavailable:
     done = "it may have been executed" if call.resent else "it was not executed"
     tried = f"tried for {seconds:.1f} s, " if seconds >= 0.05 else ""
-    return Unavailable(f"{call.trouble} ({tried}{done})", maybe_executed=call.resent)
+    return Unavailable(f"{call.trouble} ({tried}{done})", maybe_executed=call.resent, answered=call.answered)
 
 
 def _round(calls: Sequence[Call], router: Router, policy: Policy) -> Flow[None]:
     """One send of each call, grouped by server."""
     for call in calls:
-        call.trouble = ""
+        call.trouble, call.answered = "", False
     error = yield from router.discover()
     if error is None and router.kind == "cluster" and not router.checked:
         error = yield from _look_at_all(router, policy)
