@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from relay_adapters.celery.options import broker_at, is_relay, options_of, say_once, urls_of
-from relay_adapters.celery.workerstate import is_worker
+from relay_adapters.celery.turning import only_publishes
 from relay_core import Broker
 from relay_core.errors import RelayError, StoreError, Unavailable
 
@@ -137,11 +137,8 @@ class Pace:
 
     @classmethod
     def give(cls, client: Any) -> None:
-        """Of the connections that a worker consumes from. Those that a pool takes back publish, and keep to their retry
-        policy."""
-        if not is_worker() or "release" in vars(client):
-            return
-        if not isinstance(client.completes_cycle, cls):
+        """Of the connections that a worker consumes from. Those that publish keep to their retry policy."""
+        if not only_publishes(client) and not isinstance(client.completes_cycle, cls):
             client.completes_cycle = cls(client)
 
     @classmethod

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from relay_adapters.celery.errors import KINDS, BrokerRefused, RefusedHere, as_of_the_broker
 from relay_adapters.celery.options import url_of, urls_of
+from relay_adapters.celery.workerstate import is_worker
 from relay_core.errors import StoreError, Unavailable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,18 +42,23 @@ def of_the_broker(client: Any, refusal: StoreError) -> BrokerRefused:
     """
     if isinstance(refusal, BrokerRefused):
         return refusal
-    if client is not None and type(refusal) in KINDS and not refusal.maybe_executed and _has_next(client, str(refusal)):
-        return RefusedHere(*refusal.args)
-    return as_of_the_broker(refusal)
+    turns = client is not None and only_publishes(client) and type(refusal) in KINDS and not refusal.maybe_executed
+    return RefusedHere(*refusal.args) if turns and _has_next(client, refusal) else as_of_the_broker(refusal)
 
 
-def _has_next(client: Any, why: str) -> bool:
+def only_publishes(client: Any) -> bool:
+    """Whether no worker consumes by a connection, nor sends its events: such a one goes where its worker does. A pool
+    takes back those that publish."""
+    return not is_worker() or "release" in vars(client)
+
+
+def _has_next(client: Any, error: Exception) -> bool:
     """Whether there is one in its list that has not refused, too, just now."""
     here, refused = url_of(client), _just_now(client)
     if here in refused or {here, *refused}.issuperset(urls_of(client)):
         _refused.pop(client, None)
         return False
-    _refused[client] = {**refused, here: (time.monotonic(), why)}
+    _refused[client] = {**refused, here: (time.monotonic(), str(error))}
     return True
 
 
@@ -77,5 +83,9 @@ def for_publishers(method: F) -> F:
             return method(channel, *args, **options)
         except StoreError as error:
             raise of_the_broker(client_of(channel), error) from error
+        except Unavailable as error:
+            if error.answered and (client := client_of(channel)) is not None:
+                _has_next(client, error)  # kombu turns to it, see `pass_over`
+            raise
 
     return cast(F, told)
