@@ -16,6 +16,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from relay_adapters.dramatiq import RelayBroker
 from relay_core import Broker, JobSpec, Verdict
+from relay_core.errors import PermissionDenied
 from relay_core.job import Arrival
 from relay_core.worker import Worker
 from tests.command_line import Cli
@@ -240,3 +241,10 @@ def test_a_user_with_just_these_rights_can_migrate_from_a_server(narrow: str, ac
     assert granted("migration") - seen == set()
     admin.close()
     acl_server.cli("ACL", "DELUSER", "migration")
+
+
+def test_a_right_that_only_a_script_needs_is_missed_as_any_other(narrow: str, acl_server: AclServer) -> None:
+    acl_server.cli("ACL", "SETUSER", "relay", "-rpush")
+    with Broker(narrow) as broker, pytest.raises(PermissionDenied, match="allow it in the user's ACL") as caught:
+        broker.enqueue("q", b"x")
+    assert caught.value.maybe_executed  # what the script did before it was refused stays done

@@ -84,6 +84,8 @@ _AUTH: tuple[type[Exception], ...] = (
 _REPLIES: tuple[type[Exception], ...] = (redis_errors.ResponseError, redis_errors.BusyLoadingError, *_AUTH)
 _TOO_MANY = "max number of clients reached"
 _DISCARDED = "Transaction discarded because of: "
+# What Redis before 7.2, and those after it and Valkey, say where a script does what its user may not.
+_NOT_IN_A_SCRIPT = ("The user executing the script can't run this", "ACL failure in script")
 
 _TIMED_OUT: tuple[type[Exception], ...] = (TimeoutError, asyncio.TimeoutError)  # the same from Python 3.11 on
 
@@ -190,7 +192,7 @@ def _code_and_text(error: Exception) -> tuple[str, str]:
 def _permanent(code: str, text: str, at: str) -> StoreError:
     if code == "NOAUTH":
         return AuthError(f"{at}: wrong or missing user name or password ({text}); check the URL's user:password@")
-    if code == "NOPERM":
+    if code == "NOPERM" or any(told in text for told in _NOT_IN_A_SCRIPT):
         return PermissionDenied(f"{at}: {text}; allow it in the user's ACL")
     if code == "RELAY_LAYOUT":
         return LayoutError(f"{at}: {text.partition(' ')[2]}; upgrade relay here")
