@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import redis
 from kombu import Connection
 from kombu.exceptions import OperationalError
 
@@ -124,6 +125,27 @@ def test_a_refusal_is_told_to_who_publishes_at_once_and_as_an_error_of_the_broke
     finally:
         admin.config_set("maxmemory-policy", "noeviction")
         app.close()
+
+
+@pytest.mark.parametrize("flavour", ["valkey"], indirect=True)
+@pytest.mark.parametrize("lost", [redis.ConnectionError, redis.TimeoutError])
+def test_redis_results_that_are_away_are_told_to_who_publishes_as_over_kombus_redis_transport(
+    tcp_server: Server, tmp_path: Path, lost: type[Exception]
+) -> None:
+    """The backend is asked first. Up to Celery 5.5 the error that comes of it is redis-py's, and apps expect one of the
+    broker."""
+    app = client_of(tcp_server.url, tmp_path, result_backend=f"redis://127.0.0.1:{free_port()}/0")
+
+    def listen(*_args: Any) -> None:
+        raise lost("gone")
+
+    app.backend.on_task_call = listen
+    with pytest.raises(OperationalError, match="gone"):
+        app.send_task("pay")
+    with app.connection() as connection:
+        # a worker does not take it for the loss of its broker
+        assert not issubclass(lost, connection.connection_errors)
+    app.close()
 
 
 @pytest.mark.parametrize("flavour", ["valkey"], indirect=True)

@@ -29,7 +29,7 @@ from relay_adapters.celery.turning import has_others, of_the_broker, pass_over
 from relay_adapters.celery.workers import worker
 from relay_adapters.celery.workerstate import shutting_down
 from relay_core import Broker
-from relay_core.connection import readable
+from relay_core.connection import AWAY, readable
 from relay_core.errors import StoreError, Unavailable
 
 _SETTLE = 0.25
@@ -68,7 +68,8 @@ class Transport(virtual.Transport):
     connection_errors = (*virtual.Transport.connection_errors, Unavailable, *REFUSALS)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
     # without these two, kombu repeats what a channel refused as if the connection had been lost
-    recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable)
+    # and with AWAY, who publishes is told of a result backend in Redis as over kombu's Redis transport
+    recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable, *AWAY)
     recoverable_channel_errors = ()
 
     def __init__(self, client: Any, **options: Any) -> None:

@@ -9,8 +9,20 @@ from relay_core.connection.aio import AsyncStore
 from relay_core.connection.aiobell import AsyncBell
 from relay_core.connection.bell import Bell, readable
 from relay_core.connection.reader import Entry, Reader
+from relay_core.connection.replies import AWAY
 from relay_core.connection.resting import RestingBells
 from relay_core.connection.sender import Sender
 from relay_core.connection.sync import SyncStore
 
-__all__ = ["AsyncBell", "AsyncStore", "Bell", "Entry", "Reader", "RestingBells", "Sender", "SyncStore", "readable"]
+__all__ = [
+    "AWAY",
+    "AsyncBell",
+    "AsyncStore",
+    "Bell",
+    "Entry",
+    "Reader",
+    "RestingBells",
+    "Sender",
+    "SyncStore",
+    "readable",
+]

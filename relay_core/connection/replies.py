@@ -55,6 +55,8 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
     (redis_errors.NoPermissionError, "NOPERM"),
     (redis_errors.AuthenticationWrongNumberOfArgsError, "NOAUTH"),
 )
+AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError)
+"""What redis-py raises where a server is away. For those who also meet it from other users of redis-py."""
 _CLOSED = (ConnectionResetError, BrokenPipeError, EOFError, ssl.SSLEOFError)
 """What the end of a connection is called by the system, asyncio and TLS."""
 
