@@ -209,6 +209,31 @@ def test_a_next_try_that_another_worker_has_run_by_then_keeps_its_result(
     assert backend.states == {"t": has}
 
 
+class Told(Backend):
+    """Is told of results, and asked for none: by a webhook, say."""
+
+    def __init__(self, app: Celery) -> None:
+        super().__init__(app)
+        self.states: list[str] = []
+
+    def _store_result(self, _task_id: str, result: Any, state: str, *_args: Any, **_options: Any) -> Any:
+        self.states.append(state)
+        return result
+
+
+def test_a_backend_that_cannot_be_asked_is_told_that_the_next_try_is_revoked(
+    broker: Broker, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as Celery's own where there is none, which makes nothing of it."""
+    with client_of(server.url, tmp_path) as app:
+        told = Told(app)
+        for backend in (told, app.backend):
+            request = Mock(id="t", store_errors=True, request_dict={"id": "t"}, task=Mock(backend=backend))
+            Revoker(app, broker, ["celery"], None, "me").next_try(request)
+    assert told.states == ["REVOKED"]
+    assert "cannot be told" not in caplog.text
+
+
 def test_a_store_that_is_away_fails_no_revoke(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The worker has it in its memory all the same."""
     nowhere = f"relay+unix://{tmp_path}/nobody"

@@ -16,7 +16,7 @@ from relay_adapters.celery.messages.protocol import told_of
 from relay_adapters.celery.outcomes.announcing import announce
 from relay_adapters.celery.outcomes.telling import teller
 from relay_adapters.celery.outcomes.unstarted import context_of, stores_errors
-from relay_adapters.telling import PATIENCE, Tell
+from relay_adapters.telling import BUGS, PATIENCE, Tell
 from relay_core import Broker
 from relay_core.errors import RelayError
 from relay_core.job import Record, State
@@ -147,7 +147,10 @@ def _has_gone_on(backend: Any, task_id: str) -> bool:
 
     if type(backend).get_task_meta is not Backend.get_task_meta:
         return False  # as of rpc://, where to ask is to take what is meant for the client
-    return backend.get_task_meta(task_id, cache=False)["status"] not in ("RETRY", "PENDING")
+    try:
+        return backend.get_task_meta(task_id, cache=False)["status"] not in ("RETRY", "PENDING")
+    except BUGS:
+        return False  # as of where there is none, and of those that are only told
 
 
 def is_revoked(request: Any) -> bool:
