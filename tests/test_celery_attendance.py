@@ -348,6 +348,17 @@ def test_where_they_are_more_than_a_claim_takes_that_is_said(delays: Delays, cap
     assert f"the first 200 messages of queue {name!r}" in caplog.text
 
 
+def test_where_a_limit_of_the_queue_lets_none_but_these_be_claimed_they_are_not_again_and_again(delays: Delays) -> None:
+    name = delays.make(fresh("delay"), ttl=None)
+    delays.broker.limit(name, max_inflight=2)
+    delays.broker.enqueue_many(name, [b"no message"] * 3)
+    delays.fill(name, [0], expiration=0.001)
+    assert delays.turn() >= 1
+    assert delays.broker.stats(name).counters["claimed"] == 2
+    delays.broker.limit(name)
+    eventually(lambda: delays.turn() and delays.moved == 1, "it is moved once it may be")
+
+
 @pytest.mark.parametrize("name", ["other", "delay"], ids=["another queue", "other terms"])
 def test_a_queue_that_takes_the_place_of_another_one_is_looked_after(
     delays: Delays, monkeypatch: pytest.MonkeyPatch, name: str

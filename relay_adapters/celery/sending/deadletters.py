@@ -130,11 +130,11 @@ class DeadLetters(Routing):
             if not over:
                 return idle if left is None else max(AGAIN, min(left, max(idle, _SELDOM)))
             found = self.broker.claim(queue, over)
-            if not found:
-                return idle
             claimed = [job for job in found if not _is_riddle(job, terms)]
             if len(claimed) < len(found):
                 self.broker.release([job for job in found if job not in claimed])
+            if not claimed:  # the queue's limits allow of no more
+                return idle
             for at, job in enumerate(claimed):
                 # the head may have changed since it was looked at
                 if (at and time.monotonic() >= ends) or _left(job, _read(job), terms, job.claimed_at) > 0:
