@@ -14,8 +14,8 @@
 -- ARGV[3] the levels of these jobs, a digit each
 -- ARGV[4..] four per job, at most 200 jobs: id | due: '' now, '+<ms>' from now, '@<unix ms>' |
 --   dedup: '' or '<ms, 0 until done>:<key>' | record without its creation time; its first byte is the level
--- returns {the server's time, unix ms, or 0 where the queue had no job before, answer per job}: 1 stored, now or by the earlier send, 0 that id is
---   another job's, else id that holds the dedup key
+-- returns {the server's time, unix ms, or 0 where the queue had no job before, answer per job}: 1 stored, now or by the
+--   earlier send, 0 that id is another job's, else id that holds the dedup key
 -- moves: none -> ready | none -> delayed | cost O(jobs log delayed), re-sent: and O(ids finished lately)
 local config, jobs, counters, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local delayed, dedup, dedup_expiry, finished = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
