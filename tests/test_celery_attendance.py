@@ -359,6 +359,30 @@ def test_where_a_limit_of_the_queue_lets_none_but_these_be_claimed_they_are_not_
     eventually(lambda: delays.turn() and delays.moved == 1, "it is moved once it may be")
 
 
+def test_a_task_that_has_come_to_the_head_since_it_was_looked_at_stays_for_its_worker(
+    delays: Delays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has nowhere to go: its worker stores its result as REVOKED."""
+    name, looked = fresh("delay"), deadletters.DeadLetters._over
+    kombu.Queue(name, message_ttl=0.001)(delays.channel).declare()
+
+    def taken_meanwhile(channel: Any, *args: Any) -> Any:
+        found = looked(channel, *args)
+        if found[0]:
+            head, _task = delays.broker.jobs(name, "ready")
+            assert delays.broker.cancel(name, head.id) == "ready"
+        return found
+
+    monkeypatch.setattr(deadletters.DeadLetters, "_over", taken_meanwhile)
+    send(delays.connection, "no task", key=name)
+    send(delays.connection, [[], {}, {}], key=name, headers={"task": "t", "id": "its-id"})
+    before = delays.channel.topology.stored.now_ms()
+    eventually(lambda: delays.channel.topology.stored.now_ms() > before + 1, "they expire")
+    delays.channel.sweep(name, delays.channel.topology.terms(name))
+    (left,) = delays.broker.jobs(name, "ready")
+    assert left.deliveries == 0
+
+
 @pytest.mark.parametrize("name", ["other", "delay"], ids=["another queue", "other terms"])
 def test_a_queue_that_takes_the_place_of_another_one_is_looked_after(
     delays: Delays, monkeypatch: pytest.MonkeyPatch, name: str

@@ -137,7 +137,9 @@ class DeadLetters(Routing):
                 return idle
             for at, job in enumerate(claimed):
                 # the head may have changed since it was looked at
-                if (at and time.monotonic() >= ends) or _left(job, _read(job), terms, job.claimed_at) > 0:
+                message = _read(job)
+                stays = _is_a_workers(message, terms) or _left(job, message, terms, job.claimed_at) > 0
+                if stays or (at and time.monotonic() >= ends):
                     self.broker.release(claimed[at:])
                     return AGAIN
                 with self._back_unless_done(claimed[at:]):
@@ -168,7 +170,7 @@ class DeadLetters(Routing):
                 if _is_riddle(job, terms):
                     continue
                 message = _read(job)
-                if job.created_at is None or (terms.dead_exchange is None and "task" in told_of(message)):
+                if job.created_at is None or _is_a_workers(message, terms):
                     return over, None
                 left = _left(job, message, terms, now)
                 if left > 0:
@@ -213,6 +215,11 @@ def _is_riddle(job: Job | StoredJob, terms: Terms) -> bool:
     """True for what does not decode, where a message's own limit alone could say that it expires: it is left to its
     consumer, and holds up none that comes after it."""
     return terms.ttl is None and not _read(job)
+
+
+def _is_a_workers(message: MutableMapping[str, Any], terms: Terms) -> bool:
+    """True for a task that has nowhere to go when it expires: the worker that claims it revokes it."""
+    return terms.dead_exchange is None and "task" in told_of(message)
 
 
 def _waits_from(job: Job | StoredJob, message: MutableMapping[str, Any], now: float) -> float:
