@@ -67,8 +67,8 @@ class Transport(virtual.Transport):
     # a worker outlives these for a while; who publishes is told at once, see below
     connection_errors = (*virtual.Transport.connection_errors, Unavailable, *REFUSALS)  # type: ignore[assignment]
     channel_errors = (*virtual.Transport.channel_errors, StoreError)  # type: ignore[assignment]
-    # without these two, kombu repeats what a channel refused as if the connection had been lost; with AWAY, publishers are
-    # told of a result backend in Redis as over kombu's Redis transport
+    # without these two, kombu repeats what a channel refused as if the connection had been lost; with AWAY, publishers
+    # hear of a result backend in Redis as over kombu's Redis transport
     recoverable_connection_errors = (*virtual.Transport.connection_errors, Unavailable, *AWAY)
     recoverable_channel_errors = ()
 
