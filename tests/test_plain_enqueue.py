@@ -345,8 +345,10 @@ def test_one_that_is_repeated_is_stored_with_the_time_of_then(busy: Broker, serv
 def test_a_part_that_fails_is_told(busy: Broker, server: Server) -> None:
     server.cli("DEL", f"{KEY}m")
     server.cli("SET", f"{KEY}m", "no sorted set")
-    with pytest.raises(StoreError, match="WRONGTYPE"):
+    with pytest.raises(StoreError, match="WRONGTYPE") as caught:
         busy.enqueue("q", b"x")
+    assert caught.value.maybe_executed  # the other parts were done, and stay so
+    assert [job.payload for job in busy.jobs("q", "ready")] == [b"x"]
 
 
 def test_a_waiting_worker_wakes(busy: Broker, server: Server) -> None:

@@ -19,6 +19,7 @@ from relay_core.connection import fitness
 from relay_core.connection.replies import (
     ELSEWHERE,
     Judgement,
+    Partly,
     Verdict,
     judge_connect,
     judge_cut,
@@ -411,9 +412,11 @@ def _answer(replies: Sequence[Any]) -> Any:
     if len(replies) < 3:
         return replies[-1]  # before it may be that to ASKING
     done = replies[-1]
-    for reply in replies if isinstance(done, Exception) else done:
+    if isinstance(done, Exception):
+        return next(reply for reply in replies if isinstance(reply, Exception))
+    for reply in done:
         if isinstance(reply, Exception):
-            return reply
+            return Partly(reply)
     return Transacted(done)
 
 

@@ -26,6 +26,14 @@ class Verdict(enum.Enum):
     ASK = "another node has the slot for this one command"
 
 
+class Partly(redis_errors.ResponseError):
+    """The error of one command of a transaction that was executed: the others were."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Judgement(NamedTuple):
     """:ivar text: what the server said, or what the system said of the connection
     :ivar code: first word of an error reply, e.g. `OOM`; empty for the connection itself
@@ -128,6 +136,8 @@ def tls_hint(error: BaseException, tls: bool, kind: str = "") -> str:
 
 def judge_reply(error: Exception, at: str) -> Judgement:
     """Judge an error that the server at `at` gave as the reply to a command."""
+    if partly := isinstance(error, Partly):
+        error = error.error
     code, text = _code_and_text(error)
     if code == "NOSCRIPT":
         return Judgement(Verdict.NO_SCRIPT, text, code, error=_permanent(code, text, at))
@@ -140,9 +150,10 @@ def judge_reply(error: Exception, at: str) -> Judgement:
     began = " script: " in text and "@user_script" in text
     if code in _NOT_EXECUTED:
         return Judgement(Verdict.UNKNOWN if began else Verdict.NOT_EXECUTED, text, code)
-    error = _permanent(code, text, at)
-    error.maybe_executed = began
-    return Judgement(Verdict.PERMANENT, text, code, error=error)
+    refused = _permanent(code, text, at)
+    # A script of relay's own says so before it does anything, and then the rest of its transaction does nothing, too.
+    refused.maybe_executed = began or (partly and not code.startswith("RELAY_"))
+    return Judgement(Verdict.PERMANENT, text, code, error=refused)
 
 
 def judge_connect(error: BaseException, at: str) -> Judgement:
