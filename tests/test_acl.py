@@ -248,3 +248,19 @@ def test_a_right_that_only_a_script_needs_is_missed_as_any_other(narrow: str, ac
     with Broker(narrow) as broker, pytest.raises(PermissionDenied, match="allow it in the user's ACL") as caught:
         broker.enqueue("q", b"x")
     assert caught.value.maybe_executed  # what the script did before it was refused stays done
+
+
+def test_of_jobs_that_go_by_several_commands_some_may_be_stored_where_one_is_refused(
+    narrow: str, acl_server: AclServer
+) -> None:
+    with Broker(narrow) as broker:
+        placed = [broker.operations.prepare(queue, JobSpec(b"x")) for queue in ("allowed", "denied")]
+        for job in placed:
+            broker.drive(broker.operations.register(job.queue))
+        acl_server.cli("ACL", "SETUSER", "relay", "resetkeys", "~relay:{allowed:*")
+        with pytest.raises(PermissionDenied) as caught:
+            broker.drive(broker.operations.enqueue_placed(placed))
+        assert caught.value.maybe_executed
+        with pytest.raises(PermissionDenied) as caught:
+            broker.drive(broker.operations.enqueue_placed(placed[1:]))
+        assert not caught.value.maybe_executed

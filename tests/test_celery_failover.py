@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, group
+from celery.signals import before_task_publish
 from kombu import Connection
 from kombu.exceptions import OperationalError
 
@@ -316,6 +317,37 @@ def test_a_group_does_so_too(first: AclServer, second: Server, tmp_path: Path) -
     assert sent(as_it_was(first)) == ["before"]
 
 
+def test_a_group_does_so_whatever_its_own_thread_met_before(first: AclServer, second: Server, tmp_path: Path) -> None:
+    """What it could not store is not taken for what may be there."""
+
+    def slow(body: Any, **_: Any) -> None:
+        if body[0][0] == "last":
+            eventually(lambda: "errorstat_NOPERM" in first.info("errorstats"), "it is refused")
+
+    with app_of(f"{first.url};{second.url}", tmp_path) as client:
+        before_task_publish.connect(slow)
+        try:
+            client.send_task("pay", ["before"])
+            lacks_rights(first)
+            group([client.signature("pay", [key], app=client) for key in ("early", "last")]).apply_async()
+        finally:
+            before_task_publish.disconnect(slow)
+    assert sent(second.url) == ["early", "last"]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["task", "group"])
+def test_it_goes_to_the_last_where_all_others_refuse_it(
+    first: AclServer, second: Server, tmp_path: Path, together: bool
+) -> None:
+    with AclServer() as between, app_of(f"{first.url};{between.url};{second.url}", tmp_path) as client:
+        client.send_task("pay", ["before"])
+        lacks_rights(first)
+        lacks_rights(between)
+        task = client.signature("pay", [1], app=client)
+        group([task, task]).apply_async() if together else task.apply_async()
+    assert sent(second.url) == [1] * (1 + together)
+
+
 def test_where_all_refuse_the_error_says_so(first: AclServer, tmp_path: Path) -> None:
     lacks_rights(first)
     with AclServer() as last, app_of(f"{first.url};{last.url}", tmp_path) as client:
@@ -349,6 +381,24 @@ def test_a_task_that_the_first_broker_may_have_stored_is_not_sent_to_the_next(
             send("next", "two")
             assert sent(second.url) == ["next", "two"][: 1 + together]
     assert sent(as_it_was(first)) == ["before", "in-doubt", "too"][: 2 + together]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["task", "group"])
+def test_nor_is_one_that_it_has_stored_before_it_refuses_what_comes_next(
+    first: AclServer, second: Server, tmp_path: Path, together: bool
+) -> None:
+    """Its queue was deleted meanwhile, and is put among those that people are shown again."""
+    with app_of(f"{first.url};{second.url}", tmp_path) as client:
+        client.send_task("pay", ["before"])
+        with Broker(first.url) as broker:
+            broker.purge("celery")
+            assert broker.delete_queue("celery")
+        first.cli("ACL", "SETUSER", first.user, "-sadd")
+        task = client.signature("pay", [1], app=client)
+        with pytest.raises(OperationalError, match="'sadd'"):
+            group([task, task]).apply_async() if together else task.apply_async()
+    assert sent(second.url) == []
+    assert sent(as_it_was(first)) == [1] * (1 + together)
 
 
 def test_nor_is_one_of_which_it_has_stored_a_half(first: AclServer, second: Server, tmp_path: Path) -> None:

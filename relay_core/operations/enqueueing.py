@@ -11,7 +11,7 @@ from relay_core import commands, keys
 from relay_core.clock import sent_now
 from relay_core.commands import Command, LongWay, NewJob, Short, Stored
 from relay_core.commands.moves import MAX_BATCH
-from relay_core.errors import LayoutError, RelayError, Unavailable
+from relay_core.errors import LayoutError, RelayError, StoreError, Unavailable
 from relay_core.job import Enqueued, FreshId
 from relay_core.operations.base import MOST, Base
 from relay_core.operations.serverclock import ServerClock
@@ -74,7 +74,7 @@ class Enqueueing(Base):
             for i, answer in zip(batch, result, strict=True):
                 answers[i] = answer
                 self._tell_enqueued(placed[i].queue, placed[i].spec, answer)
-        if isinstance(failed, Unavailable):
+        if isinstance(failed, StoreError | Unavailable):
             failed.maybe_executed = len(built) > 1 or failed.maybe_executed  # what it says is true of one command
         if failed:
             raise failed
@@ -174,7 +174,7 @@ class Enqueueing(Base):
     def _register_anew(self, queue: str) -> Flow[None]:
         try:
             yield from self.register(queue, anew=True)
-        except Unavailable as error:
+        except (StoreError, Unavailable) as error:
             error.maybe_executed = True  # not this command, but what came before it: its jobs are stored
             raise
 

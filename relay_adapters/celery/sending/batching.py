@@ -3,7 +3,7 @@ producer.batch(): …`), which stores them as it ends, or in a group, see groups
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,11 @@ from relay_adapters.celery.messages.due import wait_of
 from relay_adapters.celery.turning import client_of, of_the_broker
 from relay_core import Broker
 from relay_core.clock import sent_now
-from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import InvalidArgument, StoreError, Unavailable
 from relay_core.operations.enqueueing import Placed
 
 if TYPE_CHECKING:
     from relay_adapters.celery.sending.publishing import Publishing
-
-_AT_ONCE = 1 << 20
-"""Bytes of jobs that go to the store in one command, whatever it is that limits it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,12 +99,11 @@ class Batch:
             _tried(alike, sent_now())
         try:
             answers = broker.drive(broker.operations.enqueue_placed([entry.now() for entry in alike], since))
-        except (Unavailable, InvalidArgument) as error:
+        except (Unavailable, StoreError, InvalidArgument) as error:
             if not (tried or _may_have_stored(error)):
                 _tried(alike, None)
-            raise
-        except StoreError as error:
-            error.maybe_executed |= tried or not _go_at_once(alike)
+            if isinstance(error, StoreError):
+                error.maybe_executed |= tried
             raise
         ids = [entry.placed.job.id for entry in alike]
         taken = [
@@ -146,10 +141,5 @@ def _tried(entries: Iterable[_Entry], at: float | None) -> None:
         entry.tried_at = at
 
 
-def _go_at_once(entries: Sequence[_Entry]) -> bool:
-    """Whether one command stores them all, or none of them."""
-    return len(entries) <= MAX_BATCH and sum(len(entry.placed.job.record) for entry in entries) <= _AT_ONCE
-
-
-def _may_have_stored(error: Unavailable | InvalidArgument) -> bool:
-    return isinstance(error, Unavailable) and error.maybe_executed
+def _may_have_stored(error: Unavailable | StoreError | InvalidArgument) -> bool:
+    return not isinstance(error, InvalidArgument) and error.maybe_executed
