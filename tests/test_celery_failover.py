@@ -22,6 +22,7 @@ from relay_core import Broker
 from relay_core.connection import fitness
 from relay_core.errors import PermissionDenied, ServerTooOld, StoreError, Unavailable
 from tests.celery_workers import CeleryWorker, client_of, lines
+from tests.forking import child_of, code_of
 from tests.proxy import Proxy, to_port
 from tests.servers import AclServer, Server, eventually
 
@@ -262,6 +263,22 @@ def test_where_the_others_are_away_one_that_refused_is_tried_ever_more_seldom(fi
         assert worker.waited == 0
     finally:
         away.close()
+
+
+def test_a_child_that_is_forked_while_one_is_passed_over_does_not_do_so_for_ever(
+    first: AclServer, second: Server, clock: Clock
+) -> None:
+    """It publishes only, and hears nothing of what its parent finds out later."""
+    urls = f"{first.url};{second.url}"
+    Consuming(urls, clock).is_refused()
+    second.close()
+
+    def publishes() -> bool:
+        with Connection(urls, transport_options={"retry_for": 0.0}) as connection:
+            connection.ensure_connection(max_retries=3, interval_start=0, interval_step=0)
+            return options.url_of(connection) == first.url
+
+    assert code_of(child_of(publishes)) == 0
 
 
 @pytest.mark.parametrize("consumes", [True, False], ids=["worker", "producer"])

@@ -11,6 +11,7 @@ from typing import Any
 from relay_adapters.celery.options import broker_at, is_relay, options_of, say_once, urls_of
 from relay_adapters.celery.turning import only_publishes
 from relay_core import Broker
+from relay_core.connection import forks
 from relay_core.errors import RelayError, StoreError, Unavailable
 
 logger = logging.getLogger("relay.celery")
@@ -79,12 +80,18 @@ class Refusals:
         self._waits_for: frozenset[str] = frozenset()
         self._rounds, self._connected_at = 0, 0.0
         self.until = 0.0
+        forks.watch(self)
 
     @staticmethod
     def of(client: Any) -> Refusals:
         """What the brokers of a connection's list have refused to this process."""
         urls = tuple(urls_of(client))
-        return _refusals.setdefault((urls, repr(sorted(options_of(client).items()))), Refusals(urls))
+        key = urls, repr(sorted(options_of(client).items()))
+        return _refusals.get(key) or _refusals.setdefault(key, Refusals(urls))
+
+    def after_fork(self) -> None:
+        """A child of the pool consumes nothing: nobody would tell it that one may be right by now."""
+        self._refusing.clear()
 
     def check(self, url: str) -> None:
         """Raises Unavailable, of which kombu turns to the next one, where a worker is better off with that."""
