@@ -137,6 +137,18 @@ def test_a_worker_turns_to_the_next_broker_of_its_list_when_one_comes_to_refuse_
         assert not running.logged("needs, next try in"), "it has waited for none"
 
 
+def test_a_workers_beat_turns_to_the_next_broker_when_one_comes_to_refuse_it(
+    first: AclServer, second: Server, tmp_path: Path
+) -> None:
+    entry = {"task": "tests.celery_app.run", "schedule": 0.2, "args": ["tick"]}
+    conf = {"beat_schedule": {"ticks": entry}, "beat_schedule_filename": str(tmp_path / "beat")}
+    with CeleryWorker(f"{first.url};{second.url}", tmp_path, "-c", "1", "-B", conf=conf):
+        eventually(lambda: lines(tmp_path), "a tick on the first broker")
+        lacks_rights(first)
+        with Broker(second.url) as broker:
+            eventually(lambda: broker.stats("celery").counters["claimed"], "a tick on the next broker")
+
+
 def test_a_worker_that_all_of_its_list_refuse_waits_after_the_last_and_goes_on_with_the_first_that_does_not(
     first: AclServer, tmp_path: Path
 ) -> None:

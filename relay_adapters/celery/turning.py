@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from relay_adapters.celery.errors import KINDS, BrokerRefused, RefusedHere, as_of_the_broker
 from relay_adapters.celery.options import url_of, urls_of
-from relay_adapters.celery.workerstate import is_worker
+from relay_adapters.celery.workerstate import is_beat, is_worker
 from relay_core.errors import StoreError, Unavailable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,7 +42,8 @@ def of_the_broker(client: Any, refusal: StoreError) -> BrokerRefused:
     """
     if isinstance(refusal, BrokerRefused):
         return refusal
-    turns = client is not None and only_publishes(client) and type(refusal) in KINDS and not refusal.maybe_executed
+    did_nothing = type(refusal) in KINDS and not refusal.maybe_executed
+    turns = did_nothing and client is not None and (only_publishes(client) or is_beat())
     return RefusedHere(*refusal.args) if turns and _has_next(client, refusal) else as_of_the_broker(refusal)
 
 

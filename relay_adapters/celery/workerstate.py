@@ -20,6 +20,16 @@ def is_worker() -> bool:
     return "celery.worker.consumer" in sys.modules
 
 
+def is_beat() -> bool:
+    """Whether this is the process of the beat that a worker runs beside its own work (`-B`)."""
+    beat = sys.modules.get("celery.beat")
+    if beat is None or beat._Process is None:
+        return False
+    from billiard.process import current_process
+
+    return isinstance(current_process(), beat._Process)
+
+
 def shutting_down() -> bool:
     """True when the worker was told to stop. Celery's flags hold an exit code then, which may be 0."""
     state = sys.modules.get("celery.worker.state")
