@@ -19,7 +19,7 @@ from relay_adapters.celery.sending.sweeper import Sweeper
 from relay_core import Broker
 from relay_core.errors import Unavailable
 from tests.celery_links import BOX, Inbox, fresh, got, link, send
-from tests.servers import Server
+from tests.servers import Server, eventually
 
 
 @pytest.fixture(params=["redis"])
@@ -108,6 +108,8 @@ def test_such_messages_wait_for_the_workers_of_a_queue_that_has_some(here: kombu
     assert terms.limited
     assert Sweeper(topology).sweep(name, terms) >= 1
     assert broker.stats(name).ready == 1
+    over = broker.stats(name).now + 0.001
+    eventually(lambda: broker.stats(name).now > over, "a millisecond to pass")
     inbox.messages[0].ack()
     inbox.quiet()
     assert got(here, dead) == [2]

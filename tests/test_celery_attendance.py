@@ -353,6 +353,8 @@ def test_where_a_limit_of_the_queue_lets_none_but_these_be_claimed_they_are_not_
     delays.broker.limit(name, max_inflight=2)
     delays.broker.enqueue_many(name, [b"no message"] * 3)
     delays.fill(name, [0], expiration=0.001)
+    over = delays.broker.stats(name).now + 0.001
+    eventually(lambda: delays.broker.stats(name).now > over, "a millisecond to pass")
     assert delays.turn() >= 1
     assert delays.broker.stats(name).counters["claimed"] == 2
     delays.broker.limit(name)
