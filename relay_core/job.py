@@ -24,8 +24,8 @@ _SHIFTS = range(45, -1, -5)
 
 
 class FreshId(str):
-    """An id that was made for one job alone: no other enqueue can have named it before. That of one that is not makes
-    a job that is there already run twice."""
+    """An id that was made for one job alone: no other enqueue can have named it before, so none looks whether it is
+    taken. Where it is all the same, the enqueue answers as a duplicate, and a delayed job of that id may run early."""
 
     __slots__ = ()
 

@@ -60,7 +60,6 @@ def test_of_two_threads_one_has_a_fresh_one() -> None:
         assert sorted(found, key=str) == sorted([FreshId, str], key=str)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_what_a_parent_made_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     id = uuid()
     real = os.getpid()

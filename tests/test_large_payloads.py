@@ -444,16 +444,8 @@ def test_durability_is_confirmed_of_them(shell: str, server: Server) -> None:
 def test_they_follow_a_slot_of_a_cluster_that_moves(cluster: Cluster) -> None:
     with Broker(cluster.url) as broker:
         broker.enqueue("moving", BIG)
-        keys = broker.settings.keys("moving")
-        slot = cluster.slot_of(keys.jobs.decode())
-        source = cluster.primary_of(slot)
-        target = next(
-            node for node in cluster.nodes if node is not source and node.info("replication")["role"] == "master"
-        )
-        target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", source.cli("CLUSTER", "MYID"))
-        source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", target.cli("CLUSTER", "MYID"))
-        names = source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100)
-        source.cli("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *names)
+        slot = cluster.slot_of(broker.settings.keys("moving").jobs.decode())
+        source, target = cluster.begin_move(slot)
         thread = threading.Thread(target=broker.enqueue, args=("moving", OTHER))
         thread.start()
         eventually(lambda: target.info("commandstats").get("cmdstat_asking"), "it is asked at the new owner")

@@ -391,14 +391,7 @@ def test_it_follows_a_slot_of_a_cluster_that_moves(cluster: Cluster) -> None:
     with Broker(cluster.url) as broker:
         broker.enqueue("moving", b"1")
         slot = cluster.slot_of(broker.settings.keys("moving").jobs.decode())
-        source = cluster.primary_of(slot)
-        target = next(
-            node for node in cluster.nodes if node is not source and node.info("replication")["role"] == "master"
-        )
-        target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", source.cli("CLUSTER", "MYID"))
-        source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", target.cli("CLUSTER", "MYID"))
-        names = source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100)
-        source.cli("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *names)
+        source, target = cluster.begin_move(slot)
         broker.operations._clock.set("moving", 0, broker.operations._clock.now_ms("moving", 0) or 1, sent_now())
         found: list[Enqueued] = []
         thread = threading.Thread(target=lambda: found.append(broker.enqueue("moving", b"2")))

@@ -264,6 +264,18 @@ class Cluster(Topology):
     def slot_of(self, key: str | bytes) -> int:
         return int(next(node for node in self.nodes if node.running).cli("CLUSTER", "KEYSLOT", key))
 
+    def begin_move(self, slot: int) -> tuple[Server, Server]:
+        """Begin a migration of the slot, with all keys that it has: its owner, and the node that it goes to."""
+        source = self.primary_of(slot)
+        target = next(
+            node for node in self.nodes if node is not source and node.info("replication")["role"] == "master"
+        )
+        target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", source.cli("CLUSTER", "MYID"))
+        source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", target.cli("CLUSTER", "MYID"))
+        names = source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100)
+        source.cli("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *names)
+        return source, target
+
     def hand_over(self, slot: int, source: Server, target: Server) -> None:
         """End a migration of the slot, and wait until every node knows: with its new owner's epoch too, as a node
         that missed one would claim a slot anew with an epoch of no more weight, and be overruled."""
