@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.servers import FLAVOURS, cpu_seconds, private
 from relay_core import Broker, JobSpec, commands
-from relay_core.commands import Ack, Command, NewJob, Verdict
+from relay_core.commands import Ack, Command, NewJob
 from relay_core.job import NO_OPTIONS, Record, new_id
 from relay_core.keys import QueueKeys
 
@@ -77,12 +77,10 @@ class Costs:
         ]
         claim, replies = self.timed(lambda: sent(self.broker, claims))
         done = [[Ack(grant.id, grant.token) for grant in reply.grants] for reply in replies]
-        acks: list[Command[Any]] = [
-            commands.ack_one(self.q, items[0]) if alone else commands.ack(self.q, items) for items in done
-        ]
+        acks = [commands.ack_plain(self.q, items) for items in done]
         ack, verdicts = self.timed(lambda: sent(self.broker, acks))
         assert sum(map(len, done)) == self.jobs, "jobs went missing"
-        assert all(verdict is Verdict.DONE if alone else all(verdict) for verdict in verdicts), "leases were lost"
+        assert all(isinstance(each, list) and all(each) for each in verdicts), "leases were lost"
         return enqueue, claim, ack
 
 

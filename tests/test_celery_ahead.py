@@ -274,7 +274,7 @@ def test_under_an_event_loop_all_messages_come_once_while_their_acks_go_with_the
 def test_while_the_pool_has_tasks_waiting_few_are_not_asked_for(loop: Loop, engine: Broker) -> None:
     rooms: list[int] = []
     stock = loop.channel.claim_ahead
-    loop.channel.claim_ahead = lambda room, sender: rooms.append(room) or stock(room, sender)
+    loop.channel.claim_ahead = lambda room, *rest: rooms.append(room) or stock(room, *rest)
     for n in range(20):
         send(loop.channel.connection.client, n, key=loop.queue)
     # the first of them starts, and is acked, while the rest is still handed over

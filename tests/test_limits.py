@@ -91,7 +91,7 @@ def test_max_inflight_holds_for_all_brokers_until_one_of_the_jobs_ends(broker: B
     assert len(other.claim("q", 9)) == 4
 
 
-@pytest.mark.parametrize("how", ["ack", "ack_many", "finish", "ack_one"])
+@pytest.mark.parametrize("how", ["ack", "ack_many", "finish", "ack_plain"])
 def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(broker: Broker, how: str) -> None:
     broker.limit("q", max_inflight=1)
     broker.enqueue_many("q", [b"x"] * 2)
@@ -100,8 +100,8 @@ def test_the_end_of_a_job_wakes_a_worker_that_max_inflight_held_back(broker: Bro
     broker.store.raw("ZPOPMIN", marker)
     if how == "finish":
         broker.finish("q", [held])
-    elif how == "ack_one":
-        short = commands.ack_one(broker.settings.keys("q"), commands.Ack(held.id, held.token))
+    elif how == "ack_plain":
+        short = commands.ack_plain(broker.settings.keys("q"), [commands.Ack(held.id, held.token)])
         assert broker.store.run(short) == commands.LongWay(resent=False)
         broker.ack(held)
     else:

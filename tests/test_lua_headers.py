@@ -306,7 +306,7 @@ BUILD: dict[str, Build] = {
     "claim_one": lambda n: commands.claim_one(Q, 1000, "a", levels="90"),
     "finish": lambda n: commands.finish(Q, acks(n), (), 1, 1000, "a", max_deliveries=5),
     "ack": lambda n: commands.ack(Q, acks(n)),
-    "ack_one": lambda n: commands.ack_one(Q, Ack("a", "1:1:a")),
+    "ack_plain": lambda n: commands.ack_plain(Q, acks(n)),
     "nack": lambda n: commands.nack(Q, nacks(n)),
     "extend": lambda n: commands.extend(Q, pairs(n), 1000),
     "release": lambda n: commands.release(Q, pairs(n)),

@@ -316,16 +316,17 @@ class Queue(RuleBasedStateMachine):
             got, want = self.both(commands.ack(self.q, items), lambda _resent: self.model.ack(items), twice)
             assert got == want
 
-    @rule(pick=st.integers(0, 12), twice=lost)
-    def ack_one(self, pick: int, twice: bool) -> None:
-        for item in self.acks([pick]):
-            if item.dedup_key or self.lies_apart(item.id):
-                continue
-            short, got = commands.ack_one(self.q, item), None
+    @rule(pick=picks, twice=lost)
+    def ack_plain(self, pick: list[int], twice: bool) -> None:
+        each = {item.id: item for item in self.acks(pick) if not (item.dedup_key or self.lies_apart(item.id))}
+        if items := list(each.values()):
+            got, want = None, None
             for resent in (False, True)[: 1 + twice]:
-                got = self.short_or_long(short, lambda _: commands.ack(self.q, [item]), resent)  # noqa: B023
-                want = self.model.ack([item])
-            assert (got if isinstance(got, list) else [got]) == want
+                got = self.short_or_long(
+                    commands.ack_plain(self.q, items), lambda _: commands.ack(self.q, items), resent
+                )
+                want = self.model.ack(items)
+            assert got == want
 
     @rule(pick=picks, delay=st.integers(-1, 3), retries=st.integers(0, 3), twice=lost)
     def nack(self, pick: list[int], delay: int, retries: int, twice: bool) -> None:

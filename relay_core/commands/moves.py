@@ -180,7 +180,7 @@ def claim(
 ) -> Command[ClaimReply | LongWay]:
     """Lease up to `count` (1..MAX_BATCH) jobs, the short way, and ack jobs, all or none: a ClaimReply means all.
 
-    :param acks: as of `ack_one`, each job once
+    :param acks: as of `ack_plain`
     :param nonce: fresh per claim; a re-send finds its jobs by it
     :param levels: those in use, as the last reply told; what is out of date makes the answer a LongWay
     """
@@ -199,8 +199,7 @@ def claim(
     lists = [q.ready[int(level)] for level in levels]
     keys = (q.config, q.jobs, q.counters, q.marker, q.leases, q.owners, q.finished, *lists)
     args: list[Arg] = [LAYOUT, levels, 0, count, lease_ms, nonce, int(woken)]
-    for item in acks:
-        args += item[:2]
+    args += _held(acks)
     return Command(scripts.load("claim"), keys, tuple(args), parse, resent_at=2)
 
 
@@ -239,17 +238,22 @@ def ack(q: QueueKeys, acks: Sequence[Ack]) -> Command[list[Verdict]]:
     return Command(scripts.load("ack"), keys, args, _acked)
 
 
-def ack_one(q: QueueKeys, item: Ack) -> Command[Verdict | LongWay]:
-    """A job is done and leaves the store, the short way; the long one is `ack`, for any job.
+def ack_plain(q: QueueKeys, acks: Sequence[Ack]) -> Command[list[Verdict] | LongWay]:
+    """Jobs are done and leave the store, the short way, all or none; the long one is `ack`, for any jobs.
 
-    :param item: of a job that never failed, and without a dedup key
+    :param acks: of jobs that never failed, without a dedup key, and with their payloads in their records; each job once
     """
 
-    def parse(reply: int, resent: bool) -> Verdict | LongWay:
-        return Verdict.DONE if reply else LongWay(resent)
+    def parse(reply: int, resent: bool) -> list[Verdict] | LongWay:
+        return [Verdict.DONE] * len(acks) if reply else LongWay(resent)
 
     keys = (q.owners, q.jobs, q.leases, q.finished, q.counters)
-    return Command(scripts.load("ack_one"), keys, (item.id, item.token), parse)
+    return Command(scripts.load("ack_plain"), keys, tuple(_held(acks)), parse)
+
+
+def _held(acks: Sequence[Ack]) -> list[Arg]:
+    """The delivery states by which jobs that never failed are held, and then their ids."""
+    return [*[f"{item.token} 0 h" for item in acks], *[item.id for item in acks]]
 
 
 def nack(q: QueueKeys, nacks: Sequence[Nack]) -> Command[list[Verdict]]:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from relay_core import commands
-from relay_core.commands import Ack, LongWay, Nack, Verdict
+from relay_core.commands import Ack, Command, LongWay, Nack, Verdict
 from relay_core.commands.moves import MAX_BATCH
 from relay_core.errors import LeaseLost, RelayError
 from relay_core.job import Job, Record
+from relay_core.keys import QueueKeys
 from relay_core.operations.base import Base
 from relay_core.operations.steps import Flow
 from relay_core.validation import check_job, check_jobs, payload_bytes, payload_size, seconds
@@ -54,6 +55,15 @@ def ack_of(job: Job) -> Ack:
     return Ack(job.id, job.token, (job.options.dedup_key or "") if holds_key(job) else "")
 
 
+def _long_ack(q: QueueKeys, jobs: Sequence[Job]) -> Command[list[Verdict]]:
+    return commands.ack(q, [ack_of(job) for job in jobs])
+
+
+def _short_ack(q: QueueKeys, jobs: Sequence[Job]) -> Command[Any]:
+    """The short way where that may do."""
+    return commands.ack_plain(q, [ack_of(job) for job in jobs]) if are_plain(jobs) else _long_ack(q, jobs)
+
+
 class Ending(Base):
     """ack, nack, extend and release."""
 
@@ -63,7 +73,10 @@ class Ending(Base):
     def ack_each(self, jobs: Sequence[Job]) -> Flow[list[Verdict | RelayError]]:
         """What became of each, an error for those whose queue could not be told."""
         check_jobs("ack_many", jobs)
-        results = yield from self._by_queue(jobs, lambda q, batch: commands.ack(q, [ack_of(job) for job in batch]))
+        results: list[Any] = yield from self._by_queue(jobs, _short_ack)
+        if left := [i for i, result in enumerate(results) if isinstance(result, LongWay)]:
+            for i, result in zip(left, (yield from self._by_queue([jobs[i] for i in left], _long_ack)), strict=True):
+                results[i] = result
         for job, verdict in zip(jobs, results, strict=True):
             if isinstance(verdict, Verdict):
                 self._tell_acked(job, verdict)
@@ -77,13 +90,9 @@ class Ending(Base):
             raise LeaseLost(job.queue, job.id, "ack")
 
     def _ack_one(self, job: Job) -> Flow[Verdict]:
-        q, item = self.settings.keys(job.queue), ack_of(job)
-        if is_plain(job):
-            answer: Verdict | LongWay = yield commands.ack_one(q, item)
-            if not isinstance(answer, LongWay):
-                return answer
-        (verdict,) = yield commands.ack(q, (item,))
-        return verdict  # type: ignore[no-any-return]
+        q = self.settings.keys(job.queue)
+        answer: Sequence[Verdict] | LongWay = yield _short_ack(q, (job,))
+        return (yield _long_ack(q, (job,)))[0] if isinstance(answer, LongWay) else answer[0]
 
     def _tell_acked(self, job: Job, verdict: Verdict) -> None:
         if verdict is Verdict.DONE:
@@ -182,9 +191,9 @@ class Ending(Base):
             if verdict is Verdict.LOST:
                 self.tell_lost(job, move)
 
-    def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Verdict | RelayError]]:
-        """One command per queue and MAX_BATCH jobs, sent as one pipeline; verdicts in the order of `jobs`, the error in
-        their place where a queue could not be told: it may be alone with that."""
+    def _by_queue(self, jobs: Sequence[Job], build: Any) -> Flow[list[Any]]:
+        """One command per queue and MAX_BATCH jobs, sent as one pipeline; verdicts in the order of `jobs`, and in their
+        place a LongWay, or the error where a queue could not be told: it may be alone with that."""
         groups: dict[str, list[int]] = {}
         for i, job in enumerate(jobs):
             groups.setdefault(job.queue, []).append(i)
@@ -202,9 +211,9 @@ class Ending(Base):
                 results = [error]
         elif built:
             results = yield built
-        verdicts: list[Verdict | RelayError] = [Verdict.LOST] * len(jobs)
+        verdicts: list[Any] = [Verdict.LOST] * len(jobs)
         for (_queue, batch), result in zip(batches, results, strict=True):
-            each = [result] * len(batch) if isinstance(result, RelayError) else result
+            each = [result] * len(batch) if isinstance(result, (RelayError, LongWay)) else result
             for i, verdict in zip(batch, each, strict=True):
                 verdicts[i] = verdict
         return verdicts

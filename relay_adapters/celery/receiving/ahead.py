@@ -22,15 +22,19 @@ class Ahead:
     Where a task holds the loop up, the thread that keeps the leases takes the reply: what was claimed is held, too.
 
     :param sender: whose command before this one is answered
+    :param woken: whether a wake-up was taken, for the claim to pass on
     :param wake: called when the reply was taken, by whichever thread, to make the loop turn
     :ivar room: how many messages were asked for
+    :ivar woken: as given
     :ivar settled: True once the reply was taken
     :ivar abandoned: True once nobody will `take` what comes of it
     :ivar tags: delivery tags of what was claimed, by which the leases hold it, once it is settled
     """
 
-    def __init__(self, leases: Leases, sender: Sender, queue: str, room: int, wake: Callable[[], None]) -> None:
-        self.queue, self.room = queue, room
+    def __init__(
+        self, leases: Leases, sender: Sender, queue: str, room: int, woken: bool, wake: Callable[[], None]
+    ) -> None:
+        self.queue, self.room, self.woken = queue, room, woken
         self.abandoned = False
         self.tags: list[str] = []
         self._leases = leases
@@ -44,7 +48,7 @@ class Ahead:
         broker = leases.broker
         self._over = time.monotonic() + broker.settings.lease
         try:
-            flow = broker.operations.finish(queue, [held.job for held in self._acks], (), room, True)
+            flow = broker.operations.finish(queue, [held.job for held in self._acks], (), room, woken)
             self._rest = broker.begin(flow, sender)
         except BaseException:
             leases.unsent(self._acks)

@@ -146,13 +146,13 @@ class Consuming(Settling):
             raise failed
         return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
 
-    def claim_ahead(self, room: int, sender: Sender) -> Ahead | None:
+    def claim_ahead(self, room: int, sender: Sender, woken: bool = True) -> Ahead | None:
         """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
         what is claimed of it ends at once, or no server is there."""
         queue = next(iter(self._there(in_order(self.order, self.consumed))), None)
         if queue is None or queue in self._no_ack:
             return None
-        return Ahead(self.leases, sender, queue, room, self.credit_freed)
+        return Ahead(self.leases, sender, queue, room, woken, self.credit_freed)
 
     @property
     def there(self) -> Sequence[str]:

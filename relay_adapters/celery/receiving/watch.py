@@ -44,7 +44,10 @@ class Watch:
         self.ahead: Ahead | None = None
         """The claim that is on its way, if one is."""
         self._sender: Sender | None = None
-        self._rang = self._delivering = self._failed = False
+        self._rang = True
+        """Whether a wake-up may have been taken that no claim has passed on yet, where work remains: by the bell of an
+        earlier connection, too."""
+        self._delivering = self._failed = False
         self._put_off_until: float | None = None
         """Monotonic time, where a claim of few was put off."""
 
@@ -109,8 +112,8 @@ class Watch:
         if ask and not rung and self.ahead is None and self._sender is not None:
             self._sender.rest()
         now = time.monotonic()
+        self._rang = self._rang or rung
         if self.ahead is not None:
-            self._rang = self._rang or rung
             return self._deliver()
         room = 0 if self.waiting else channel.qos.room()
         if room and (rung or self._wants(room, now)):
@@ -119,9 +122,10 @@ class Watch:
             return self._deliver()
         if room == 0:
             self.hungry = True
-            if rung:
+            if self._rang:
                 with self._hurried():
                     channel.pass_on()
+                self._rang = False
         if now >= self.look_at:
             # without credit there is nothing to look for before an ack
             self.look_at = now + channel.broker.settings.max_block
@@ -152,12 +156,22 @@ class Watch:
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
         self._listen()
-        with self._hurried():
-            found, retry_after = self.channel.claim(room, True, ahead)
+        if ahead is None:
+            woken, self._rang = self._rang, False
+        else:
+            woken = ahead.woken
+        try:
+            with self._hurried():
+                found, retry_after = self.channel.claim(room, woken, ahead)
+        except BaseException:
+            self._rang = True
+            raise
         self.waiting.extend(found)
         self._put_off_until = None
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
+        if woken and self.hungry and len(self.queues) > 1:
+            self._rang = True  # it may be of a queue that was not looked at
         longest = self.channel.broker.settings.max_block
         self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
@@ -173,9 +187,10 @@ class Watch:
             return False
         if self._sender is None:
             self._sender = channel.broker.store.sender()
-        self.ahead = channel.claim_ahead(room, self._sender)
+        self.ahead = channel.claim_ahead(room, self._sender, self._rang)
         if self.ahead is None:
             return False
+        self._rang = False
         self._put_off_until = None
         self.look_at = time.monotonic() + channel.broker.settings.max_block
         return True
@@ -185,9 +200,9 @@ class Watch:
         ahead = self.ahead
         if ahead is None or (waiting_in_pool() and time.monotonic() < self.look_at and not ahead.arrived()):
             return False
-        self.ahead, rang, self._rang = None, self._rang, False
+        self.ahead = None
         self._claim(ahead.room, ahead)
-        self.hungry = self.hungry or rang
+        self.hungry = self.hungry or self._rang
         return True
 
     def _deliver(self) -> int:
@@ -281,7 +296,7 @@ class Watch:
             self.bell.close()
             self.channel.bell = None
         self.queues = ()
-        self.hungry = True
+        self.hungry = self._rang = True
 
     def close(self) -> None:
         """No more wake-ups; what was not delivered is handed back."""
