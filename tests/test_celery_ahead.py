@@ -442,6 +442,50 @@ def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
     loop.until(lambda: loop.got, "the second message")
 
 
+def test_a_wake_up_that_came_while_a_claim_went_out_is_passed_on(
+    loop: Loop, tcp: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, marker = loop.channel.connection.client, loop.channel.broker.settings.keys(loop.queue).marker
+    send(client, 1, key=loop.queue)
+    loop.until(lambda: loop.got, "the first message")
+    loop.until(
+        lambda: loop.watch.bell.armed and not tcp.cli("EXISTS", marker) and not loop.watch.bell.rung(),
+        "a bell that waits for another",
+    )
+    stock = loop.channel.claim_ahead
+
+    def just_then(*args: Any) -> Any:
+        loop.channel.claim_ahead = stock
+        for n in range(2, 8):
+            send(client, n, key=loop.queue)
+        tcp.cli("DEL", marker)  # as if they had come at once: the bell has heard of them all
+        return stock(*args)
+
+    loop.channel.claim_ahead = just_then
+    with monkeypatch.context() as held:
+        held.setattr(Ahead, "arrived", lambda ahead: False)
+        loop.got.pop().ack()
+        loop.until(lambda: loop.watch.ahead is not None and not loop.watch.bell.armed, "the bell to ring meanwhile")
+    loop.until(lambda: len(loop.got) == 4, "as many as there is credit for")
+    loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+
+
+def test_a_wake_up_of_a_queue_that_a_claim_did_not_come_to_is_passed_on(tcp: Server) -> None:
+    with link(tcp.url, queue_order_strategy="priority") as connection:
+        loop, second = Loop(connection, 2), fresh("second")
+        marker = loop.channel.broker.settings.keys(second).marker
+        kombu.Queue(second)(loop.channel).declare()
+        loop.channel.basic_consume(second, False, loop.got.append, fresh("tag"))
+        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+        send(connection, 1, key=second)
+        eventually(lambda: not tcp.cli("EXISTS", marker), "the bell to take the wake-up")
+        for n in range(3):
+            send(connection, n, key=loop.queue)
+        loop.until(lambda: len(loop.got) == 2, "as many as there is credit for")
+        assert [message.delivery_info["routing_key"] for message in loop.got] == [loop.queue] * 2
+        loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+
+
 def test_a_channel_that_closes_does_not_wait_for_its_claim(
     loop: Loop, engine: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
