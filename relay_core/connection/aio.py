@@ -14,7 +14,9 @@ from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients, forks
 from relay_core.connection.aiobell import AsyncBell
 from relay_core.connection.aiopool import AsyncLink, AsyncPool
+from relay_core.connection.call import answered, call_for, raw_call
 from relay_core.connection.lookout import ASK_EVERY, PATIENCE, Lookout
+from relay_core.connection.policy import Policy
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause, Step
 from relay_core.connection.sync import SyncStore
 from relay_core.connection.topology import Router
@@ -36,7 +38,7 @@ class AsyncStore:
         self.url = url
         self.settings = settings or StoreSettings()
         clients.check(url, self.settings)
-        self._policy = attempts.Policy(self.settings)
+        self._policy = Policy(self.settings)
         self._router = Router(url)
         self._pools: dict[Address, AsyncPool] = {}
         self._home: tuple[asyncio.AbstractEventLoop, int] | None = None
@@ -51,7 +53,7 @@ class AsyncStore:
         if address is not None and not (command.durable and self._policy.confirm):
             if wires := command.transaction():
                 exchanged = await self._exchange(address, clients.pack_all(wires), len(wires))
-                outcome = attempts.answered(exchanged, len(wires))
+                outcome = answered(exchanged, len(wires))
             else:
                 outcome = await self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
             if outcome.failure is None:
@@ -59,20 +61,20 @@ class AsyncStore:
                 if not isinstance(reply, Exception):
                     return command.parse(reply, False)
             first = (address, outcome)
-        call = attempts.call_for(command, sent_at)
+        call = call_for(command, sent_at)
         await self._drive(attempts.settle([call], self._router, self._policy, started, first))
         result: T = call.outcome()
         return result
 
     async def run_many(self, commands: Sequence[Command[T]]) -> list[T | RelayError]:
         """Run commands in one pipeline per server. The errors of single commands stand in their places."""
-        calls = [attempts.call_for(command) for command in commands]
+        calls = [call_for(command) for command in commands]
         await self._drive(attempts.settle(calls, self._router, self._policy, time.monotonic()))
         return [call.result if call.error is None else call.error for call in calls]
 
     async def raw(self, *args: Arg) -> Any:
         """Run a plain command that may be repeated, e.g. `raw("SMEMBERS", key)`. Replies hold bytes."""
-        call = attempts.raw_call(args)
+        call = raw_call(args)
         await self._drive(attempts.settle([call], self._router, self._policy, time.monotonic()))
         return call.outcome()
 

@@ -1,25 +1,23 @@
-"""Bring commands through: what is sent, repeated, redirected or given up. No I/O; the shells do the steps.
+"""Bring calls through: what is sent, repeated, redirected or given up. No I/O; the shells do the steps.
 
 Every call ends with a result or an error. A call that has a good reply is never sent again.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from relay_core.clock import sent_now
 from relay_core.commands import LongWay
-from relay_core.commands.command import Arg, Command, Transacted
+from relay_core.commands.command import Arg
 from relay_core.connection import fitness
+from relay_core.connection.call import Call, answer_of, raw_call
+from relay_core.connection.policy import Policy
 from relay_core.connection.replies import (
     ELSEWHERE,
     Judgement,
-    Partly,
     Verdict,
     judge_connect,
     judge_cut,
@@ -29,194 +27,8 @@ from relay_core.connection.replies import (
 from relay_core.connection.steps import Address, Drop, Exchange, Flow, Outcome, Pause
 from relay_core.connection.topology import Router
 from relay_core.errors import NotDurable, RelayError, StoreError, Unavailable
-from relay_core.scripts import Script
-from relay_core.settings import Durability, StoreSettings, parse_durability
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.5
-FREE_TURNS = 5
-"""How often a call is repeated at once (script loaded, slot moved) before that counts as trouble."""
-
-_WAIT = {True: "WAITAOF", False: "WAIT"}
-_ADVICE = {
-    "OOM": "; the server's memory is full: raise maxmemory or let workers catch up",
-    "MISCONF": "; the server cannot save to its disk, see its log",
-    "NOREPLICAS": "; the server has fewer good replicas than min-replicas-to-write asks for",
-    "READONLY": "; it is a replica: the URL, or the sentinels in it, must name the primary",
-    "BUSY": "; a script has been running for too long on the server",
-}
-
-
-class Policy:
-    """What the settings say about repeating and confirming."""
-
-    def __init__(self, settings: StoreSettings) -> None:
-        """
-        :ivar confirm: the command that asks for the confirmation of what was just written; None for none
-        """
-        self.retry_for = settings.retry_for
-        self._until: Callable[[], float] = lambda: math.inf
-        self.any_server = settings.any_server
-        self.durability: Durability = parse_durability(settings.durability)
-        self.timeout = settings.durability_timeout
-        wait_ms = max(1, round(settings.durability_timeout * 1000))
-        self.confirm: tuple[Arg, ...] | None = None
-        if self.durability.aof:
-            self.confirm = (_WAIT[True], 1, 0, wait_ms)
-        elif self.durability.replicas:
-            self.confirm = (_WAIT[False], self.durability.replicas, wait_ms)
-
-    def at_most(self, seconds: float, until: Callable[[], float] | None = None) -> Policy:
-        """The same, but that commands are repeated for so long at most, and until that monotonic time, which is asked
-        for each time, for it may change."""
-        other = copy.copy(self)
-        other.retry_for = min(self.retry_for, seconds)
-        other._until = until or self._until
-        return other
-
-    def left(self, started: float, now: float) -> float:
-        """Seconds for which a command that was first sent then is still repeated."""
-        return min(started + self.retry_for, self._until()) - now
-
-    def unconfirmed(self, reply: Any, at: Address) -> NotDurable | None:
-        """The error for an answer to `confirm` that falls short, else None."""
-        if isinstance(reply, Exception):
-            return NotDurable(f"{at}: stored, but {_WAIT[self.durability.aof]} was refused: {reply}")
-        if self.durability.aof:
-            if reply[0] >= 1:
-                return None
-            return NotDurable(f"{at}: stored, but not on the server's disk within {self.timeout:g} s")
-        if reply >= self.durability.replicas:
-            return None
-        return NotDurable(
-            f"{at}: stored, but only {reply} of {self.durability.replicas} replicas confirmed it "
-            f"within {self.timeout:g} s"
-        )
-
-
-class Call:
-    """One command on its way.
-
-    :ivar transaction: the better way to send it, see `Command.transaction`, where there is one
-    :ivar key: what it is routed by; None for any server
-    :ivar target: the one server it is for, whatever its key
-    :ivar again: True once it came to nothing
-    :ivar ask_at: the server that a migrating slot's next send goes to
-    :ivar load: True when its script goes along with the next send
-    :ivar trouble: why the last send came to nothing; empty if it may be repeated at once
-    :ivar answered: True where it was the server that said so
-    :ivar resent: True once an earlier send may have run
-    :ivar follows: True where an earlier command may have done the same
-    :ivar sent_at: `sent_now()` of the first send
-    :ivar result: what `parse` made of the reply, once `done`
-    :ivar error: what to raise instead, once `done`
-    """
-
-    __slots__ = (
-        "again",
-        "answered",
-        "ask_at",
-        "done",
-        "durable",
-        "error",
-        "follows",
-        "free_turns",
-        "key",
-        "load",
-        "parse",
-        "resent",
-        "result",
-        "script",
-        "sent_at",
-        "target",
-        "transaction",
-        "trouble",
-        "wire",
-    )
-
-    def __init__(
-        self,
-        wire: Callable[[float | None], tuple[Arg, ...]],
-        parse: Callable[[Any, bool], Any],
-        *,
-        key: bytes | None = None,
-        script: Script | None = None,
-        durable: bool = False,
-        target: Address | None = None,
-        sent_at: float | None = None,
-        follows: bool = False,
-        transaction: Callable[[float | None, bool], list[tuple[Arg, ...]] | None] = lambda _since, _again: None,
-    ) -> None:
-        self.wire, self.parse, self.key, self.script, self.durable = wire, parse, key, script, durable
-        self.target, self.follows, self.transaction = target, follows, transaction
-        self.sent_at = sent_now() if sent_at is None else sent_at
-        self.resent = self.again = self.done = self.load = self.answered = False
-        self.ask_at: Address | None = None
-        self.result: Any = None
-        self.error: RelayError | None = None
-        self.free_turns = FREE_TURNS
-        self.trouble = ""
-
-    def wires(self) -> list[tuple[Arg, ...]]:
-        """All that is to be sent now."""
-        since = self.sent_at if self.resent else None
-        if self.ask_at is not None:
-            return [("ASKING",), self.wire(since)]  # which is good for one command only
-        return self.transaction(since, self.again) or [self.wire(since)]
-
-    def succeed(self, reply: Any) -> None:
-        self.done = True
-        try:
-            self.result = self.parse(reply, self.resent)
-        except RelayError as error:
-            self.error = error
-
-    def outcome(self) -> Any:
-        """The result; raises the error in its place."""
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-    def fail(self, error: RelayError) -> None:
-        self.done, self.error = True, error
-        if isinstance(error, StoreError) and (self.resent or self.follows):
-            error.maybe_executed = True
-
-    def blocked(self, judged: Judgement, at: Address) -> None:
-        """Note why it must be repeated after a pause."""
-        self.answered = bool(judged.code)
-        advice = _ADVICE.get(judged.code, "")
-        self.trouble = f"{at}: {judged.text}{advice}"
-
-    def redirected(self, judged: Judgement, at: Address) -> None:
-        """Note that it may be repeated at once, unless that goes on for too long."""
-        self.free_turns -= 1
-        if self.free_turns < 0:
-            self.blocked(judged, at)
-
-
-def call_for(command: Command[Any], sent_at: float | None = None) -> Call:
-    """:param sent_at: `sent_now()` of its first send. Default: now"""
-    return Call(
-        lambda since: ("EVALSHA", *command.wire(since)),
-        command.parse,
-        key=command.keys[0] if command.keys else None,
-        script=command.script,
-        durable=command.durable,
-        sent_at=sent_at,
-        follows=command.since is not None,
-        transaction=command.transaction,
-    )
-
-
-def raw_call(args: tuple[Arg, ...], target: Address | None = None) -> Call:
-    """A plain command; it is routed by its second word, as most commands name their key there."""
-    key = args[1] if len(args) > 1 else None
-    return Call(
-        lambda since: args,
-        lambda reply, resent: reply,
-        key=key.encode() if isinstance(key, str) else key if isinstance(key, bytes) else None,
-        target=target,
-    )
 
 
 def everywhere(args: tuple[Arg, ...], router: Router, policy: Policy, started: float) -> Flow[dict[str, Call]]:
@@ -387,7 +199,7 @@ def _send(address: Address, group: Sequence[Call], router: Router, policy: Polic
                 if call.load:
                     call.fail(judged.error)
     pairs = [
-        (call, _answer(outcome.replies[first:end]))
+        (call, answer_of(outcome.replies[first:end]))
         for call, first, end in spans
         if end <= len(outcome.replies) and not call.done
     ]
@@ -399,25 +211,6 @@ def _send(address: Address, group: Sequence[Call], router: Router, policy: Polic
         yield from _take_in(group, unsure, outcome, address, router)
     else:
         yield from _take_in(group, pairs, outcome, address, router, policy.unconfirmed(outcome.replies[-1], address))
-
-
-def answered(outcome: Outcome, count: int) -> Outcome:
-    """How the one command ended whose wires were so many."""
-    outcome.replies = [_answer(outcome.replies)] if len(outcome.replies) == count else []
-    return outcome
-
-
-def _answer(replies: Sequence[Any]) -> Any:
-    """The reply that counts, of those to the wires of one call: the last, or what kept a transaction from all of it."""
-    if len(replies) < 3:
-        return replies[-1]  # before it may be that to ASKING
-    done = replies[-1]
-    if isinstance(done, Exception):
-        return next(reply for reply in replies if isinstance(reply, Exception))
-    for reply in done:
-        if isinstance(reply, Exception):
-            return Partly(reply)
-    return Transacted(done)
 
 
 def _take_in(

@@ -14,7 +14,9 @@ from relay_core.clock import sent_now
 from relay_core.commands.command import Arg, Command
 from relay_core.connection import attempts, clients, forks
 from relay_core.connection.bell import Bell
+from relay_core.connection.call import answered, call_for, raw_call
 from relay_core.connection.lookout import ASK_EVERY, PATIENCE, Lookout
+from relay_core.connection.policy import Policy
 from relay_core.connection.pool import Link, Pool
 from relay_core.connection.reader import Reader
 from relay_core.connection.sender import Sender
@@ -39,7 +41,7 @@ class SyncStore:
         self.url = url
         self.settings = settings or StoreSettings()
         clients.check(url, self.settings)
-        self._policy = attempts.Policy(self.settings)
+        self._policy = Policy(self.settings)
         self._hurry = threading.local()
         self._router = Router(url, pause)
         self._pools: dict[Address, Pool] = {}
@@ -54,7 +56,7 @@ class SyncStore:
         outcome = None
         if address is not None:
             if wires := command.transaction():
-                outcome = attempts.answered(self._exchange(address, clients.pack_all(wires), len(wires)), len(wires))
+                outcome = answered(self._exchange(address, clients.pack_all(wires), len(wires)), len(wires))
             else:
                 outcome = self._exchange(address, [clients.checked_pack(("EVALSHA", *command.wire()))], 1)
             if outcome.failure is None and not isinstance(reply := outcome.replies[0], Exception):
@@ -81,7 +83,7 @@ class SyncStore:
         :param sent_at: `sent_now()` of the first send
         :param outcome: how a first send to that `address` already ended
         """
-        call = attempts.call_for(command, sent_at)
+        call = call_for(command, sent_at)
         first = None if address is None or outcome is None else (address, outcome)
         self._drive(attempts.settle([call], self._router, self._patience(), started, first))
         result: T = call.outcome()
@@ -89,19 +91,19 @@ class SyncStore:
 
     def run_many(self, commands: Sequence[Command[T]]) -> list[T | RelayError]:
         """Run commands in one pipeline per server. The errors of single commands stand in their places."""
-        calls = [attempts.call_for(command) for command in commands]
+        calls = [call_for(command) for command in commands]
         self._drive(attempts.settle(calls, self._router, self._patience(), time.monotonic()))
         return [call.result if call.error is None else call.error for call in calls]
 
     def raw(self, *args: Arg) -> Any:
         """Run a plain command that may be repeated, e.g. `raw("SMEMBERS", key)`. Replies hold bytes."""
-        call = attempts.raw_call(args)
+        call = raw_call(args)
         self._drive(attempts.settle([call], self._router, self._patience(), time.monotonic()))
         return call.outcome()
 
     def raw_many(self, wires: Sequence[tuple[Arg, ...]]) -> list[Any]:
         """The same for several, in one pipeline per server. The errors of single commands stand in their places."""
-        calls = [attempts.raw_call(args) for args in wires]
+        calls = [raw_call(args) for args in wires]
         self._drive(attempts.settle(calls, self._router, self._patience(), time.monotonic()))
         return [call.result if call.error is None else call.error for call in calls]
 
@@ -134,7 +136,7 @@ class SyncStore:
         finally:
             self._hurry.limits = before
 
-    def _patience(self) -> attempts.Policy:
+    def _patience(self) -> Policy:
         limits: tuple[float, Callable[[], float] | None] | None = getattr(self._hurry, "limits", None)
         return self._policy if limits is None else self._policy.at_most(*limits)
 
