@@ -344,8 +344,10 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def unlucky(proxy: Proxy) -> Iterator[Broker]:
-    """Connected through the proxy, and impatient."""
+    """Connected through the proxy, and impatient. The server knows all scripts: what is cut is the reply to one."""
     with Broker(proxy.url, socket_timeout=0.5) as broker:
+        for name in scripts.names():
+            broker.store.raw("SCRIPT", "LOAD", scripts.load(name).text)
         broker.enqueue("other", b"x")
         yield broker
 

@@ -23,7 +23,7 @@ local function ack(from, count)
       end
       local key = ARGV[from + 3 * i - 1]
       if key ~= '' and redis.call('HGET', dedup, key) == id then redis.call('HDEL', dedup, key) end
-    elseif done[id] == token or redis.call('LPOS', finished, receipt) or redis.call('LPOS', finished, receipt .. ' 0 h') then
+    elseif done[id] == token or redis.call('LPOS', finished, receipt) then
       answers[i] = 2
     else
       answers[i] = 0
