@@ -18,7 +18,7 @@ from relay_adapters.celery.receiving import watch
 from relay_adapters.celery.receiving.ahead import Ahead
 from relay_core import Broker
 from relay_core.connection import Sender, readable
-from relay_core.errors import Unavailable
+from relay_core.errors import StoreError, Unavailable
 from relay_core.operations import Settings
 from tests.celery_links import Loop, fresh, link, send
 from tests.celery_workers import CeleryWorker, client_of, lines
@@ -467,6 +467,7 @@ def test_a_wake_up_that_came_while_a_claim_went_out_is_passed_on(
         loop.got.pop().ack()
         loop.until(lambda: loop.watch.ahead is not None and not loop.watch.bell.armed, "the bell to ring meanwhile")
     loop.until(lambda: len(loop.got) == 4, "as many as there is credit for")
+    loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
     loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
 
 
@@ -483,7 +484,53 @@ def test_a_wake_up_of_a_queue_that_a_claim_did_not_come_to_is_passed_on(tcp: Ser
             send(connection, n, key=loop.queue)
         loop.until(lambda: len(loop.got) == 2, "as many as there is credit for")
         assert [message.delivery_info["routing_key"] for message in loop.got] == [loop.queue] * 2
+        loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
         loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+
+
+def test_a_wake_up_of_a_queue_whose_claim_failed_is_passed_on(tcp: Server) -> None:
+    with link(tcp.url, queue_order_strategy="priority") as connection:
+        loop, second = Loop(connection, 3), fresh("second")
+        keys, stock = loop.channel.broker.settings.keys, loop.channel._claim_one
+        marker = keys(second).marker
+        kombu.Queue(second)(loop.channel).declare()
+        loop.channel.basic_consume(second, False, loop.got.append, fresh("tag"))
+        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+        for n in range(6):
+            send(connection, n, key=second)
+        eventually(loop.watch.bell._channels[0].connection.can_read, "the bell to take the wake-up")
+        send(connection, 6, key=loop.queue)
+        tcp.cli("DEL", marker, keys(loop.queue).marker)  # as if they had come at once
+
+        def fails_once(queue: str, *rest: Any) -> Any:
+            if queue == second:
+                loop.channel._claim_one = stock
+                raise StoreError("for once")
+            return stock(queue, *rest)
+
+        loop.channel._claim_one = fails_once
+        loop.until(lambda: len(loop.got) == 3, "as many as there is credit for")
+        loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
+        loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+
+
+def test_a_wake_up_whose_claim_failed_is_followed_by_the_next_look(tcp: Server) -> None:
+    with link(tcp.url) as connection:
+        loop = Loop(connection, 3)
+        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits")
+        stock = loop.channel.claim
+
+        def fails_once(*args: Any) -> Any:
+            loop.channel.claim = stock
+            raise Unavailable("for once")
+
+        loop.channel.claim = fails_once
+        loop.watch.look_at = float("inf")  # no look in passing shall find it
+        send(connection, 1, key=loop.queue)
+        eventually(loop.watch.bell._channels[0].connection.can_read, "the bell to take the wake-up")
+        with pytest.raises(Unavailable):
+            loop.watch.look()
+        loop.until(lambda: loop.got, "the message")
 
 
 def test_a_channel_that_closes_does_not_wait_for_its_claim(

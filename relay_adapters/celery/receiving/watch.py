@@ -95,7 +95,7 @@ class Watch:
             return waiting_in_pool() > 0 and not self.ahead.settled
         if self.hungry:  # acks that are pending go along with the claim that comes
             room = self.channel.qos.room()
-            return not room or not self._wants(room, now)
+            return not self._wants(room, now) if room else not self._rang
         if self.channel.leases.owed.pending(self.channel.there):
             return False
         return bell.armed or not self.channel.qos.can_consume()
@@ -164,14 +164,14 @@ class Watch:
             with self._hurried():
                 found, retry_after = self.channel.claim(room, woken, ahead)
         except BaseException:
-            self._rang = True
+            self.hungry = self._rang = True
             raise
         self.waiting.extend(found)
         self._put_off_until = None
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
-        if woken and self.hungry and len(self.queues) > 1:
-            self._rang = True  # it may be of a queue that was not looked at
+        if woken and len(self.queues) > 1 and (self.hungry or retry_after == 0.0):
+            self._rang = True  # it may be of a queue that was not looked at, or whose claim failed
         longest = self.channel.broker.settings.max_block
         self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
