@@ -129,7 +129,7 @@ class Queue(RuleBasedStateMachine):
             self.server.cli("SCRIPT", "LOAD", scripts.load(name).text)
         self.enqueue([(5, 0, "", 0, 0, False)] * 5 + [(5, 0, "", 0, 0, True), (9, delay, "b", 0, 0, False)], 0, False)
         if claimed:
-            self.claim(0, claimed, lease, 3, False, False)
+            self.claim(0, [], claimed, lease, 3, False, False)
 
     # moves
 
@@ -234,40 +234,45 @@ class Queue(RuleBasedStateMachine):
                 answers = answer if isinstance(answer, list) else [Enqueued(answer.id)]
                 assert answers == [Enqueued(job.id) for job in jobs]
 
-    @rule(after=pauses, count=st.integers(1, 4), lease=times, most=st.integers(1, 3), woken=st.booleans(), twice=lost)
-    def claim(self, after: int, count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
+    @rule(
+        after=pauses,
+        pick=st.one_of(st.just([]), picks),
+        count=st.integers(1, 4),
+        lease=times,
+        most=st.integers(1, 3),
+        woken=st.booleans(),
+        twice=lost,
+    )
+    def claim(self, after: int, pick: list[int], count: int, lease: int, most: int, woken: bool, twice: bool) -> None:
+        """With acks, or without."""
         self.pass_time(after)
         woken = self.take_marker() if woken else False
         nonce = self.nonce()
-        got, want = (
-            self.claim_as_brokers_do(count, lease, nonce, most, woken, False),
-            self.model.claim(count, lease, nonce, most, False),
-        )
-        if twice:
-            got, want = (
-                self.claim_as_brokers_do(count, lease, nonce, most, woken, True),
-                self.model.claim(count, lease, nonce, most, True),
-            )
+        acks = [item for item in self.plain_acks(pick) if not item.token.endswith("g")]
+        for resent in (False, True)[: 1 + twice]:
+            got, acked = self.claim_as_brokers_do(acks, count, lease, nonce, most, woken, resent)
+            assert acked == self.model.ack(acks)
+            want = self.model.claim(count, lease, nonce, most, resent)
         self.check_claim(got, want, woken, ordered=not twice)
 
     def claim_as_brokers_do(
-        self, count: int, lease: int, nonce: str, most: int, woken: bool, resent: bool
-    ) -> ClaimReply:
+        self, acks: list[Ack], count: int, lease: int, nonce: str, most: int, woken: bool, resent: bool
+    ) -> tuple[ClaimReply, list[Verdict]]:
         def long(answer: LongWay) -> Command[Finish]:
             return commands.finish(
-                self.q, (), (), count, lease * UNIT, nonce,
+                self.q, acks, (), count, lease * UNIT, nonce,
                 max_deliveries=most, keep_ms=FOREVER * UNIT, woken=woken, resent=answer.resent,
             )  # fmt: skip
 
         short = (
             commands.claim_one(self.q, lease * UNIT, nonce, levels=self.levels)
-            if count == 1 and not woken
-            else commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, woken=woken)
+            if count == 1 and not acks and not woken
+            else commands.claim(self.q, count, lease * UNIT, nonce, levels=self.levels, woken=woken, acks=acks)
         )
         reply = self.short_or_long(short, long, resent)
         claimed = reply.claim if isinstance(reply, Finish) else reply
         self.levels = claimed.levels
-        return claimed
+        return claimed, [*reply.acked] if isinstance(reply, Finish) else [Verdict.DONE] * len(acks)
 
     def nonce(self) -> str:
         self.claims += 1
@@ -306,6 +311,11 @@ class Queue(RuleBasedStateMachine):
             items.append(Ack(id, token, key if job and not job.dedup_units else ""))
         return items
 
+    def plain_acks(self, pick: list[int]) -> list[Ack]:
+        """Those that may go the short way, each job once."""
+        each = {item.id: item for item in self.acks(pick) if not (item.dedup_key or self.lies_apart(item.id))}
+        return list(each.values())
+
     def nacks(self, pick: list[int], delay: int, retries: int) -> list[Nack]:
         ms = delay * UNIT if delay > 0 else delay
         return [Nack(id, token, ms, retries, "why", "error") for id, token, _key in self.receipts_at(pick)]
@@ -318,8 +328,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule(pick=picks, twice=lost)
     def ack_plain(self, pick: list[int], twice: bool) -> None:
-        each = {item.id: item for item in self.acks(pick) if not (item.dedup_key or self.lies_apart(item.id))}
-        if items := list(each.values()):
+        if items := self.plain_acks(pick):
             got, want = None, None
             for resent in (False, True)[: 1 + twice]:
                 got = self.short_or_long(
