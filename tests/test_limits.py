@@ -11,7 +11,7 @@ from relay_core import commands, hookimpl
 from relay_core.broker import Broker
 from relay_core.clock import sent_now
 from relay_core.commands import NewJob, Verdict
-from relay_core.job import Arrival, Enqueued, Job, Options, Record
+from relay_core.job import Arrival, Claimed, Enqueued, Job, Options, Record
 from relay_core.keys import LAYOUT
 from relay_core.retry import RetryPolicy
 from relay_core.validation import JobSpec
@@ -65,6 +65,23 @@ def test_a_rate_refills_though_the_servers_clock_went_back(broker: Broker, serve
     refused = broker.claim("q", 10)
     assert (refused, refused.limited, refused.retry_after) == ([], "rate", 0.001), "not tomorrow"
     eventually(lambda: broker.claim("q", 10), "a token")
+
+
+def test_who_claims_when_a_rate_lets_it_wakes_those_who_were_not_told_when(broker: Broker) -> None:
+    broker.limit("q", rate=20.0, burst=2)
+    broker.enqueue_many("q", [b"x"] * 5)
+    marker = broker.settings.keys("q").marker
+
+    def claim(woken: bool) -> Claimed:
+        return broker.drive(broker.operations.claim(("q",), 1, 0.0, woken))
+
+    assert len(claim(False)) == len(claim(False)) == 1
+    broker.store.raw("ZPOPMIN", marker)
+    refused = claim(True)
+    assert (refused.limited, broker.store.raw("EXISTS", marker)) == ("rate", 0)
+    time.sleep(0.1)
+    assert len(claim(False)) == 1, "it looks again when it was told to, and no wake-up has come"
+    assert broker.store.raw("EXISTS", marker) == 1, "another one may claim, and sleeps"
 
 
 def test_a_rate_refills_as_time_passes(broker: Broker) -> None:

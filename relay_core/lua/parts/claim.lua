@@ -101,8 +101,9 @@ if ids then
   end
   if tokens then redis.call('HSET', config, 'tokens', tostring(tokens - taken), 'stamp', now) end
 end
-if (woken or promoted + reaped > 0) and status == 0 then
+if (woken or promoted + reaped > 0 or tokens) and status == 0 then
   -- who took the marker puts it back while work remains: wakes chain, without a herd
+  -- under a rate as well who took none: it ended with one who was told to come later
   for i = 1, #levels do
     if redis.call('EXISTS', KEYS[READY - 48 + string.byte(levels, i)]) == 1 then
       redis.call('ZADD', marker, 0, 'w')
