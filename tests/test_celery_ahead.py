@@ -488,6 +488,18 @@ def test_a_wake_up_of_a_queue_that_a_claim_did_not_come_to_is_passed_on(tcp: Ser
         loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
 
 
+def test_a_wake_up_that_the_bell_of_an_earlier_connection_took_is_passed_on(tcp: Server) -> None:
+    with link(tcp.url) as connection:
+        loop = Loop(connection, 2)
+        marker = loop.channel.broker.settings.keys(loop.queue).marker
+        for n in range(5):
+            send(connection, n, key=loop.queue)
+        tcp.cli("DEL", marker)
+        loop.until(lambda: len(loop.got) == 2, "as many as there is credit for")
+        loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
+        loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+
+
 def test_a_wake_up_of_a_queue_whose_claim_failed_is_passed_on(tcp: Server) -> None:
     with link(tcp.url, queue_order_strategy="priority") as connection:
         loop, second = Loop(connection, 3), fresh("second")
