@@ -486,6 +486,9 @@ def test_a_wake_up_of_a_queue_that_a_claim_did_not_come_to_is_passed_on(tcp: Ser
         assert [message.delivery_info["routing_key"] for message in loop.got] == [loop.queue] * 2
         loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
         loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+        loop.channel.pass_on = lambda: pytest.fail("it is another's by now")
+        turns = iter(range(20))
+        loop.until(lambda: next(turns, None) is None, "the loop to turn")
 
 
 def test_a_wake_up_that_the_bell_of_an_earlier_connection_took_is_passed_on(tcp: Server) -> None:
