@@ -105,6 +105,7 @@ def test_flower_shows_workers_tasks_and_queue_lengths(site: Site, flower: Flower
     finally:
         site.broker.resume("celery")
         site.broker.purge("celery", ("delayed",))
+    eventually(lambda: not site.broker.stats("celery").ready, "the worker to take what waits")
 
 
 def test_celery_exporter_counts_what_waits_and_who_consumes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ if ids then
   local fence = redis.call('HINCRBY', counters, 'claimed', taken) - taken
   local deadline = now + lease_ms
   -- as text once: a number is formatted anew for each job
-  local until_then = string.format('%.0f', deadline)
+  local until_then = string.format('%d', deadline)
   local tail = string.format(':%st%x 0 h', nonce, now / 1000)
   for n, id in ipairs(ids) do reply[2 * n + 2], reply[2 * n + 3] = id, '1:' .. fence + n .. tail end
   if redis.call('HSET', owners, unpack(reply, 4)) < taken then
