@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from relay_core import Broker
 from relay_core.errors import Unavailable
 from tests.celery_links import fresh, link, send
 from tests.celery_workers import client_of
-from tests.servers import Server
+from tests.servers import Server, eventually
 
 
 @pytest.fixture(params=["redis"])
@@ -38,6 +38,28 @@ def test_it_tells_how_many_messages_of_a_queue_wait_for_a_consumer(here: kombu.C
     taken = here.default_channel.basic_get(name)
     assert here.channel().client.llen(name) == 2, "on any channel, without what a consumer has"
     taken.ack()
+
+
+def test_what_waits_for_its_time_counts_from_then_on_also_where_nobody_consumes(
+    here: kombu.Connection, broker: Broker
+) -> None:
+    name = fresh("q")
+    queue = kombu.Queue(name)(here.default_channel)
+    queue.declare()
+    send(here, 1, key=name)
+    broker.enqueue(name, b"not due", delay=3600)
+    for _ in range(2):
+        broker.enqueue(name, b"due at once", delay=0.001)
+    ways: list[Callable[[], int]] = [
+        lambda: queue.queue_declare().message_count,
+        lambda: queue.queue_declare(passive=True).message_count,
+        lambda: here.default_channel.client.llen(name),
+    ]
+    for ask in ways:
+        eventually(lambda ask=ask: ask() == 3, "those that are due count, the one of an hour from now does not")
+    assert broker.stats(name).delayed == 3, "the question moves none"
+    assert here.default_channel.queue_delete(name, if_empty=True) is None
+    assert here.default_channel.queue_purge(name) == 4
 
 
 def test_a_queue_that_nobody_used_is_empty_and_is_not_made_by_the_question(

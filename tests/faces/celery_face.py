@@ -94,8 +94,9 @@ class CeleryFace(Face):
         return CeleryTaker(self.app)
 
     def waiting(self) -> int:
-        with self.app.connection_for_read() as connection:
-            return int(connection.default_channel.queue_declare(QUEUE, passive=True).message_count)
+        with self.app.connection_for_read() as connection, Broker(self.url) as broker:
+            declared = connection.default_channel.queue_declare(QUEUE, passive=True)
+            return int(declared.message_count) + broker.stats(QUEUE).delayed
 
     def purge(self) -> None:
         self.app.control.purge()

@@ -8,6 +8,7 @@ write keys that are not relay's, and is refused.
 from __future__ import annotations
 
 from relay_adapters.celery.failover import answers
+from relay_adapters.celery.queues import lengths
 from relay_core import Broker
 
 
@@ -22,9 +23,8 @@ class Client:
         return answers(self._broker)
 
     def llen(self, name: str) -> int:
-        """How many messages of a queue wait for a consumer, whatever their priority, without those that wait for their
-        time: as on kombu's Redis transport, where a worker has these in its memory."""
-        return self._broker.stats(name).ready
+        """How many messages of a queue wait for a consumer."""
+        return lengths.waiting(self._broker, name)
 
     def __getattr__(self, name: str) -> None:
         raise AttributeError(

@@ -11,7 +11,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.uuid import uuid
 
 from relay_adapters.celery.errors import not_found, reserved
-from relay_adapters.celery.queues import exchanges, terms
+from relay_adapters.celery.queues import exchanges, lengths, terms
 from relay_adapters.celery.queues.attendance import Attendance
 from relay_adapters.celery.queues.exchanges import PREDECLARED, Binding
 from relay_adapters.celery.queues.terms import Terms
@@ -116,20 +116,24 @@ class Declaring(virtual.Channel):
         if passive:
             if not self._has_queue(queue):
                 raise not_found("queue", queue, "Queue.declare")
-            return queue_declare_ok_t(queue, self._size(queue), self.topology.stored.consumers(queue))
+            return queue_declare_ok_t(queue, self._length(queue), self.topology.stored.consumers(queue))
         consumers = self._new_queue(queue, **options)
-        return queue_declare_ok_t(queue, self._size_if_there(queue), consumers)
+        return queue_declare_ok_t(queue, self._length_if_there(queue), consumers)
 
-    def _size_if_there(self, queue: str) -> int:
+    def _length_if_there(self, queue: str) -> int:
         """Of a queue that was just declared. It may lie on a server of a cluster that is away alone, which keeps no
         worker from its other queues."""
         if not self.broker.url.several:
-            return self._size(queue)
+            return self._length(queue)
         try:
             with self.broker.store.hurried(_COUNTED_WITHIN):
-                return self._size(queue)
+                return self._length(queue)
         except Unavailable:
             return 0
+
+    def _length(self, queue: str) -> int:
+        """What a declaration tells of a queue."""
+        return self._size(queue) if self._mailbox(queue) is not None else lengths.waiting(self.broker, queue)
 
     def _new_queue(
         self, queue: str, auto_delete: bool = False, arguments: Any = None, durable: bool = True,
@@ -166,6 +170,7 @@ class Declaring(virtual.Channel):
         return held
 
     def _size(self, queue: str) -> int:
+        """What a queue has, with what waits for its time."""
         if self._mailbox(queue) is not None:
             return self.topology.waiting(queue)
         stats = self.broker.stats(queue)
