@@ -47,13 +47,13 @@ class Desk:
         self.sender: Sender = self.channel.broker.store.sender()
 
     def ahead(self, room: int) -> Ahead:
-        found = self.channel.claim_ahead(room, self.sender)
+        found = self.channel.claim_ahead(room, self.sender, {self.queue})
         assert isinstance(found, Ahead)
         return found
 
     def take(self, ahead: Ahead) -> list[int]:
         """The bodies of what comes of it."""
-        return bodies(self.channel.claim(ahead.room, True, ahead))
+        return bodies(self.channel.claim(ahead.room, {self.queue}, ahead))
 
     def counts(self) -> tuple[int, int]:
         """How many are ready, and how many are held."""
@@ -82,7 +82,7 @@ def bodies(found: tuple[list[Any], Any]) -> list[int]:
 
 def test_it_is_sent_at_once_with_the_acks_that_wait_and_its_reply_is_taken_later(tcp: Server, engine: Broker) -> None:
     with desk(tcp.url, engine, 5) as here:
-        (first,) = here.channel.claim(1, True)[0]
+        (first,) = here.channel.claim(1, {here.queue})[0]
         here.leases.ack_later(first[0]["properties"]["delivery_tag"])
         ahead = here.ahead(3)
         eventually(ahead.arrived, "the reply")
@@ -94,7 +94,7 @@ def test_it_is_sent_at_once_with_the_acks_that_wait_and_its_reply_is_taken_later
 
 def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Server, engine: Broker) -> None:
     with desk(tcp.url, engine, 4) as here:
-        here.channel.claim(1, True)
+        here.channel.claim(1, {here.queue})
         ahead = here.ahead(3)
         ends = 3 * LEASE
         eventually(lambda: here.leases.holding == 4, "the thread to take the reply")
@@ -104,7 +104,7 @@ def test_what_was_claimed_keeps_its_lease_though_nobody_takes_the_reply(tcp: Ser
             lambda: all(here.leases.get(tag).until > before[tag] + ends for tag in tags), "the leases to be kept", 20
         )
         assert not engine.claim(here.queue)
-        found = here.channel.claim(3, True, ahead)
+        found = here.channel.claim(3, {here.queue}, ahead)
         assert bodies(found) == [1, 2, 3]
         assert {raw["properties"]["delivery_tag"] for raw, _queue in found[0]} == tags
         assert not any(raw["properties"]["delivery_info"]["redelivered"] for raw, _queue in found[0])
@@ -125,7 +125,7 @@ def test_a_claim_whose_connection_is_cut_is_made_once(tcp: Server, engine: Broke
 def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> None:
     kept = {"appendonly": "yes", "appendfsync": "always"}
     with Server("valkey", tcp=True, options=kept) as own, Broker(own.url) as there, desk(own.url, there, 3) as here:
-        (first,) = here.channel.claim(1, True, here.ahead(1))[0]
+        (first,) = here.channel.claim(1, {here.queue}, here.ahead(1))[0]
         own.pause()
         here.leases.ack_later(first[0]["properties"]["delivery_tag"])
         ahead = here.ahead(2)
@@ -140,7 +140,7 @@ def test_where_the_server_is_gone_the_taker_hears_of_it_and_the_acks_stay() -> N
 
 def test_a_claim_that_is_never_answered_keeps_no_thread_from_the_leases(tcp: Server, engine: Broker) -> None:
     with Proxy(to_port(tcp.port)) as proxy, desk(proxy.url, engine, 4) as here:
-        (held,), (done,) = here.channel.claim(1, True)[0], here.channel.claim(1, True, here.ahead(1))[0]
+        (held,), (done,) = here.channel.claim(1, {here.queue})[0], here.channel.claim(1, {here.queue}, here.ahead(1))[0]
         tag, acked = (delivery[0]["properties"]["delivery_tag"] for delivery in (held, done))
         proxy.swallow_reply(b"EVALSHA")
         until = here.leases.get(tag).until
@@ -215,7 +215,7 @@ def test_of_a_queue_without_acks_nothing_is_claimed_ahead(tcp: Server, engine: B
     with desk(tcp.url, engine, 1) as here:
         here.channel.basic_cancel(next(iter(here.channel._tag_to_queue)))
         here.channel.basic_consume(here.queue, True, lambda message: None, fresh("tag"))
-        assert here.channel.claim_ahead(1, here.sender) is None
+        assert here.channel.claim_ahead(1, here.sender, {here.queue}) is None
         assert here.counts() == (1, 0)
 
 
@@ -409,7 +409,8 @@ def test_a_loop_waits_for_no_server_that_is_away_however_long_others_are_to(full
         if full:
             send(connection, 1, key=loop.queue)
             loop.until(lambda: loop.got, "the one that there is room for")
-            loop.watch.bell.rung = lambda: True
+            marker = loop.channel.marker(loop.queue)
+            loop.watch.bell.popped, loop.watch.bell.rung = (marker,), lambda: True
         else:
             loop.watch.hungry = True
         server.kill()
@@ -486,9 +487,38 @@ def test_a_wake_up_of_a_queue_that_a_claim_did_not_come_to_is_passed_on(tcp: Ser
         assert [message.delivery_info["routing_key"] for message in loop.got] == [loop.queue] * 2
         loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
         loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
-        loop.channel.pass_on = lambda: pytest.fail("it is another's by now")
+        loop.channel.pass_on = lambda rang: pytest.fail("it is another's by now")
         turns = iter(range(20))
         loop.until(lambda: next(turns, None) is None, "the loop to turn")
+
+
+@pytest.mark.parametrize("credit", [1, 2])
+def test_a_wake_up_is_passed_on_for_its_own_queue_alone(
+    tcp: Server, monkeypatch: pytest.MonkeyPatch, credit: int
+) -> None:
+    with link(tcp.url) as connection:
+        loop, second = Loop(connection, credit), fresh("second")
+        channel, passed = loop.channel, list[str]()
+        kombu.Queue(second)(channel).declare()
+        channel.basic_consume(second, False, loop.got.append, fresh("tag"))
+        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+        stock = channel.broker.operations.finish
+
+        def finish(queue: str, acks: Any, nacks: Any, count: int, woken: bool) -> Any:
+            passed.extend([queue] * (count == 0 and woken))
+            return stock(queue, acks, nacks, count, woken)
+
+        monkeypatch.setattr(channel.broker.operations, "finish", finish)
+        send(connection, 1, key=second)
+        loop.until(lambda: len(loop.got) == 1, "the message")
+        if credit == 2:
+            loop.until(lambda: loop.watch.bell.armed, "a bell that waits again")
+            channel.basic_qos(0, 1, False)
+            send(connection, 2, key=second)
+            loop.until(lambda: passed, "the wake-up to be passed on")
+        turns = iter(range(20))
+        loop.until(lambda: next(turns, None) is None, "the loop to turn")
+        assert passed == [second] * (credit - 1), "a claim has passed it on, or there was no credit for one"
 
 
 def test_a_wake_up_that_the_bell_of_an_earlier_connection_took_is_passed_on(tcp: Server) -> None:

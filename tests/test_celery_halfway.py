@@ -70,12 +70,12 @@ def test_a_queue_that_fails_keeps_no_other_from_being_asked(
         channel.basic_consume(queue, False, lambda message: None, fresh("tag"))
     send(connection, 1, key=good)
     broker.store.raw("SET", broker.settings.keys(bad).config, "no hash")
-    ahead = channel.claim_ahead(3, channel.broker.store.sender()) if way == "ahead" else None
-    found, again = channel.claim(3, True, ahead)
+    ahead = channel.claim_ahead(3, channel.broker.store.sender(), set()) if way == "ahead" else None
+    found, again = channel.claim(3, set(), ahead)
     assert [raw["body"] for raw, _queue in found] == [b"1"]
     assert again == 0.0, "the error is met again at once"
     with pytest.raises(StoreError):
-        channel.claim(3, True)
+        channel.claim(3, set())
 
 
 @pytest.mark.parametrize("sent", [0, 1])
@@ -94,7 +94,7 @@ def test_a_claim_says_that_its_server_is_away_once_what_it_found_is_delivered(
         Consuming, "_claim_one", lambda self, queue, *a: (stock if queue == first else away)(self, queue, *a)
     )
     with nullcontext() if sent else pytest.raises(Unavailable):
-        found, again = channel.claim(3, True)
+        found, again = channel.claim(3, set())
         assert [raw["body"] for raw, _queue in found] == [b"0"]
         assert again == 0.0, "the error is met again at once"
 
@@ -119,8 +119,8 @@ def test_of_a_claim_of_which_one_message_fails_the_others_are_delivered_or_hande
         return away() if job.payload.endswith(b"\n1") else stock(self, job, tag)
 
     monkeypatch.setattr(Consuming, "_message", failing)
-    ahead = channel.claim_ahead(3, channel.broker.store.sender()) if way == "ahead" else None
-    found, again = channel.claim(3, True, ahead)
+    ahead = channel.claim_ahead(3, channel.broker.store.sender(), set()) if way == "ahead" else None
+    found, again = channel.claim(3, set(), ahead)
     assert [raw["body"] for raw, _queue in found] == [b"0"]
     assert again == 0.0, "the error is met again at once"
     assert "could not be taken in" in caplog.text
@@ -277,7 +277,7 @@ def test_a_wake_up_that_is_passed_on_takes_no_message_along(connection: kombu.Co
     kombu.Queue(queue := fresh("passed"))(channel).declare()
     channel.basic_consume(queue, False, lambda message: None, fresh("tag"))
     send(connection, 1, key=queue)
-    channel.pass_on()
+    channel.pass_on({queue})
     assert (broker.stats(queue).ready, broker.stats(queue).inflight) == (1, 0)
 
 

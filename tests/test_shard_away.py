@@ -498,7 +498,7 @@ def test_a_celery_worker_asks_a_server_that_is_away_for_one_of_its_queues_only(
         )
         lose(server, "killed")
         try:
-            assert inbox.channel.claim(9, True) == ([], None)
+            assert inbox.channel.claim(9, set()) == ([], None)
         finally:
             regain(server, "killed")
         assert len(asked) == 2

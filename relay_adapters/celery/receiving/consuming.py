@@ -96,13 +96,14 @@ class Consuming(Settling):
         """The queues of jobs that this channel consumes from."""
         return tuple(dict.fromkeys(queue for queue in self._active_queues if queue not in self.boxes))
 
-    def claim(self, room: int, woken: bool, ahead: Ahead | None = None) -> tuple[list[Delivery], float | None]:
+    def claim(self, room: int, rang: set[str], ahead: Ahead | None = None) -> tuple[list[Delivery], float | None]:
         """Claim up to `room` messages, and send the acks that are pending in the same round trip.
 
         Answers with the messages, and seconds until the next look makes sense, None: only a wake-up will tell. A
         message that may kill this process comes without the others, which are handed back. A queue whose server is away
         alone is put off.
 
+        :param rang: queues whose wake-up may have been taken and is to be passed on; those it was passed on of leave it
         :param ahead: what `claim_ahead` made, if it did: of its queue nothing more is claimed
         """
         found: list[Delivery] = []
@@ -115,7 +116,8 @@ class Consuming(Settling):
             queue, tags = left.pop(0), list[str]()
             try:
                 if ahead is None:
-                    jobs = self._claim_one(queue, room - len(found), woken)
+                    jobs = self._claim_one(queue, room - len(found), queue in rang)
+                    rang.discard(queue)
                 else:
                     taken, ahead = ahead, None
                     jobs, tags = taken.take(), taken.tags
@@ -125,6 +127,7 @@ class Consuming(Settling):
                     self.order.rotate(queue)
                 enough = self._receive(jobs, tags, found)
             except RelayError as error:
+                rang.add(queue)  # what was claimed ahead was to pass it on
                 if isinstance(error, Unavailable) and self._put_off(queue, error):
                     left = list(self._there(left))
                     continue
@@ -146,13 +149,18 @@ class Consuming(Settling):
             raise failed
         return found, 0.0  # what is held by now must be delivered; the next claim meets the error again
 
-    def claim_ahead(self, room: int, sender: Sender, woken: bool = True) -> Ahead | None:
+    def claim_ahead(self, room: int, sender: Sender, rang: set[str]) -> Ahead | None:
         """Send a claim of up to `room` messages of the queue whose turn it is, for `claim` to go on with. None where
-        what is claimed of it ends at once, or no server is there."""
+        what is claimed of it ends at once, or no server is there.
+
+        :param rang: as of `claim`
+        """
         queue = next(iter(self._there(in_order(self.order, self.consumed))), None)
         if queue is None or queue in self._no_ack:
             return None
-        return Ahead(self.leases, sender, queue, room, woken, self.credit_freed)
+        ahead = Ahead(self.leases, sender, queue, room, queue in rang, self.credit_freed)
+        rang.discard(queue)
+        return ahead
 
     @property
     def there(self) -> Sequence[str]:
@@ -231,14 +239,21 @@ class Consuming(Settling):
         self.leases.sent(acks, acked)
         return jobs
 
-    def pass_on(self) -> None:
-        """A wake-up came that this channel has no credit for: let another worker have it."""
+    def pass_on(self, rang: set[str]) -> None:
+        """Wake-ups came that this channel has no credit for: let another worker have them. None of them is left.
+
+        :param rang: as of `claim`
+        """
         for queue in self.there:
+            if queue not in rang:
+                continue
             try:
                 self.broker.drive(self.broker.operations.finish(queue, (), (), 0, woken=True))
             except Unavailable as error:
                 if not self._put_off(queue, error):
                     raise
+            rang.discard(queue)
+        rang.clear()  # the bell rings for a queue that is put off once its server is back
 
     def _received(self, job: Job, tag: str | None = None, asked: bool = False) -> Any:
         """The message of a job; None where it ended here.

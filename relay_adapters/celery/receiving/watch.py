@@ -44,9 +44,9 @@ class Watch:
         self.ahead: Ahead | None = None
         """The claim that is on its way, if one is."""
         self._sender: Sender | None = None
-        self._rang = True
-        """Whether a wake-up may have been taken that no claim has passed on yet, where work remains: by the bell of an
-        earlier connection, too."""
+        self._rang = set(channel.consumed)
+        """The queues of which a wake-up may have been taken that no claim has passed on yet, where work remains: by the
+        bell of an earlier connection, too."""
         self._delivering = self._failed = False
         self._put_off_until: float | None = None
         """Monotonic time, where a claim of few was put off."""
@@ -72,7 +72,7 @@ class Watch:
             self._silence()
         if self.bell is None and queues:
             self.channel.bell = self.channel.broker.store.bell([self.channel.marker(queue) for queue in queues])
-            self.queues = queues
+            self.queues, self._rang = queues, set(queues)
         return self.bell
 
     @property
@@ -112,7 +112,8 @@ class Watch:
         if ask and not rung and self.ahead is None and self._sender is not None:
             self._sender.rest()
         now = time.monotonic()
-        self._rang = self._rang or rung
+        if rung and bell is not None:
+            self._rang.update(queue for queue in self.queues if channel.marker(queue) in bell.popped)
         if self.ahead is not None:
             return self._deliver()
         room = 0 if self.waiting else channel.qos.room()
@@ -124,8 +125,7 @@ class Watch:
             self.hungry = True
             if self._rang:
                 with self._hurried():
-                    channel.pass_on()
-                self._rang = False
+                    channel.pass_on(self._rang)
         if now >= self.look_at:
             # without credit there is nothing to look for before an ack
             self.look_at = now + channel.broker.settings.max_block
@@ -156,22 +156,19 @@ class Watch:
 
     def _claim(self, room: int, ahead: Ahead | None = None) -> None:
         self._listen()
-        if ahead is None:
-            woken, self._rang = self._rang, False
-        else:
-            woken = ahead.woken
         try:
             with self._hurried():
-                found, retry_after = self.channel.claim(room, woken, ahead)
+                found, retry_after = self.channel.claim(room, self._rang, ahead)
         except BaseException:
-            self.hungry = self._rang = True
+            self.hungry = True
+            self._rang.update(self.queues)
             raise
+        if self._rang:
+            self._rang.intersection_update(self.channel.there)  # the bell rings for the others once they are back
         self.waiting.extend(found)
         self._put_off_until = None
         # less than was asked for is all there is, and the next message rings
         self.hungry = len(found) >= room or self.channel.leases.apart.shut
-        if woken and len(self.queues) > 1 and (self.hungry or retry_after == 0.0):
-            self._rang = True  # it may be of a queue that was not looked at, or whose claim failed
         longest = self.channel.broker.settings.max_block
         self.look_at = time.monotonic() + (longest if retry_after is None else min(longest, retry_after))
 
@@ -190,7 +187,6 @@ class Watch:
         self.ahead = channel.claim_ahead(room, self._sender, self._rang)
         if self.ahead is None:
             return False
-        self._rang = False
         self._put_off_until = None
         self.look_at = time.monotonic() + channel.broker.settings.max_block
         return True
@@ -202,7 +198,7 @@ class Watch:
             return False
         self.ahead = None
         self._claim(ahead.room, ahead)
-        self.hungry = self.hungry or self._rang
+        self.hungry = self.hungry or bool(self._rang)
         return True
 
     def _deliver(self) -> int:
@@ -296,7 +292,7 @@ class Watch:
             self.bell.close()
             self.channel.bell = None
         self.queues = ()
-        self.hungry = self._rang = True
+        self.hungry = True
 
     def close(self) -> None:
         """No more wake-ups; what was not delivered is handed back."""
