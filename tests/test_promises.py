@@ -172,9 +172,11 @@ def test_a_short_script_that_sends_its_caller_the_long_way_has_changed_nothing(s
         commands.claim(q, 2, 60_000, "a", levels="0", acks=[Ack(second.id, second.token)]),
         commands.claim(q, 1, 60_000, "a", levels="9", acks=[Ack(second.id, second.token)]),
         commands.claim(q, 1, 60_000, "a", levels="0", acks=[Ack(second.id, second.token), Ack(third.id, "1:1:stale")]),
+        commands.claim(q, 1, 60_000, "a", levels="0", acks=[Ack(third.id, "1:1:stale"), Ack(second.id, second.token)]),
         commands.claim_one(q, 60_000, "a", levels="9"),
         commands.ack_plain(q, [Ack(third.id, "1:1:stale")]),
         commands.ack_plain(q, [Ack(second.id, second.token), Ack(third.id, "1:1:stale")]),
+        commands.ack_plain(q, [Ack(third.id, "1:1:stale"), Ack(second.id, second.token)]),
         commands.enqueue_one(q, JobSpec(b"y", id=third.id).stored(b"y")),
         commands.enqueue_one(q, JobSpec(b"y", priority=9).stored(b"y")),
     ]
