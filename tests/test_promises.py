@@ -188,6 +188,31 @@ def test_a_short_script_that_sends_its_caller_the_long_way_has_changed_nothing(s
     assert [job.deliveries for job in jobs] == [1, 2]
 
 
+def test_a_short_claim_takes_what_it_was_asked_for_from_all_levels_together(broker: Broker) -> None:
+    broker.enqueue_many("q", [JobSpec(b"x", priority=9), *[JobSpec(b"x", priority=0)] * 4])
+    q = broker.settings.keys("q")
+    broker.store.raw("ZPOPMIN", q.marker)
+    reply = broker.store.run(commands.claim(q, 2, 60_000, "a", levels="90"))
+    assert isinstance(reply, commands.ClaimReply)
+    assert (len(reply.grants), broker.stats("q").ready) == (2, 3)
+    assert reply.hint_ms == 60_000, "its own leases are the first to run out"
+    assert broker.store.raw("EXISTS", q.marker) == 0, "who took no wake-up has none to pass on"
+
+
+@pytest.mark.parametrize("how", ["claimed before", "no record"])
+def test_what_a_short_claim_puts_back_lies_in_its_own_list_as_before(server: Server, broker: Broker, how: str) -> None:
+    broker.enqueue("q", b"x", id="odd")
+    q = broker.settings.keys("q")
+    if how == "no record":
+        server.cli("HDEL", q.jobs, "odd")
+    else:
+        broker.nack(broker.claim("q")[0], delay=0.0)
+    broker.enqueue_many("q", [JobSpec(b"x", priority=9), JobSpec(b"x", priority=0)])
+    before = [server.cli("LRANGE", key, 0, -1) for key in q.ready]
+    assert isinstance(broker.store.run(commands.claim(q, 3, 60_000, "a", levels="90")), LongWay)
+    assert [server.cli("LRANGE", key, 0, -1) for key in q.ready] == before
+
+
 def test_many_workers_at_once_get_each_job_once(server: Server, broker: Broker) -> None:
     ids = {answer.id for answer in broker.enqueue_many("q", [b"x"] * 1500)}
     done: list[str] = []
