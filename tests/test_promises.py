@@ -213,6 +213,18 @@ def test_what_a_short_claim_puts_back_lies_in_its_own_list_as_before(server: Ser
     assert [server.cli("LRANGE", key, 0, -1) for key in q.ready] == before
 
 
+def test_an_id_that_lies_twice_on_a_ready_list_has_one_lease_of_a_short_claim(server: Server, broker: Broker) -> None:
+    first, second = (answer.id for answer in broker.enqueue_many("q", [b"1", b"2"]))
+    q = broker.settings.keys("q")
+    server.cli("LPUSH", q.ready[0], first)
+    reply = broker.store.run(commands.claim(q, 3, 60_000, "a", levels="0"))
+    assert isinstance(reply, commands.ClaimReply)
+    assert [(grant.id, grant.record[-1:]) for grant in reply.grants] == [(first, b"1"), (second, b"2")]
+    tokens = [server.cli("HGET", q.owners, grant.id).decode().split()[0] for grant in reply.grants]
+    assert tokens == [grant.token for grant in reply.grants]
+    assert server.cli("ZCARD", q.leases) == 2
+
+
 def test_many_workers_at_once_get_each_job_once(server: Server, broker: Broker) -> None:
     ids = {answer.id for answer in broker.enqueue_many("q", [b"x"] * 1500)}
     done: list[str] = []
