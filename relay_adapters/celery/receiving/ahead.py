@@ -25,7 +25,6 @@ class Ahead:
     :param woken: whether a wake-up was taken, for the claim to pass on
     :param wake: called when the reply was taken, by whichever thread, to make the loop turn
     :ivar room: how many messages were asked for
-    :ivar woken: as given
     :ivar settled: True once the reply was taken
     :ivar abandoned: True once nobody will `take` what comes of it
     :ivar tags: delivery tags of what was claimed, by which the leases hold it, once it is settled
@@ -34,7 +33,7 @@ class Ahead:
     def __init__(
         self, leases: Leases, sender: Sender, queue: str, room: int, woken: bool, wake: Callable[[], None]
     ) -> None:
-        self.queue, self.room, self.woken = queue, room, woken
+        self.queue, self.room = queue, room
         self.abandoned = False
         self.tags: list[str] = []
         self._leases = leases
