@@ -419,18 +419,32 @@ def test_a_loop_waits_for_no_server_that_is_away_however_long_others_are_to(full
         server.start()  # the thread that keeps the leases is patient
 
 
+def consume_too(loop: Loop, queue: str) -> None:
+    """A second queue, of which a wake-up can come as of the first."""
+    kombu.Queue(queue)(loop.channel).declare()
+    loop.channel.basic_consume(queue, False, loop.got.append, fresh("tag"))
+    loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+
+
+def waits_for_more(loop: Loop, tcp: Server) -> None:
+    bell, marker = loop.watch.bell, loop.channel.marker(loop.queue)
+    loop.until(
+        lambda: bell.armed and not tcp.cli("EXISTS", marker) and not bell.rung(), "a bell that waits for another"
+    )
+
+
+def passed_on(loop: Loop, tcp: Server, marker: bytes) -> None:
+    loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
+    loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+
+
 def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
     loop: Loop, tcp: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = loop.channel.connection.client
     send(client, 1, key=loop.queue)
     loop.until(lambda: loop.got, "the first message")
-
-    def waits() -> bool:
-        bell, marker = loop.watch.bell, loop.channel.broker.settings.keys(loop.queue).marker
-        return bell.armed and not tcp.cli("EXISTS", marker) and not bell.rung()
-
-    loop.until(waits, "a bell that waits for another")
+    waits_for_more(loop, tcp)
     with monkeypatch.context() as held:
         held.setattr(Ahead, "arrived", lambda ahead: False)
         loop.got.pop().ack()  # which goes along with a claim
@@ -446,13 +460,10 @@ def test_a_wake_up_during_a_claim_that_found_nothing_is_not_forgotten(
 def test_a_wake_up_that_came_while_a_claim_went_out_is_passed_on(
     loop: Loop, tcp: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, marker = loop.channel.connection.client, loop.channel.broker.settings.keys(loop.queue).marker
+    client, marker = loop.channel.connection.client, loop.channel.marker(loop.queue)
     send(client, 1, key=loop.queue)
     loop.until(lambda: loop.got, "the first message")
-    loop.until(
-        lambda: loop.watch.bell.armed and not tcp.cli("EXISTS", marker) and not loop.watch.bell.rung(),
-        "a bell that waits for another",
-    )
+    waits_for_more(loop, tcp)
     stock = loop.channel.claim_ahead
 
     def just_then(*args: Any) -> Any:
@@ -468,25 +479,21 @@ def test_a_wake_up_that_came_while_a_claim_went_out_is_passed_on(
         loop.got.pop().ack()
         loop.until(lambda: loop.watch.ahead is not None and not loop.watch.bell.armed, "the bell to ring meanwhile")
     loop.until(lambda: len(loop.got) == 4, "as many as there is credit for")
-    loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
-    loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+    passed_on(loop, tcp, marker)
 
 
 def test_a_wake_up_of_a_queue_that_a_claim_did_not_come_to_is_passed_on(tcp: Server) -> None:
     with link(tcp.url, queue_order_strategy="priority") as connection:
         loop, second = Loop(connection, 2), fresh("second")
-        marker = loop.channel.broker.settings.keys(second).marker
-        kombu.Queue(second)(loop.channel).declare()
-        loop.channel.basic_consume(second, False, loop.got.append, fresh("tag"))
-        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+        marker = loop.channel.marker(second)
+        consume_too(loop, second)
         send(connection, 1, key=second)
         eventually(lambda: not tcp.cli("EXISTS", marker), "the bell to take the wake-up")
         for n in range(3):
             send(connection, n, key=loop.queue)
         loop.until(lambda: len(loop.got) == 2, "as many as there is credit for")
         assert [message.delivery_info["routing_key"] for message in loop.got] == [loop.queue] * 2
-        loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
-        loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+        passed_on(loop, tcp, marker)
         loop.channel.pass_on = lambda rang: pytest.fail("it is another's by now")
         turns = iter(range(20))
         loop.until(lambda: next(turns, None) is None, "the loop to turn")
@@ -499,9 +506,7 @@ def test_a_wake_up_is_passed_on_for_its_own_queue_alone(
     with link(tcp.url) as connection:
         loop, second = Loop(connection, credit), fresh("second")
         channel, passed = loop.channel, list[str]()
-        kombu.Queue(second)(channel).declare()
-        channel.basic_consume(second, False, loop.got.append, fresh("tag"))
-        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+        consume_too(loop, second)
         stock = channel.broker.operations.finish
 
         def finish(queue: str, acks: Any, nacks: Any, count: int, woken: bool) -> Any:
@@ -524,28 +529,24 @@ def test_a_wake_up_is_passed_on_for_its_own_queue_alone(
 def test_a_wake_up_that_the_bell_of_an_earlier_connection_took_is_passed_on(tcp: Server) -> None:
     with link(tcp.url) as connection:
         loop = Loop(connection, 2)
-        marker = loop.channel.broker.settings.keys(loop.queue).marker
+        marker = loop.channel.marker(loop.queue)
         for n in range(5):
             send(connection, n, key=loop.queue)
         tcp.cli("DEL", marker)
         loop.until(lambda: len(loop.got) == 2, "as many as there is credit for")
-        loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
-        loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+        passed_on(loop, tcp, marker)
 
 
 def test_a_wake_up_of_a_queue_whose_claim_failed_is_passed_on(tcp: Server) -> None:
     with link(tcp.url, queue_order_strategy="priority") as connection:
         loop, second = Loop(connection, 3), fresh("second")
-        keys, stock = loop.channel.broker.settings.keys, loop.channel._claim_one
-        marker = keys(second).marker
-        kombu.Queue(second)(loop.channel).declare()
-        loop.channel.basic_consume(second, False, loop.got.append, fresh("tag"))
-        loop.until(lambda: loop.watch.bell and loop.watch.bell.armed, "a bell that waits for both")
+        marker, stock = loop.channel.marker(second), loop.channel._claim_one
+        consume_too(loop, second)
         for n in range(6):
             send(connection, n, key=second)
         eventually(loop.watch.bell._channels[0].connection.can_read, "the bell to take the wake-up")
         send(connection, 6, key=loop.queue)
-        tcp.cli("DEL", marker, keys(loop.queue).marker)  # as if they had come at once
+        tcp.cli("DEL", marker, loop.channel.marker(loop.queue))  # as if they had come at once
 
         def fails_once(queue: str, *rest: Any) -> Any:
             if queue == second:
@@ -555,8 +556,7 @@ def test_a_wake_up_of_a_queue_whose_claim_failed_is_passed_on(tcp: Server) -> No
 
         loop.channel._claim_one = fails_once
         loop.until(lambda: len(loop.got) == 3, "as many as there is credit for")
-        loop.watch.look_at = float("inf")  # at the next look in passing the other would have looked, too
-        loop.until(lambda: tcp.cli("EXISTS", marker), "the wake-up to be there for another worker")
+        passed_on(loop, tcp, marker)
 
 
 def test_a_wake_up_whose_claim_failed_is_followed_by_the_next_look(tcp: Server) -> None:

@@ -42,6 +42,7 @@ local records = ids and redis.call('HMGET', jobs, unpack(ids))
 if acks + taken > 0 then
   for n = 1, taken do args[ids_from + acks + n - 1] = ids[n] end
   local states, plain = redis.call('HMGET', owners, unpack(args, ids_from)), true
+  -- a token under limits passes: there is none here any more, and so nobody whom its end would have to wake
   for n = 1, acks do plain = plain and states[n] == args[items_from + n - 1] end
   for n = 1, taken do plain = plain and records[n] and not states[acks + n] end
   if not plain then
